@@ -1,0 +1,46 @@
+"""comfy-kitchen's kernels behind our formats.
+
+A weight of one of our layouts is shown to comfy-kitchen under the name of the layout that it
+extends; the payload is the same. FP8 and block-scaled formats also quantize the activation, with a
+scale taken from the activation itself (the host's own FP8 linear takes 1.0 when a file has none).
+"""
+
+import torch
+import torch.nn.functional as F
+from comfy_kitchen.tensor import QuantizedTensor
+
+from ..registry import Backend, Needs, register
+
+ANY_DEVICE = frozenset({"cpu", "cuda"})
+CUDA = frozenset({"cuda"})
+
+
+def _as_kitchen(weight: QuantizedTensor) -> QuantizedTensor:
+    return QuantizedTensor(weight._qdata, weight.layout_cls.kitchen_layout, weight._params)
+
+
+def run_weight_only(x: torch.Tensor, weight: QuantizedTensor, bias: torch.Tensor | None):
+    """Return x · Wᵀ + bias where comfy-kitchen's linear takes the float activation [M, K]."""
+    bias = None if bias is None else bias.to(x.dtype)
+    return F.linear(x.contiguous(), _as_kitchen(weight), bias)
+
+
+def run_quantized_input(x: torch.Tensor, weight: QuantizedTensor, bias: torch.Tensor | None):
+    """Return x · Wᵀ + bias where comfy-kitchen's linear takes a quantized activation [M, K]."""
+    layout = weight.layout_cls.kitchen_layout
+    quantized = QuantizedTensor.from_float(x.contiguous(), layout, scale="recalculate")
+    bias = None if bias is None else bias.to(x.dtype)
+    return F.linear(quantized, _as_kitchen(weight), bias)
+
+
+def _register(schemes: set[str], run, **needs) -> None:
+    register(Backend("linear", "kitchen", 20, Needs(frozenset(schemes), **needs), run))
+
+
+_register({"int8_row", "int8_row_convrot"}, run_weight_only, devices=ANY_DEVICE, capability=(7, 5))
+_register({"convrot_w4a4"}, run_weight_only, devices=ANY_DEVICE, capability=(7, 5))
+_register({"asym_w4a8_int8"}, run_weight_only, devices=ANY_DEVICE, capability=(8, 0))
+_register(
+    {"fp8_tensor"}, run_quantized_input, devices=CUDA, capability=(8, 9), k_multiple=16, n_multiple=16
+)
+_register({"mxfp8", "nvfp4"}, run_quantized_input, devices=CUDA, capability=(10, 0))

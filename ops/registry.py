@@ -1,0 +1,132 @@
+"""Backends of an operation and their needs, as data.
+
+An operation is a folder of `ops/`. Each backend file registers what it can run (`Backend`) together
+with what it needs (`Needs`); `select` picks the first one whose needs hold, or the one that the
+caller named, and raises `NoBackendError` with every backend's reason when none fits.
+"""
+
+import functools
+import importlib
+import importlib.util
+import logging
+import pkgutil
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+
+logger = logging.getLogger(__name__)
+
+
+class NoBackendError(RuntimeError):
+    """No backend can run a call; the message lists each backend's reason."""
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a backend needs to run. Empty fields ask for nothing."""
+
+    schemes: frozenset[str]
+    devices: frozenset[str] = frozenset()
+    capability: tuple[int, int] | None = None
+    k_multiple: int = 1
+    n_multiple: int = 1
+    package: str | None = None
+    self_test: Callable[[torch.device], str | None] | None = field(default=None, compare=False)
+
+
+@dataclass(frozen=True)
+class Call:
+    """What is known of a call before it runs: quantization scheme, device and weight shape [N, K]."""
+
+    scheme: str
+    device: torch.device
+    n: int
+    k: int
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One way to run an operation. `rank` orders `auto`: lower is tried first."""
+
+    op: str
+    name: str
+    rank: int
+    needs: Needs
+    run: Callable = field(compare=False)
+
+
+_BACKENDS: dict[str, list[Backend]] = {}
+
+
+def register(backend: Backend) -> None:
+    """Add a backend; the list of its operation stays sorted by rank."""
+    backends = _BACKENDS.setdefault(backend.op, [])
+    backends.append(backend)
+    backends.sort(key=lambda b: b.rank)
+
+
+def backends(op: str) -> tuple[Backend, ...]:
+    """Return the backends of `op`, in the order in which `auto` tries them."""
+    return tuple(_BACKENDS.get(op, ()))
+
+
+def discover(package: str) -> None:
+    """Import every module of `package`, so that its backends register themselves."""
+    for module in pkgutil.iter_modules(importlib.import_module(package).__path__):
+        importlib.import_module(f"{package}.{module.name}")
+
+
+@functools.cache
+def capability(device: torch.device) -> tuple[int, int] | None:
+    """Return the compute capability of a CUDA device, None for any other device."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+
+
+@functools.cache
+def _has_package(name: str) -> bool:
+    return importlib.util.find_spec(name) is not None
+
+
+@functools.cache
+def _self_test(test: Callable[[torch.device], str | None], device: torch.device) -> str | None:
+    return test(device)
+
+
+def unmet(needs: Needs, call: Call) -> str | None:
+    """Return why `needs` do not hold for `call`, or None when they do."""
+    if call.scheme not in needs.schemes:
+        return f"does not know {call.scheme}"
+    if needs.package and not _has_package(needs.package):
+        return f"package {needs.package} is missing"
+    if needs.devices and call.device.type not in needs.devices:
+        return f"needs a device of {sorted(needs.devices)}, got {call.device.type}"
+    has = capability(call.device)
+    if needs.capability and has is not None and has < needs.capability:
+        return f"needs compute capability {needs.capability}, got {has}"
+    if call.k % needs.k_multiple:
+        return f"K={call.k} is not a multiple of {needs.k_multiple}"
+    if call.n % needs.n_multiple:
+        return f"N={call.n} is not a multiple of {needs.n_multiple}"
+    return _self_test(needs.self_test, call.device) if needs.self_test else None
+
+
+@functools.cache
+def select(op: str, call: Call, name: str = "auto") -> Backend:
+    """Return the backend that runs `call`: the named one, or with `auto` the first that can.
+
+    Raises ValueError for an unknown name and NoBackendError when the needs of the named backend,
+    or of every backend, do not hold.
+    """
+    candidates = [b for b in backends(op) if name in ("auto", b.name)]
+    if not candidates:
+        known = sorted({b.name for b in backends(op)})
+        raise ValueError(f"{op}: unknown backend {name!r}; known are auto, {', '.join(known)}")
+    reasons = []
+    for backend in candidates:
+        reason = unmet(backend.needs, call)
+        if reason is None:
+            logger.info("%s %s on %s: %s", op, call.scheme, call.device, backend.name)
+            return backend
+        reasons.append(f"{backend.name}: {reason}")
+    raise NoBackendError(f"{op} {call.scheme}: no backend fits. " + "; ".join(reasons))

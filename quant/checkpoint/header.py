@@ -1,0 +1,139 @@
+"""The safetensors header: 8 bytes of length, then JSON of name → dtype, shape, data_offsets.
+
+Source: the safetensors format description (offsets are relative to the end of the header, tensors
+lie without holes or overlaps).
+"""
+
+import json
+import math
+import os
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+LENGTH_BYTES = 8
+MAX_HEADER_BYTES = 100_000_000
+ALIGNMENT = 8
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+CODES = {dtype: code for code, dtype in DTYPES.items()}
+
+
+class CheckpointError(ValueError):
+    """A checkpoint cannot be read or written; the message names the file and the cause."""
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Where a tensor lies: `start` and `end` are byte offsets in `path`."""
+
+    path: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+    @property
+    def size_bytes(self) -> int:
+        return self.end - self.start
+
+
+def read_header(path: str) -> tuple[dict[str, TensorInfo], dict[str, str]]:
+    """Return (tensors by name in the order of their offsets, metadata) of a safetensors file.
+
+    Raises CheckpointError when the file is missing, truncated or malformed.
+    """
+    try:
+        size = os.path.getsize(path)
+        with open(path, "rb") as file:
+            return _parse(path, size, file)
+    except OSError as error:
+        raise CheckpointError(f"{path}: {error.strerror or error}") from error
+
+
+def _parse(path: str, size: int, file) -> tuple[dict[str, TensorInfo], dict[str, str]]:
+    if size < LENGTH_BYTES:
+        raise CheckpointError(f"{path}: not a safetensors file, it has only {size} bytes")
+    (length,) = struct.unpack("<Q", file.read(LENGTH_BYTES))
+    if length > min(MAX_HEADER_BYTES, size - LENGTH_BYTES):
+        raise CheckpointError(
+            f"{path}: not a safetensors file, or truncated: its header claims {length} bytes, the "
+            f"file has {size}"
+        )
+    try:
+        header = json.loads(file.read(length))
+        metadata = header.pop("__metadata__", {}) or {}
+        entries = sorted(header.items(), key=lambda item: item[1]["data_offsets"])
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise CheckpointError(f"{path}: the safetensors header is malformed: {error}") from error
+    base = LENGTH_BYTES + length
+    tensors = {}
+    expected = 0
+    for name, entry in entries:
+        info = _info(path, name, entry, base)
+        if info.start - base != expected:
+            raise CheckpointError(f"{path}: tensor {name} overlaps another or leaves a hole")
+        expected = info.end - base
+        tensors[name] = info
+    if base + expected != size:
+        raise CheckpointError(
+            f"{path}: truncated or padded: the tensors end at byte {base + expected}, the file has "
+            f"{size}"
+        )
+    return tensors, metadata
+
+
+def _info(path: str, name: str, entry: Mapping, base: int) -> TensorInfo:
+    try:
+        code, shape = entry["dtype"], tuple(entry["shape"])
+        start, end = entry["data_offsets"]
+        elements = math.prod(shape)
+        integers = all(type(v) is int and v >= 0 for v in (*shape, start, end))
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path}: tensor {name} has a malformed header: {error}") from error
+    if code not in DTYPES:
+        raise CheckpointError(f"{path}: tensor {name} has the unsupported dtype {code}")
+    if not integers or end - start != elements * DTYPES[code].itemsize:
+        raise CheckpointError(
+            f"{path}: tensor {name} has {code} {list(shape)} but offsets {start} to {end}"
+        )
+    return TensorInfo(path, DTYPES[code], shape, base + start, base + end)
+
+
+def encode_header(
+    entries: Mapping[str, tuple[torch.dtype, tuple[int, ...], int, int]],
+    metadata: Mapping[str, str],
+    length: int | None = None,
+) -> bytes:
+    """Return length and JSON of a header; entries: name → (dtype, shape, start, end).
+
+    length: bytes of JSON to fill with trailing spaces, at least what the JSON takes; None: the
+    next multiple of 8.
+    """
+    header = {
+        name: {"dtype": CODES[dtype], "shape": list(shape), "data_offsets": [start, end]}
+        for name, (dtype, shape, start, end) in entries.items()
+    }
+    if metadata:
+        header = {"__metadata__": dict(metadata), **header}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    if length is None:
+        length = -(-len(text) // ALIGNMENT) * ALIGNMENT
+    assert len(text) <= length, "the space kept for the header is too small"
+    return struct.pack("<Q", length) + text.ljust(length)

@@ -1,0 +1,204 @@
+"""What a number format is: one frozen record, and a comfy-kitchen layout that does its arithmetic.
+
+A quantized weight is a comfy-kitchen `QuantizedTensor`: the payload, the name of a registered layout
+and the layout's frozen `Params`. Our layouts extend comfy-kitchen's, under names of their own, so
+that the host's loading, LoRA, streaming and saving work on them and `ops.linear` does the product.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from comfy_kitchen.tensor import QuantizedTensor, register_layout_class, register_layout_op
+
+from ...ops.linear import linear
+
+# Rows quantized at a time. A multiple of 128, the height of a block of swizzled scales, so that
+# joined pieces are byte for byte the whole; small enough that the float32 copy stays small.
+CHUNK_ELEMENTS = 1 << 23
+SCALE_BLOCK_ROWS = 128
+
+
+class NotFiniteError(ValueError):
+    """A weight holds NaN or Inf."""
+
+
+@dataclass(frozen=True)
+class Format:
+    """A number format for weights [N, K].
+
+    `marker` is what the layer's `comfy_quant` JSON holds on disk; `scales` maps the layout's
+    parameter names to the tensor names beside `weight`; `optional` are scales that a file may lack.
+    """
+
+    name: str
+    title: str
+    storage: torch.dtype
+    bits: float
+    max: float
+    group: int | None
+    max_error: float
+    layout: type
+    marker: Mapping[str, Any]
+    scales: Mapping[str, str]
+    optional: frozenset[str] = frozenset()
+    native: bool = True
+    chunked: bool = True
+    k_multiple: int = 1
+    pad_multiple: int = 1
+    packed: int = 1
+    scale_dtypes: Mapping[str, torch.dtype] = field(default_factory=dict)
+    quantize_kwargs: Mapping[str, Any] = field(default_factory=dict)
+
+    def unfit(self, shape: tuple[int, ...]) -> str | None:
+        """Return why a weight of `shape` cannot take this format, or None when it can."""
+        if len(shape) != 2:
+            return f"{len(shape)}-D, {self.name} takes [N, K]"
+        if 0 in shape:
+            return "empty"
+        if shape[1] % self.k_multiple:
+            return f"K={shape[1]} is not a multiple of {self.k_multiple}"
+        return None
+
+    def quantize(self, weight: torch.Tensor) -> QuantizedTensor:
+        """Return `weight` in this format; its shape and dtype are kept as the logical ones.
+
+        weight: [N, K] float, any strides, never written to. The arithmetic is done in float32, a
+        few rows at a time. Raises ValueError when the shape does not fit, NotFiniteError on NaN or
+        Inf.
+        """
+        reason = self.unfit(tuple(weight.shape))
+        if reason:
+            raise ValueError(f"{self.name}: {reason}")
+        low, high = torch.aminmax(weight)
+        largest = torch.maximum(-low.float(), high.float())
+        if not torch.isfinite(largest):
+            raise NotFiniteError("the weight holds NaN or Inf")
+        kwargs = dict(self.quantize_kwargs) | self.layout.tensor_scale(largest)
+        pieces = [self.layout.quantize(w.float(), **kwargs) for w in self._chunks(weight)]
+        return QuantizedTensor(
+            torch.cat([q for q, _ in pieces]) if len(pieces) > 1 else pieces[0][0],
+            self.layout.__name__,
+            _join_params([p for _, p in pieces], weight),
+        )
+
+    def _chunks(self, weight: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        if not self.chunked:
+            return (weight,)
+        rows = max(CHUNK_ELEMENTS // weight.shape[1], 1)
+        rows = -(-rows // SCALE_BLOCK_ROWS) * SCALE_BLOCK_ROWS
+        return weight.split(rows)
+
+    def pack(self, weight: QuantizedTensor) -> dict[str, torch.Tensor]:
+        """Return the tensors of `weight` on disk: `weight` and its scales, by name."""
+        tensors = {"weight": weight._qdata}
+        for param, name in self.scales.items():
+            value = getattr(weight._params, param)
+            if value is not None:
+                tensors[name] = value
+        return tensors
+
+    def unpack(
+        self,
+        tensors: Mapping[str, torch.Tensor],
+        dtype: torch.dtype,
+        shape: tuple[int, int] | None = None,
+        marker: Mapping[str, Any] = MappingProxyType({}),
+    ) -> QuantizedTensor:
+        """Return the weight that `tensors`, as `pack` names them, hold.
+
+        dtype: of the values when dequantized. shape: logical [N, K]; None when the format does not
+        pad, or takes the padded shape. marker: the layer's `comfy_quant`. Raises ValueError when a
+        scale is missing or of a shape that does not fit, naming it.
+        """
+        missing = [n for n in self.scales.values() if n not in tensors and n not in self.optional]
+        if missing:
+            raise ValueError(f"{self.name}: {', '.join(missing)} missing")
+        stored = tensors["weight"]
+        full = (stored.shape[0], stored.shape[1] * self.packed)
+        shape = shape or full
+        values = {
+            param: self._scale(name, tensors[name])
+            for param, name in self.scales.items()
+            if name in tensors
+        }
+        problem = self.layout.misfit(full, values)
+        if problem:
+            raise ValueError(f"{self.name}: {problem}")
+        params = self.layout.Params(
+            **values,
+            orig_dtype=dtype,
+            orig_shape=tuple(shape),
+            **self.layout.options(flat_marker(marker)),
+        )
+        return QuantizedTensor(self._view(stored, self.storage), self.layout.__name__, params)
+
+    def _scale(self, name: str, value: torch.Tensor) -> torch.Tensor:
+        dtype = self.scale_dtypes.get(name, torch.float32)
+        return self._view(value, dtype) if dtype.itemsize == 1 else value.to(dtype)
+
+    @staticmethod
+    def _view(value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        return value if value.dtype == dtype else value.view(dtype)
+
+
+def flat_marker(marker: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a `comfy_quant` marker with the options that older writers put under `params`."""
+    params = marker.get("params")
+    return {**params, **marker} if isinstance(params, dict) else dict(marker)
+
+
+def _join_params(params: list, weight: torch.Tensor):
+    """Return one `Params` for pieces of rows: per-row scales joined, per-tensor scales shared."""
+    first = params[0]
+    joined = {"orig_dtype": weight.dtype, "orig_shape": tuple(weight.shape)}
+    if len(params) > 1:
+        for name in first._tensor_fields():
+            parts = [getattr(p, name) for p in params]
+            joined[name] = torch.cat(parts) if parts[0].dim() else parts[0]
+    return dataclasses.replace(first, **joined)
+
+
+class LowBitLayout:
+    """What every layout of ours adds to comfy-kitchen's; mixed in before it.
+
+    `scheme` names the arithmetic for `ops.linear`; `kitchen_layout` is the registered name of the
+    layout that is extended.
+    """
+
+    scheme: str
+    kitchen_layout: str
+
+    @classmethod
+    def tensor_scale(cls, largest: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Return the keyword arguments of `quantize` that hold for the whole tensor."""
+        return {}
+
+    @classmethod
+    def options(cls, marker: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the fields of `Params` that are not tensors, from the layer's marker."""
+        return {}
+
+    @classmethod
+    def misfit(cls, shape: tuple[int, int], values: Mapping[str, torch.Tensor]) -> str | None:
+        """Return why scales do not fit a stored weight of padded `shape` [N, K], or None."""
+        return None
+
+
+def _linear(qt, args, kwargs):
+    x, weight, *rest = args
+    bias = rest[0] if rest else kwargs.get("bias")
+    if not isinstance(weight, QuantizedTensor) or getattr(weight._params, "transposed", False):
+        plain = [a.dequantize() if isinstance(a, QuantizedTensor) else a for a in (x, weight)]
+        return torch.nn.functional.linear(*plain, bias)
+    return linear(x, weight, bias)
+
+
+def register_layout(layout: type) -> type:
+    """Make a layout known to comfy-kitchen and route `linear` on it to `ops.linear`; decorator."""
+    register_layout_class(layout.__name__, layout)
+    register_layout_op(torch.ops.aten.linear.default, layout)(_linear)
+    return layout

@@ -1,0 +1,75 @@
+"""NVFP4: E2M1 elements, one E4M3 scale per 16 along K, one float32 scale per tensor.
+
+On disk two elements share a byte, the even column in the high nibble; block scales are swizzled.
+"""
+
+from collections.abc import Mapping
+
+import comfy_kitchen
+import torch
+from comfy_kitchen.float_utils import _f32_to_floatx_unpacked, from_blocked, pack_uint4
+from comfy_kitchen.tensor import TensorCoreNVFP4Layout
+
+from ...ops.rounding import round_stochastic
+from ._blocks import misfit
+from .base import Format, LowBitLayout, register_layout
+
+GROUP = 16
+E2M1_MAX = 6.0
+E4M3_MAX = torch.finfo(torch.float8_e4m3fn).max
+TINY = torch.finfo(torch.float32).tiny
+
+
+@register_layout
+class LowBitNVFP4Layout(LowBitLayout, TensorCoreNVFP4Layout):
+    """Packed E2M1 payload [N, K/2], scalar scale, swizzled block scales; pads N and K to 16."""
+
+    scheme = "nvfp4"
+    kitchen_layout = "TensorCoreNVFP4Layout"
+
+    @classmethod
+    def tensor_scale(cls, largest: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"scale": (largest / (E4M3_MAX * E2M1_MAX)).clamp_min(TINY)}
+
+    @classmethod
+    def quantize(cls, tensor, scale=None, stochastic_rounding=0, **kwargs):
+        """Return (packed, Params). scale: of the tensor, float32; None or "recalculate": absmax."""
+        if scale is None or isinstance(scale, str):
+            scale = cls.tensor_scale(tensor.abs().amax().float())["scale"]
+        scale = scale.to(device=tensor.device, dtype=torch.float32)
+        shape = tuple(tensor.shape)
+        n, k = cls.get_padded_shape(shape)
+        values = torch.nn.functional.pad(tensor.float(), (0, k - shape[1], 0, n - shape[0]))
+        packed, block_scale = comfy_kitchen.quantize_nvfp4(values, scale)
+        if stochastic_rounding:
+            step = from_blocked(block_scale, num_rows=n, num_cols=k // GROUP).float() * scale
+            step = torch.where(step == 0, torch.inf, step).repeat_interleave(GROUP, dim=1)
+            codes = round_stochastic(values / step, "e2m1", stochastic_rounding)
+            packed = pack_uint4(_f32_to_floatx_unpacked(codes, 2, 1), hi_first=True)
+        params = cls.Params(
+            scale=scale, orig_dtype=tensor.dtype, orig_shape=shape, block_scale=block_scale
+        )
+        return packed, params
+
+    @classmethod
+    def misfit(cls, shape: tuple[int, int], values: Mapping[str, torch.Tensor]) -> str | None:
+        if values["scale"].numel() != 1:
+            return f"weight_scale_2 has shape {tuple(values['scale'].shape)}, a scalar is wanted"
+        return misfit(shape, values["block_scale"], GROUP)
+
+
+FORMAT = Format(
+    name="nvfp4",
+    title="NVFP4: FP4 E2M1, one E4M3 scale per 16",
+    storage=torch.uint8,
+    bits=4.5,
+    max=E2M1_MAX,
+    group=GROUP,
+    max_error=0.105,
+    layout=LowBitNVFP4Layout,
+    marker={"format": "nvfp4"},
+    scales={"scale": "weight_scale_2", "block_scale": "weight_scale"},
+    scale_dtypes={"weight_scale": torch.float8_e4m3fn},
+    pad_multiple=GROUP,
+    packed=2,
+)
