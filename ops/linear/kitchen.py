@@ -41,6 +41,11 @@ _register({"int8_row", "int8_row_convrot"}, run_weight_only, devices=ANY_DEVICE,
 _register({"convrot_w4a4"}, run_weight_only, devices=ANY_DEVICE, capability=(7, 5))
 _register({"asym_w4a8_int8"}, run_weight_only, devices=ANY_DEVICE, capability=(8, 0))
 _register(
-    {"fp8_tensor"}, run_quantized_input, devices=CUDA, capability=(8, 9), k_multiple=16, n_multiple=16
+    {"fp8_tensor"},
+    run_quantized_input,
+    devices=CUDA,
+    capability=(8, 9),
+    k_multiple=16,
+    n_multiple=16,
 )
 _register({"mxfp8", "nvfp4"}, run_quantized_input, devices=CUDA, capability=(10, 0))

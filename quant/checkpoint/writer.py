@@ -58,7 +58,7 @@ class CheckpointWriter:
         """Write a tensor. Raises CheckpointError when the disk refuses it or the name is taken."""
         if name in self._entries or name in self._small:
             raise CheckpointError(f"{self.path}: tensor {name} is written twice")
-        tensor = tensor.detach().to("cpu").contiguous()
+        tensor = tensor.to("cpu").detach().contiguous()
         if tensor.nbytes < SMALL_BYTES:
             self._small[name] = tensor
         else:

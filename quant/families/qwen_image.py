@@ -68,7 +68,7 @@ FAMILY = Family(
     always_eight_bit=(
         Rule(
             re.compile(r"\.img_mlp\.net\.2$"),
-            "the image MLP's output layer has large outliers in its input",
+            "the image MLP's output layer is never below 8 bits",
         ),
     ),
     shapes={

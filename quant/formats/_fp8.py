@@ -38,9 +38,7 @@ class FP8Layout(LowBitLayout, TensorCoreFP8Layout):
             stored = stored.to(cls.dtype)
         else:
             stored = cls.round_nearest(tensor, scale)
-        params = cls.Params(
-            scale=scale, orig_dtype=tensor.dtype, orig_shape=tuple(tensor.shape)
-        )
+        params = cls.Params(scale=scale, orig_dtype=tensor.dtype, orig_shape=tuple(tensor.shape))
         return stored, params
 
     @classmethod

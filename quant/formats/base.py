@@ -6,7 +6,8 @@ that the host's loading, LoRA, streaming and saving work on them and `ops.linear
 """
 
 import dataclasses
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
@@ -64,11 +65,18 @@ class Format:
         return None
 
     def quantize(self, weight: torch.Tensor) -> QuantizedTensor:
-        """Return `weight` in this format; its shape and dtype are kept as the logical ones.
+        """Return `weight` in this format; see `quantize_measured`."""
+        return self.quantize_measured(weight)[0]
 
-        weight: [N, K] float, any strides, never written to. The arithmetic is done in float32, a
-        few rows at a time. Raises ValueError when the shape does not fit, NotFiniteError on NaN or
-        Inf.
+    def quantize_measured(
+        self, weight: torch.Tensor, tick: Callable[[], None] = lambda: None
+    ) -> tuple[QuantizedTensor, float]:
+        """Return `weight` in this format and the relative L2 error of its round trip.
+
+        weight: [N, K] float, any strides, never written to; its shape and dtype are kept as the
+        logical ones. tick: called before each piece; may raise to stop. The arithmetic is done in
+        float32, a few rows at a time. Raises ValueError when the shape does not fit,
+        NotFiniteError on NaN or Inf.
         """
         reason = self.unfit(tuple(weight.shape))
         if reason:
@@ -78,12 +86,21 @@ class Format:
         if not torch.isfinite(largest):
             raise NotFiniteError("the weight holds NaN or Inf")
         kwargs = dict(self.quantize_kwargs) | self.layout.tensor_scale(largest)
-        pieces = [self.layout.quantize(w.float(), **kwargs) for w in self._chunks(weight)]
-        return QuantizedTensor(
-            torch.cat([q for q, _ in pieces]) if len(pieces) > 1 else pieces[0][0],
+        pieces = []
+        wrong = total = 0.0
+        for rows in self._chunks(weight):
+            tick()
+            rows = rows.float()
+            pieces.append(QuantizedTensor.from_float(rows, self.layout.__name__, **kwargs))
+            wrong += (pieces[-1].dequantize() - rows).square().sum(dtype=torch.float64).item()
+            total += rows.square().sum(dtype=torch.float64).item()
+        stored = [p._qdata for p in pieces]
+        quantized = QuantizedTensor(
+            torch.cat(stored) if len(stored) > 1 else stored[0],
             self.layout.__name__,
-            _join_params([p for _, p in pieces], weight),
+            _join_params([p._params for p in pieces], weight),
         )
+        return quantized, math.sqrt(wrong / total) if total else 0.0
 
     def _chunks(self, weight: torch.Tensor) -> tuple[torch.Tensor, ...]:
         if not self.chunked:

@@ -1,0 +1,148 @@
+"""Quantized layers as files hold them, whoever wrote them.
+
+Known markings: the host's `L.comfy_quant` tensors and `_quantization_metadata`, the legacy
+`scaled_fp8` of the host and of WanVideoWrapper (`L.scale_weight`, `L.scale_input`), and FP8 weights
+that carry a scale but no marking at all.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from comfy_kitchen.tensor import QuantizedTensor
+
+from .. import formats
+from .header import CheckpointError
+from .reader import Checkpoint
+
+MARKER = "comfy_quant"
+METADATA_KEY = "_quantization_metadata"
+LEGACY_FLAG = "scaled_fp8"
+LEGACY_NAMES = {"scale_weight": "weight_scale", "scale_input": "input_scale"}
+FP8_DTYPES = {torch.float8_e4m3fn: "float8_e4m3fn", torch.float8_e5m2: "float8_e5m2"}
+INPUT_SCALES = ("input_scale", "pre_quant_scale")
+
+
+@dataclass(frozen=True)
+class StoredLayer:
+    """A quantized layer of a file. `parts`: name within the layer, as the host has it → tensor."""
+
+    name: str
+    format: formats.Format
+    marker: Mapping[str, Any]
+    marked_by: str
+    parts: Mapping[str, str]
+    shape: tuple[int, int] | None = field(default=None)
+
+    def load(self, checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> QuantizedTensor:
+        """Return the weight as stored. Raises CheckpointError that names the layer."""
+        tensors = {part: checkpoint.read(name) for part, name in self.parts.items()}
+        try:
+            return self.format.unpack(tensors, dtype, self.shape, self.marker)
+        except ValueError as error:
+            raise CheckpointError(f"{checkpoint.path}: layer {self.name}: {error}") from error
+
+    def dequantize(self, checkpoint: Checkpoint) -> torch.Tensor:
+        """Return the weight [N, K] in float32, with the smoothing of its input folded in."""
+        weight = self.load(checkpoint).dequantize()
+        if "pre_quant_scale" in self.parts:
+            weight = weight * checkpoint.read(self.parts["pre_quant_scale"]).float().reshape(1, -1)
+        return weight
+
+
+def stored_layers(checkpoint: Checkpoint) -> dict[str, StoredLayer]:
+    """Return the quantized layers of a checkpoint by module name.
+
+    Raises CheckpointError when a marking cannot be read or names an unknown format.
+    """
+    shapes = recorded_shapes(checkpoint)
+    parts = _parts(checkpoint)
+    layers = {}
+    for name, (marker, marked_by) in _markings(checkpoint, parts).items():
+        if "weight" not in parts.get(name, {}):
+            raise CheckpointError(
+                f"{checkpoint.path}: {name} is marked quantized but has no weight"
+            )
+        try:
+            fmt = formats.from_marker(marker)
+        except ValueError as error:
+            raise CheckpointError(f"{checkpoint.path}: layer {name}: {error}") from error
+        named = {p: t for p, t in parts[name].items() if p not in (MARKER, "bias")}
+        shape = shapes.get(name) or _shape_from_bias(checkpoint, parts[name], fmt)
+        layers[name] = StoredLayer(name, fmt, marker, marked_by, named, shape)
+    return layers
+
+
+def recorded_shapes(checkpoint: Checkpoint) -> dict[str, tuple[int, int]]:
+    """Return the logical shapes that this pack recorded for padded layers."""
+    try:
+        layers = json.loads(checkpoint.metadata.get("_lowbit", "{}")).get("layers", {})
+        return {n: tuple(r["shape"]) for n, r in layers.items() if "shape" in r}
+    except (ValueError, AttributeError, TypeError):
+        return {}
+
+
+def _shape_from_bias(checkpoint, parts: Mapping[str, str], fmt) -> tuple[int, int] | None:
+    """Return [N, K] with N from the bias where the format pads rows; None to take what is stored."""
+    if fmt.pad_multiple == 1 or "bias" not in parts:
+        return None
+    n, k = checkpoint[parts["weight"]].shape
+    return (min(n, checkpoint[parts["bias"]].shape[0]), k * fmt.packed)
+
+
+def _parts(checkpoint: Checkpoint) -> dict[str, dict[str, str]]:
+    """Return module → part → tensor name, with legacy part names in the host's words."""
+    parts: dict[str, dict[str, str]] = {}
+    for name in checkpoint:
+        module, _, part = name.rpartition(".")
+        parts.setdefault(module, {})[LEGACY_NAMES.get(part, part)] = name
+    return parts
+
+
+def _markings(checkpoint: Checkpoint, parts) -> dict[str, tuple[dict[str, Any], str]]:
+    found = {}
+    legacy = any(name.rpartition(".")[2] == LEGACY_FLAG for name in checkpoint)
+    for module, named in parts.items():
+        if MARKER in named:
+            found[module] = (_read_marker(checkpoint, named[MARKER]), MARKER)
+        elif "weight" in named and "weight_scale" in named:
+            info = checkpoint[named["weight"]]
+            if info.dtype in FP8_DTYPES:
+                marker = {"format": _fp8_name(checkpoint, named, info)}
+                found[module] = (marker, LEGACY_FLAG if legacy else "nothing")
+    for module, marker in _metadata_markers(checkpoint).items():
+        found[module] = (marker, METADATA_KEY)
+    return found
+
+
+def _fp8_name(checkpoint: Checkpoint, named, info) -> str:
+    scale = checkpoint[named["weight_scale"]].shape
+    rows = len(scale) == 2 and scale == (info.shape[0], 1) and info.shape[0] > 1
+    return FP8_DTYPES[info.dtype] + ("_rowwise" if rows else "")
+
+
+def _read_marker(checkpoint: Checkpoint, name: str) -> dict[str, Any]:
+    try:
+        marker = json.loads(checkpoint.read(name).view(torch.uint8).numpy().tobytes())
+    except ValueError as error:
+        raise CheckpointError(f"{checkpoint.path}: {name} is no JSON: {error}") from error
+    if not isinstance(marker, dict):
+        raise CheckpointError(f"{checkpoint.path}: {name} is no JSON object")
+    return marker
+
+
+def _metadata_markers(checkpoint: Checkpoint) -> dict[str, dict[str, Any]]:
+    text = checkpoint.metadata.get(METADATA_KEY)
+    if text is None:
+        return {}
+    try:
+        return dict(json.loads(text)["layers"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{checkpoint.path}: {METADATA_KEY} is malformed: {error}") from error
+
+
+def marker_tensor(marker: Mapping[str, Any]) -> torch.Tensor:
+    """Return a `comfy_quant` marker as the uint8 tensor that files hold."""
+    return torch.tensor(list(json.dumps(dict(marker)).encode()), dtype=torch.uint8)

@@ -1,0 +1,222 @@
+"""Turning a checkpoint into a quantized one, a tensor at a time.
+
+`plan` looks only at names and shapes and says what becomes of each tensor; `stream` reads, quantizes
+and yields. The command line writes what it yields to a file, the loader node hands it to the host.
+"""
+
+import json
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+
+from . import families, recipe
+from .checkpoint import Checkpoint, CheckpointError, TensorInfo
+from .checkpoint.stored import (
+    FP8_DTYPES,
+    INPUT_SCALES,
+    LEGACY_FLAG,
+    MARKER,
+    METADATA_KEY,
+    StoredLayer,
+    marker_tensor,
+    stored_layers,
+)
+from .formats import NotFiniteError
+from .recipe import Choice, Recipe
+
+RECORD_KEY = "_lowbit"
+RECORD_VERSION = 1
+# What a dense weight becomes when the source holds it in FP8.
+DENSE_DTYPE = torch.bfloat16
+FLOATS = {torch.float64, torch.float32, torch.float16, torch.bfloat16, *FP8_DTYPES}
+
+
+@dataclass
+class LayerRecord:
+    """What became of one linear layer.
+
+    error: relative L2 error of the weight against the source, None where it was kept or copied.
+    """
+
+    name: str
+    format: str | None
+    shape: tuple[int, ...]
+    size_bytes: int
+    error: float | None = None
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Step:
+    """One thing to do: copy a tensor under a name, or write a layer. `layer` is the host's name."""
+
+    target: str
+    source: str
+    layer: str = ""
+    choice: Choice = Choice(None)
+    stored: StoredLayer | None = None
+    shape: tuple[int, ...] = ()
+    size_bytes: int = 0
+
+
+@dataclass
+class Plan:
+    """What becomes of a checkpoint. `records` fills while `stream` runs."""
+
+    checkpoint: Checkpoint
+    recipe: Recipe
+    model: families.Recognised
+    steps: list[Step]
+    records: list[LayerRecord] = field(default_factory=list)
+
+    @property
+    def layers(self) -> list[Step]:
+        """The steps that quantize a layer."""
+        return [s for s in self.steps if s.choice.format]
+
+    def metadata(self) -> dict[str, str]:
+        """Return the metadata of the result: the source's, and a record of what was done."""
+        metadata = {
+            k: v for k, v in self.checkpoint.metadata.items() if k not in (METADATA_KEY, RECORD_KEY)
+        }
+        layers, kept = {}, {}
+        for record in self.records:
+            if record.format is None:
+                kept[record.name] = record.reason
+                continue
+            layers[record.name] = entry = {"format": record.format}
+            if record.error is not None:
+                entry["error"] = float(f"{record.error:.4g}")
+            if record.reason:
+                entry["reason"] = record.reason
+            if self.recipe.format.pad_multiple > 1:
+                entry["shape"] = list(record.shape)
+        metadata[RECORD_KEY] = json.dumps(
+            {
+                "version": RECORD_VERSION,
+                "format": self.recipe.format.name,
+                "recipe": self.recipe.name,
+                "family": self.model.family.name,
+                "variant": self.model.variant,
+                "torch": torch.__version__,
+                "layers": layers,
+                "kept": kept,
+            }
+        )
+        return metadata
+
+
+def plan(
+    checkpoint: Checkpoint,
+    format_name: str,
+    recipe_name: str = recipe.AUTO,
+    keep: Iterable[str] = (),
+) -> Plan:
+    """Return what becomes of every tensor of `checkpoint`.
+
+    Raises ValueError for an unknown format or recipe, CheckpointError when the markings of the
+    source cannot be read or nothing in it would be quantized.
+    """
+    stored = stored_layers(checkpoint)
+    shapes = {name: info.shape for name, info in checkpoint.items()}
+    for name, layer in stored.items():
+        n, k = checkpoint[layer.parts["weight"]].shape
+        shapes[f"{name}.weight"] = layer.shape or (n, k * layer.format.packed)
+    model = families.recognise(shapes)
+    rules = recipe.build(format_name, recipe_name, keep, model)
+    steps = list(_steps(checkpoint, stored, shapes, model, rules))
+    result = Plan(checkpoint, rules, model, steps)
+    if not result.layers:
+        raise CheckpointError(
+            f"{checkpoint.path}: nothing to quantize to {format_name} under recipe {recipe_name}"
+        )
+    return result
+
+
+def _steps(checkpoint, stored, shapes, model, rules) -> Iterator[Step]:
+    consumed = {t for layer in stored.values() for p, t in layer.parts.items() if p != "weight"}
+    for name, info in checkpoint.items():
+        module, _, part = name.rpartition(".")
+        if name in consumed or part in (MARKER, LEGACY_FLAG):
+            continue
+        bare = model.renamed.get(name)
+        # Tensors outside the diffusion model (a VAE, a text encoder) go over as they are.
+        target = name if bare is None else model.prefix + bare
+        quantized = stored.get(module) if part == "weight" else None
+        if bare is None or part != "weight" or not _is_linear(info, shapes[name]):
+            yield Step(target, name, stored=quantized, size_bytes=info.size_bytes)
+            continue
+        layer = bare.removesuffix(".weight")
+        choice = rules.choose(layer, shapes[name])
+        yield Step(target, name, layer, choice, quantized, shapes[name], info.size_bytes)
+
+
+def _is_linear(info: TensorInfo, shape: tuple[int, ...]) -> bool:
+    packed = {torch.int8, torch.uint8}
+    return len(shape) == 2 and (info.dtype in FLOATS or info.dtype in packed)
+
+
+def stream(
+    plan: Plan, device: torch.device | str = "cpu", tick: Callable[[], None] = lambda: None
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield (name, tensor) of the result, in the order of the source, and fill `plan.records`.
+
+    device: where layers are quantized; what is yielded lies on the CPU. tick: called often, also
+    within a layer; may raise to stop. Holds one layer at a time.
+    Raises NotFiniteError that names the layer when a weight holds NaN or Inf.
+    """
+    plan.records.clear()
+    for step in plan.steps:
+        tick()
+        if step.choice.format is None:
+            tensor = _dense(plan.checkpoint, step)
+            if step.layer:
+                size = tensor.nbytes
+                record = LayerRecord(step.layer, None, step.shape, size, None, step.choice.reason)
+                plan.records.append(record)
+            yield step.target, tensor
+        else:
+            yield from _layer(plan, step, torch.device(device), tick)
+
+
+def _dense(checkpoint: Checkpoint, step: Step) -> torch.Tensor:
+    if step.stored:
+        return step.stored.dequantize(checkpoint).to(DENSE_DTYPE)
+    tensor = checkpoint.read(step.source)
+    return tensor.to(DENSE_DTYPE) if tensor.dtype in FP8_DTYPES else tensor
+
+
+def _layer(plan: Plan, step: Step, device: torch.device, tick: Callable[[], None]):
+    fmt = step.choice.format
+    if step.stored and step.stored.format is fmt:
+        tensors, error, reason = _copied(plan.checkpoint, step.stored), None, "as stored"
+    else:
+        tensors, error = _quantized(plan.checkpoint, step, device, tick)
+        tensors[MARKER] = marker_tensor(fmt.marker)
+        reason = step.choice.reason
+    size = sum(t.nbytes for t in tensors.values())
+    plan.records.append(LayerRecord(step.layer, fmt.name, step.shape, size, error, reason))
+    module = step.target.removesuffix(".weight")
+    for part, tensor in tensors.items():
+        yield f"{module}.{part}", tensor
+
+
+def _copied(checkpoint: Checkpoint, stored: StoredLayer) -> dict[str, torch.Tensor]:
+    packed = stored.format.pack(stored.load(checkpoint))
+    extra = {p: checkpoint.read(stored.parts[p]) for p in INPUT_SCALES if p in stored.parts}
+    return packed | extra | {MARKER: marker_tensor(stored.marker)}
+
+
+def _quantized(checkpoint: Checkpoint, step: Step, device: torch.device, tick):
+    fmt = step.choice.format
+    if step.stored:
+        weight = step.stored.dequantize(checkpoint)
+    else:
+        weight = checkpoint.read(step.source)
+        weight = weight.to(DENSE_DTYPE) if weight.dtype in FP8_DTYPES else weight
+    try:
+        quantized, error = fmt.quantize_measured(weight.to(device), tick)
+    except NotFiniteError as problem:
+        raise NotFiniteError(f"{checkpoint.path}: layer {step.layer}: {problem}") from problem
+    return {part: tensor.cpu() for part, tensor in fmt.pack(quantized).items()}, error

@@ -1,0 +1,87 @@
+"""Which layer of a model goes to which format: a format, a family's rules and the user's wishes."""
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from . import families, formats
+from .families.base import EIGHT_BIT, KEEP
+from .formats import Format
+
+AUTO = "auto"
+NONE = "none"
+
+# What takes the layers that stay in 8 bits beside a 4-bit format, the first that fits: the most
+# exact 8-bit format comes first.
+EIGHT_BIT_FORMATS = ("int8_convrot", "fp8_e4m3")
+EIGHT_BITS = 8
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What happens to a layer: its format, or None with the reason why it keeps its precision."""
+
+    format: Format | None
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The rules for one model. family: None for recipe `none`, which spares only what `keep` names.
+
+    blocks: transformer blocks in the main stack. keep: patterns searched in a layer's name.
+    """
+
+    name: str
+    format: Format
+    family: families.Family | None
+    blocks: int
+    keep: tuple[re.Pattern[str], ...] = ()
+
+    def choose(self, layer: str, shape: tuple[int, ...]) -> Choice:
+        """Return what happens to `layer` (host's name, no prefix) with weight `shape` [N, K]."""
+        for pattern in self.keep:
+            if pattern.search(layer):
+                return Choice(None, f"kept as asked: {pattern.pattern}")
+        fmt = self.format
+        if self.family:
+            decision = self.family.decide(layer, shape, self.blocks)
+            if decision.action == KEEP:
+                return Choice(None, decision.reason)
+            if decision.action == EIGHT_BIT and fmt.bits < EIGHT_BITS:
+                return self._eight_bit(shape, decision.reason)
+        unfit = fmt.unfit(shape)
+        return Choice(None, unfit) if unfit else Choice(fmt)
+
+    def _eight_bit(self, shape: tuple[int, ...], reason: str) -> Choice:
+        for name in EIGHT_BIT_FORMATS:
+            fmt = formats.get(name)
+            if not fmt.unfit(shape):
+                return Choice(fmt, f"8 bits: {reason}")
+        return Choice(None, reason)
+
+
+def names() -> tuple[str, ...]:
+    """Return the names of recipes: `auto`, the families', `none`."""
+    return (AUTO, *families.names(), NONE)
+
+
+def build(format_name: str, recipe: str, keep: Iterable[str], model: families.Recognised) -> Recipe:
+    """Return the recipe for a recognised model.
+
+    recipe: `auto` for the model's own family, a family's name, or `none`. keep: regular
+    expressions. Raises ValueError for an unknown name or a malformed expression.
+    """
+    if recipe not in names():
+        raise ValueError(f"unknown recipe {recipe!r}; known are {', '.join(names())}")
+    family = model.family if recipe == AUTO else None if recipe == NONE else families.get(recipe)
+    try:
+        patterns = tuple(re.compile(pattern) for pattern in keep)
+    except re.error as error:
+        raise ValueError(f"keep: {error.pattern!r} is no regular expression: {error}") from error
+    blocks = model.blocks if family is model.family else _count_blocks(family, model)
+    return Recipe(recipe, formats.get(format_name), family, blocks, patterns)
+
+
+def _count_blocks(family: families.Family | None, model: families.Recognised) -> int:
+    return family.count_blocks(model.renamed.values()) if family else 0
