@@ -37,7 +37,7 @@ class Needs:
 
 @dataclass(frozen=True)
 class Call:
-    """What is known of a call before it runs: quantization scheme, device and weight shape [N, K]."""
+    """What is known of a call before it runs: the weight's scheme and shape [N, K], the device."""
 
     scheme: str
     device: torch.device

@@ -1,7 +1,8 @@
 """Turning a checkpoint into a quantized one, a tensor at a time.
 
-`plan` looks only at names and shapes and says what becomes of each tensor; `stream` reads, quantizes
-and yields. The command line writes what it yields to a file, the loader node hands it to the host.
+`plan` looks only at names and shapes and says what becomes of each tensor; `stream` reads,
+quantizes and yields. The command line writes what it yields to a file, the loader node hands it to
+the host.
 """
 
 import json
@@ -29,6 +30,7 @@ RECORD_KEY = "_lowbit"
 RECORD_VERSION = 1
 # What a dense weight becomes when the source holds it in FP8.
 DENSE_DTYPE = torch.bfloat16
+UNTOUCHED = Choice(None)
 FLOATS = {torch.float64, torch.float32, torch.float16, torch.bfloat16, *FP8_DTYPES}
 
 
@@ -54,7 +56,7 @@ class Step:
     target: str
     source: str
     layer: str = ""
-    choice: Choice = Choice(None)
+    choice: Choice = UNTOUCHED
     stored: StoredLayer | None = None
     shape: tuple[int, ...] = ()
     size_bytes: int = 0

@@ -15,13 +15,13 @@ SELF_TEST_MAX_ERROR = 0.08
 
 
 def quantize_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Round each row of x [M, K] to E4M3; return (stored [M, K], scale [M, 1] float32, never zero)."""
+    """Round each row of x [M, K] to E4M3; return (stored, scale [M, 1] float32, never zero)."""
     scale = (x.abs().amax(dim=1, keepdim=True).float() / FP8_MAX).clamp_min(TINY)
     return (x.float() / scale).clamp(-FP8_MAX, FP8_MAX).to(FP8), scale
 
 
 def run(x: torch.Tensor, weight: QuantizedTensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """Return x · Wᵀ + bias with x quantized per token; x [M, K], weight [N, K], bias [N] or None."""
+    """Return x · Wᵀ + bias, x quantized per token; x [M, K], weight [N, K], bias [N] or None."""
     stored, scale = quantize_rows(x)
     out_dtype = x.dtype if x.dtype == torch.float16 else torch.bfloat16
     out = torch._scaled_mm(

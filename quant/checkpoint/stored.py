@@ -85,7 +85,7 @@ def recorded_shapes(checkpoint: Checkpoint) -> dict[str, tuple[int, int]]:
 
 
 def _shape_from_bias(checkpoint, parts: Mapping[str, str], fmt) -> tuple[int, int] | None:
-    """Return [N, K] with N from the bias where the format pads rows; None to take what is stored."""
+    """Return [N, K], N from the bias, where the format pads rows; None: take what is stored."""
     if fmt.pad_multiple == 1 or "bias" not in parts:
         return None
     n, k = checkpoint[parts["weight"]].shape

@@ -1,7 +1,7 @@
 """What a number format is: one frozen record, and a comfy-kitchen layout that does its arithmetic.
 
-A quantized weight is a comfy-kitchen `QuantizedTensor`: the payload, the name of a registered layout
-and the layout's frozen `Params`. Our layouts extend comfy-kitchen's, under names of their own, so
+A quantized weight is a comfy-kitchen `QuantizedTensor`: the payload, the name of a registered
+layout and the layout's frozen `Params`. Our layouts extend comfy-kitchen's, under names of their own, so
 that the host's loading, LoRA, streaming and saving work on them and `ops.linear` does the product.
 """
 
