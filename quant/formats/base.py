@@ -1,8 +1,9 @@
 """What a number format is: one frozen record, and a comfy-kitchen layout that does its arithmetic.
 
 A quantized weight is a comfy-kitchen `QuantizedTensor`: the payload, the name of a registered
-layout and the layout's frozen `Params`. Our layouts extend comfy-kitchen's, under names of their own, so
-that the host's loading, LoRA, streaming and saving work on them and `ops.linear` does the product.
+layout and the layout's frozen `Params`. Our layouts extend comfy-kitchen's, under names of their
+own, so that the host's loading, LoRA, streaming and saving work on them and `ops.linear` does the
+product.
 """
 
 import dataclasses
@@ -33,6 +34,8 @@ class Format:
 
     `marker` is what the layer's `comfy_quant` JSON holds on disk; `scales` maps the layout's
     parameter names to the tensor names beside `weight`; `optional` are scales that a file may lack.
+    `native`: the host loads it without this pack; else `stand_in` is the host's name of a format
+    with the same tensors.
     """
 
     name: str
@@ -47,6 +50,7 @@ class Format:
     scales: Mapping[str, str]
     optional: frozenset[str] = frozenset()
     native: bool = True
+    stand_in: str | None = None
     chunked: bool = True
     k_multiple: int = 1
     pad_multiple: int = 1

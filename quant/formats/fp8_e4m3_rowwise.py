@@ -51,4 +51,5 @@ FORMAT = Format(
     marker={"format": "float8_e4m3fn_rowwise"},
     scales={"scale": "weight_scale"},
     native=False,
+    stand_in="float8_e4m3fn",
 )

@@ -1,0 +1,329 @@
+"""The only module that knows ComfyUI.
+
+Files are read by this pack's own streaming reader and handed to the host's loader in the host's own
+layout of tensors; afterwards each quantized weight is shown under our layout. A model from another
+loader is changed only through object patches on a clone of its `ModelPatcher`, which the host sets
+and takes back itself.
+"""
+
+import dataclasses
+import importlib.util
+import json
+import logging
+import os
+import uuid
+from collections.abc import Iterator
+
+import torch
+from comfy_kitchen.tensor import QuantizedTensor
+
+from ..quant import convert, families, formats, recipe
+from ..quant.checkpoint import Checkpoint, CheckpointWriter
+from ..quant.checkpoint.stored import MARKER, marker_tensor, stored_layers
+from ..quant.checkpoint.writer import ENTRY_BYTES
+from ..quant.convert import RECORD_KEY, LayerRecord
+from .inputs import AS_STORED
+
+logger = logging.getLogger(__name__)
+
+FOLDER = "diffusion_models"
+ATTACHMENT = "lowbit_records"
+ROOT = "diffusion_model"
+
+
+def model_names() -> list[str]:
+    """Return the files of models/diffusion_models; none where there is no ComfyUI."""
+    if importlib.util.find_spec("folder_paths") is None:
+        return []
+    import folder_paths
+
+    return folder_paths.get_filename_list(FOLDER)
+
+
+def model_path(name: str) -> str:
+    """Return the path of a file of models/diffusion_models. Raises FileNotFoundError."""
+    import folder_paths
+
+    return folder_paths.get_full_path_or_raise(FOLDER, name)
+
+
+def load_model(path, format_name, recipe_name, keep=(), disable_dynamic=False):
+    """Return a ModelPatcher for the checkpoint at `path`, quantized while it is read.
+
+    Raises what `convert.plan` and `convert.stream` raise, and ValueError when the host does not
+    recognise the model.
+    """
+    import comfy.sd
+
+    checkpoint = Checkpoint(path)
+    if format_name == AS_STORED:
+        state, records = _as_stored(checkpoint)
+    else:
+        work = convert.plan(checkpoint, format_name, recipe_name, keep)
+        state, records = _streamed(work), work.records
+    markers = _stand_in(state)
+    patcher = comfy.sd.load_diffusion_model_state_dict(
+        state, metadata=dict(checkpoint.metadata), disable_dynamic=disable_dynamic
+    )
+    if patcher is None:
+        raise ValueError(f"{path}: ComfyUI does not recognise the model")
+    for name, module in _linears(patcher):
+        if isinstance(module.weight, QuantizedTensor):
+            fmt = formats.from_marker(markers.get(name) or _marker(module))
+            _show(module, fmt, module.weight)
+    patcher.cached_patcher_init = (load_model, (path, format_name, recipe_name, tuple(keep)))
+    patcher.set_attachments(ATTACHMENT, list(records))
+    return patcher
+
+
+def _streamed(work: convert.Plan) -> dict[str, torch.Tensor]:
+    bar, tick = _progress(len(work.steps))
+    done = {step.target for step in work.steps}
+    state = {}
+    for name, tensor in convert.stream(work, _device(), tick):
+        state[name] = tensor
+        if name in done:
+            bar.update(1)
+    return state
+
+
+def _as_stored(checkpoint: Checkpoint) -> tuple[dict[str, torch.Tensor], list[LayerRecord]]:
+    """Return the tensors as the host maps them, legacy markings in its words, and the records."""
+    import comfy.utils
+
+    stored = stored_layers(checkpoint)
+    parts = {t: f"{n}.{p}" for n, layer in stored.items() for p, t in layer.parts.items()}
+    state = {
+        parts.get(name, name): tensor
+        for name, tensor in comfy.utils.load_torch_file(checkpoint.path).items()
+        if name.rpartition(".")[2] not in (convert.LEGACY_FLAG, MARKER)
+    }
+    for name, layer in stored.items():
+        state[f"{name}.{MARKER}"] = marker_tensor(layer.marker)
+    checkpoint.metadata.pop(convert.METADATA_KEY, None)
+    return state, list(_stored_records(checkpoint, stored))
+
+
+def _stored_records(checkpoint: Checkpoint, stored) -> Iterator[LayerRecord]:
+    """Yield a record per quantized layer, with the errors that this pack wrote into the file."""
+    errors = json.loads(checkpoint.metadata.get(RECORD_KEY, "{}")).get("layers", {})
+    for name, layer in stored.items():
+        n, k = checkpoint[layer.parts["weight"]].shape
+        size = sum(checkpoint[t].size_bytes for t in layer.parts.values())
+        bare = _bare(name)
+        shape = layer.shape or (n, k * layer.format.packed)
+        error = errors.get(bare, {}).get("error")
+        yield LayerRecord(bare, layer.format.name, shape, size, error, "as stored")
+
+
+def _bare(name: str) -> str:
+    prefix = next(p for p in families.PREFIXES if name.startswith(p))
+    return name.removeprefix(prefix)
+
+
+def _stand_in(state: dict[str, torch.Tensor]) -> dict[str, dict]:
+    """Put markers that the host knows in place of ours; return the true ones by layer."""
+    markers = {}
+    for name in [n for n in state if n.endswith(f".{MARKER}")]:
+        marker = json.loads(state[name].numpy().tobytes())
+        fmt = formats.from_marker(marker)
+        if fmt.stand_in:
+            markers[_bare(name.removesuffix(f".{MARKER}"))] = marker
+            state[name] = marker_tensor({**marker, "format": fmt.stand_in})
+    return markers
+
+
+def _linears(patcher) -> Iterator[tuple[str, torch.nn.Module]]:
+    """Yield (name below the diffusion model, module) of every linear layer as `patcher` has it."""
+    root = patcher.get_model_object(ROOT)
+    for name, module in root.named_modules():
+        module = patcher.get_model_object(f"{ROOT}.{name}") if name else module
+        weight = getattr(module, "weight", None)
+        if hasattr(module, "in_features") and weight is not None and weight.dim() == 2:
+            yield name, module
+
+
+def _marker(module) -> dict:
+    """Return the `comfy_quant` marker of one of the host's quantized modules."""
+    params = module.weight._params
+    return {"format": module.quant_format, "convrot": getattr(params, "convrot", False)}
+
+
+def _show(module, fmt: formats.Format, weight: QuantizedTensor) -> None:
+    """Give a module, which nobody else holds, `weight` under our layout."""
+    import comfy.quant_ops
+
+    quantized = QuantizedTensor(weight._qdata, fmt.layout.__name__, weight._params)
+    module.weight = torch.nn.Parameter(quantized, requires_grad=False)
+    module.quant_format = fmt.marker["format"]
+    module.layout_type = fmt.layout.__name__
+    # Where the host would quantize the activation itself, take it as it is: our layouts do that.
+    host_format = comfy.quant_ops.QUANT_ALGOS.get(fmt.stand_in or module.quant_format, {})
+    module._full_precision_mm = host_format.get("quantize_input", True)
+
+
+def quantize_model(patcher, format_name: str, recipe_name: str = recipe.AUTO, keep=()):
+    """Return a clone of `patcher` whose linear layers are quantized, by object patches.
+
+    Raises ValueError for unknown names and when nothing would be quantized.
+    """
+    modules = dict(_linears(patcher))
+    chosen = _choose(modules, patcher, format_name, recipe_name, keep)
+    if not any(choice.format for choice in chosen.values()):
+        raise ValueError(f"nothing to quantize to {format_name} under recipe {recipe_name}")
+    clone = patcher.clone()
+    bar, tick = _progress(len(modules))
+    known = {r.name: r for r in layer_records(patcher)}
+    saved = 0
+    for name, module in modules.items():
+        choice = chosen[name]
+        if choice.format:
+            new, error = _quantized(patcher, name, module, choice.format, tick)
+            clone.add_object_patch(f"{ROOT}.{name}", _replacement(module, choice.format, new))
+            error = known[name].error if error is None else error
+            before = known[name].size_bytes
+            known[name] = _record(name, new, choice.format, error, choice.reason)
+            saved += before - known[name].size_bytes
+        elif choice.reason:
+            known[name] = dataclasses.replace(known[name], reason=choice.reason)
+        bar.update(1)
+    # The clone's layers are others: without a new id the host would not load them.
+    clone.patches_uuid = uuid.uuid4()
+    clone.size = max(patcher.model_size() - saved, 1)
+    clone.set_attachments(ATTACHMENT, list(known.values()))
+    return clone
+
+
+def _choose(modules, patcher, format_name, recipe_name, keep) -> dict[str, recipe.Choice]:
+    if format_name == AS_STORED:
+        return {n: recipe.Choice(_format(m), "as stored") for n, m in modules.items()}
+    state = patcher.get_model_object(ROOT).state_dict()
+    shapes = {name: tuple(value.shape) for name, value in state.items()}
+    model = families.recognise(shapes)
+    rules = recipe.build(format_name, recipe_name, keep, model)
+    return {name: rules.choose(name, tuple(m.weight.shape)) for name, m in modules.items()}
+
+
+def _format(module) -> formats.Format | None:
+    """Return the format of a module's weight, under our layout or the host's, or None."""
+    if not isinstance(module.weight, QuantizedTensor):
+        return None
+    return formats.from_marker(_marker(module))
+
+
+def _base_weight(patcher, name: str, module) -> torch.Tensor:
+    """Return a module's weight without patches: the host keeps it aside while one is applied."""
+    import comfy.utils
+
+    backup = patcher.backup.get(f"{ROOT}.{name}.weight")
+    if backup is not None and comfy.utils.get_attr(patcher.model, f"{ROOT}.{name}") is module:
+        return backup.weight
+    return module.weight
+
+
+def _quantized(patcher, name, module, fmt, tick) -> tuple[QuantizedTensor, float | None]:
+    """Return a module's weight in `fmt` and its error, None where its bits are kept."""
+    weight = _base_weight(patcher, name, module)
+    if _format(module) is fmt:
+        return QuantizedTensor(weight._qdata, fmt.layout.__name__, weight._params), None
+    home, dtype = weight.device, weight.dtype
+    if isinstance(weight, QuantizedTensor):
+        weight = weight.dequantize()
+    elif weight.dtype in convert.FP8_DTYPES:
+        weight = weight.to(convert.DENSE_DTYPE)
+    try:
+        new, error = fmt.quantize_measured(weight.to(patcher.load_device), tick)
+    except formats.NotFiniteError as problem:
+        raise formats.NotFiniteError(f"layer {name}: {problem}") from problem
+    # A weight whose logical dtype is not the one computed in would be dequantized by the host.
+    dtype = patcher.get_model_object("manual_cast_dtype") or dtype
+    return new.to(device=home).to(dtype=dtype), error
+
+
+def _replacement(module, fmt: formats.Format, weight: QuantizedTensor) -> torch.nn.Module:
+    """Return a Linear of the host's with `weight` and the bias of `module`."""
+    import comfy.ops
+
+    operations = comfy.ops.mixed_precision_ops(compute_dtype=weight.dtype)
+    new = operations.Linear(
+        module.in_features, module.out_features, bias=False, device="meta", dtype=weight.dtype
+    )
+    if module.bias is not None:
+        # Another Parameter on the same memory: the host moves Parameters from device to device.
+        new.bias = torch.nn.Parameter(module.bias.detach(), requires_grad=False)
+    _show(new, fmt, weight)
+    for extra in ("input_scale", "pre_quant_scale"):
+        value = getattr(module, extra, None)
+        if value is not None:
+            new.register_parameter(extra, torch.nn.Parameter(value.detach(), requires_grad=False))
+    return new.eval()
+
+
+def _record(name, weight, fmt, error=None, reason="") -> LayerRecord:
+    size = sum(t.nbytes for t in fmt.pack(weight).values()) if fmt else weight.nbytes
+    return LayerRecord(name, fmt and fmt.name, tuple(weight.shape), size, error, reason)
+
+
+def layer_records(patcher) -> list[LayerRecord]:
+    """Return a record of every linear layer, with errors where this pack measured them."""
+    known = {r.name: r for r in patcher.attachments.get(ATTACHMENT, [])}
+    return [
+        known.get(name) or _record(name, _base_weight(patcher, name, module), _format(module))
+        for name, module in _linears(patcher)
+    ]
+
+
+def save_model(patcher, prefix: str, prompt=None, extra_pnginfo: dict | None = None) -> str:
+    """Write the diffusion model, patches merged, under the output folder and return the path."""
+    import comfy.cli_args
+    import comfy.model_management
+    import folder_paths
+
+    folder, name, counter, *_ = folder_paths.get_save_image_path(
+        prefix, folder_paths.get_output_directory()
+    )
+    path = os.path.join(folder, f"{name}_{counter:05}_.safetensors")
+    metadata = {RECORD_KEY: json.dumps(_summary(patcher))}
+    if not comfy.cli_args.args.disable_metadata:
+        metadata |= {k: json.dumps(v) for k, v in (extra_pnginfo or {}).items()}
+        metadata |= {"prompt": json.dumps(prompt)} if prompt is not None else {}
+    comfy.model_management.load_models_gpu([patcher])
+    state = patcher.state_dict_for_saving()
+    bar, tick = _progress(len(state))
+    room = {
+        "names_bytes": sum(len(json.dumps(n)) + ENTRY_BYTES for n in state),
+        "metadata_bytes": len(json.dumps(metadata)),
+    }
+    with CheckpointWriter(path, **room) as writer:
+        for key, value in state.items():
+            tick()
+            writer.add(key, value)
+            bar.update(1)
+        writer.finish(metadata)
+    logger.info("LowBit saved %s", path)
+    return path
+
+
+def _summary(patcher) -> dict:
+    layers = {}
+    for record in layer_records(patcher):
+        if record.format:
+            layers[record.name] = {"format": record.format, "shape": list(record.shape)}
+            if record.error is not None:
+                layers[record.name]["error"] = float(f"{record.error:.4g}")
+    return {"version": convert.RECORD_VERSION, "layers": layers}
+
+
+def _device() -> torch.device:
+    import comfy.model_management
+
+    return comfy.model_management.get_torch_device()
+
+
+def _progress(total: int):
+    """Return the host's progress bar and a function that stops when the user interrupts."""
+    import comfy.model_management
+    import comfy.utils
+
+    stop = comfy.model_management.throw_exception_if_processing_interrupted
+    return comfy.utils.ProgressBar(max(total, 1)), stop

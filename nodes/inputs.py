@@ -1,0 +1,38 @@
+"""Inputs that several nodes share. The same on every machine: hardware is checked when one runs."""
+
+from ..quant import formats, recipe
+
+AS_STORED = "as_stored"
+CATEGORY = "LowBit"
+
+
+def format_input(default: str) -> tuple:
+    """Return the `format` input: `as_stored`, then every number format."""
+    tooltip = (
+        "Number format of the weights. int8_convrot: 8 bits, the most exact. fp8_*: 8 bits. "
+        "nvfp4, asym_w4a8_int8, convrot_w4a4: 4 bits, the smallest. as_stored: keep what is there."
+    )
+    return ([AS_STORED, *formats.names()], {"default": default, "tooltip": tooltip})
+
+
+def recipe_input() -> tuple:
+    """Return the `recipe` input."""
+    tooltip = (
+        "Which layers are quantized. auto: the rules of the model's own family, which spare "
+        "embeddings, modulation, norms and the head. none: every linear layer."
+    )
+    return (list(recipe.names()), {"default": recipe.AUTO, "tooltip": tooltip, "advanced": True})
+
+
+def keep_input() -> tuple:
+    """Return the `keep` input."""
+    tooltip = (
+        "Layers to leave in their own precision: regular expressions searched in the layer's name, "
+        "one a line, for example blocks\\.0\\. for the first block. Empty: none."
+    )
+    return ("STRING", {"default": "", "multiline": True, "tooltip": tooltip, "advanced": True})
+
+
+def keep_patterns(text: str) -> list[str]:
+    """Return the expressions of a `keep` input: its lines that are not blank."""
+    return [line.strip() for line in text.splitlines() if line.strip()]

@@ -1,0 +1,39 @@
+"""The node that loads a diffusion model and quantizes it on the way."""
+
+from . import host
+from .inputs import AS_STORED, CATEGORY, format_input, keep_input, keep_patterns, recipe_input
+
+
+class LowBitLoadDiffusionModel:
+    """Load a file from models/diffusion_models, quantized while it is read."""
+
+    DISPLAY_NAME = "Load Diffusion Model (LowBit)"
+    DESCRIPTION = (
+        "Loads a WanVideo, Qwen-Image or other diffusion model and quantizes it while reading: the "
+        "16-bit model is never in memory as a whole. Files that are quantized already load as they "
+        "are with as_stored."
+    )
+    CATEGORY = CATEGORY
+    RETURN_TYPES = ("MODEL",)
+    RETURN_NAMES = ("model",)
+    OUTPUT_TOOLTIPS = ("The model, with quantized weights.",)
+    FUNCTION = "load"
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        tooltip = "A file of models/diffusion_models: 16 or 32 bits, or quantized already."
+        return {
+            "required": {
+                "model_name": (host.model_names(), {"tooltip": tooltip}),
+                "format": format_input(AS_STORED),
+                "recipe": recipe_input(),
+                "keep": keep_input(),
+            }
+        }
+
+    def load(self, model_name, format, recipe, keep):
+        path = host.model_path(model_name)
+        return (host.load_model(path, format, recipe, tuple(keep_patterns(keep))),)
+
+
+NODE = LowBitLoadDiffusionModel
