@@ -226,7 +226,7 @@ def _quantized(patcher, name, module, fmt, tick) -> tuple[QuantizedTensor, float
     weight = _base_weight(patcher, name, module)
     if _format(module) is fmt:
         return QuantizedTensor(weight._qdata, fmt.layout.__name__, weight._params), None
-    home, dtype = weight.device, weight.dtype
+    home = weight.device
     if isinstance(weight, QuantizedTensor):
         weight = weight.dequantize()
     elif weight.dtype in convert.FP8_DTYPES:
@@ -236,7 +236,7 @@ def _quantized(patcher, name, module, fmt, tick) -> tuple[QuantizedTensor, float
     except formats.NotFiniteError as problem:
         raise formats.NotFiniteError(f"layer {name}: {problem}") from problem
     # A weight whose logical dtype is not the one computed in would be dequantized by the host.
-    dtype = patcher.get_model_object("manual_cast_dtype") or dtype
+    dtype = patcher.get_model_object("manual_cast_dtype") or patcher.model.get_dtype()
     return new.to(device=home).to(dtype=dtype), error
 
 
@@ -288,20 +288,51 @@ def save_model(patcher, prefix: str, prompt=None, extra_pnginfo: dict | None = N
         metadata |= {k: json.dumps(v) for k, v in (extra_pnginfo or {}).items()}
         metadata |= {"prompt": json.dumps(prompt)} if prompt is not None else {}
     comfy.model_management.load_models_gpu([patcher])
-    state = patcher.state_dict_for_saving()
-    bar, tick = _progress(len(state))
+    names = list(patcher.model.diffusion_model.state_dict())
+    # The host's own naming of the parts of a checkpoint; it looks at names only.
+    targets = patcher.model.model_config.process_unet_state_dict_for_saving({n: n for n in names})
+    targets = {source: target for target, source in targets.items()}
+    bar, tick = _progress(len(names))
     room = {
-        "names_bytes": sum(len(json.dumps(n)) + ENTRY_BYTES for n in state),
+        "names_bytes": sum(len(json.dumps(n)) + ENTRY_BYTES for n in targets.values()),
         "metadata_bytes": len(json.dumps(metadata)),
     }
     with CheckpointWriter(path, **room) as writer:
-        for key, value in state.items():
+        for key, value in _patched_state(patcher):
             tick()
-            writer.add(key, value)
+            writer.add(targets[key], value)
             bar.update(1)
         writer.finish(metadata)
     logger.info("LowBit saved %s", path)
     return path
+
+
+def _patched_state(patcher) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield (name, tensor) of the diffusion model of a loaded patcher, patches merged, one by one.
+
+    The host's own `state_dict_for_saving` fails on integer payloads of layers that are not resident
+    (it makes them Parameters that want gradients), and merges a patch twice where it keeps small
+    layers resident.
+    """
+    state = patcher.model.diffusion_model.state_dict()
+    merged: dict[str, torch.Tensor] = {}
+    for name, value in state.items():
+        key = f"{ROOT}.{name}"
+        if name in merged:
+            yield name, merged.pop(name)
+        elif key not in patcher.patches or _is_merged(patcher, key):
+            yield name, value
+        else:
+            weight = patcher.patch_weight_to_device(key, patcher.load_device, return_weight=True)
+            if isinstance(weight, QuantizedTensor):
+                merged = weight.state_dict(name)
+                weight = merged.pop(name)
+            yield name, weight
+
+
+def _is_merged(patcher, key: str) -> bool:
+    """Return whether the host has put a patched weight in place; it then keeps the original."""
+    return key in patcher.backup
 
 
 def _summary(patcher) -> dict:

@@ -27,4 +27,7 @@ def round_stochastic(x: torch.Tensor, grid: torch.dtype | str, seed: int) -> tor
     # frexp gives x = m · 2^e with 0.5 <= |m| < 1, so the leading bit has exponent e - 1.
     exponent = (torch.frexp(x).exponent - 1).clamp_min(min_exponent)
     step = torch.ldexp(torch.ones_like(x), exponent - mantissa_bits)
-    return (torch.floor(x / step + noise) * step).clamp(-largest, largest)
+    steps = x / step
+    low = torch.floor(steps)
+    # Compared, not added to `steps`: the sum would round up to the next step now and then.
+    return ((low + (noise < steps - low)) * step).clamp(-largest, largest)

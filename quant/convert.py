@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from . import families, recipe
+from . import families, formats, recipe
 from .checkpoint import Checkpoint, CheckpointError, TensorInfo
 from .checkpoint.stored import (
     FP8_DTYPES,
@@ -92,7 +92,7 @@ class Plan:
                 entry["error"] = float(f"{record.error:.4g}")
             if record.reason:
                 entry["reason"] = record.reason
-            if self.recipe.format.pad_multiple > 1:
+            if formats.get(record.format).pad_multiple > 1:
                 entry["shape"] = list(record.shape)
         metadata[RECORD_KEY] = json.dumps(
             {
@@ -146,7 +146,7 @@ def _steps(checkpoint, stored, shapes, model, rules) -> Iterator[Step]:
         # Tensors outside the diffusion model (a VAE, a text encoder) go over as they are.
         target = name if bare is None else model.prefix + bare
         quantized = stored.get(module) if part == "weight" else None
-        if bare is None or part != "weight" or not _is_linear(info, shapes[name]):
+        if bare is None or part != "weight" or not _is_linear(info, quantized, shapes[name]):
             yield Step(target, name, stored=quantized, size_bytes=info.size_bytes)
             continue
         layer = bare.removesuffix(".weight")
@@ -154,9 +154,9 @@ def _steps(checkpoint, stored, shapes, model, rules) -> Iterator[Step]:
         yield Step(target, name, layer, choice, quantized, shapes[name], info.size_bytes)
 
 
-def _is_linear(info: TensorInfo, shape: tuple[int, ...]) -> bool:
-    packed = {torch.int8, torch.uint8}
-    return len(shape) == 2 and (info.dtype in FLOATS or info.dtype in packed)
+def _is_linear(info: TensorInfo, stored: StoredLayer | None, shape: tuple[int, ...]) -> bool:
+    # Integers without a marking are some other packing, and stay as they are.
+    return len(shape) == 2 and (info.dtype in FLOATS or stored is not None)
 
 
 def stream(

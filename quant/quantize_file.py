@@ -52,12 +52,12 @@ def quantize_file(
     CheckpointError when `target` exists and `overwrite` is false, and what `plan`, `stream` and
     the writer raise; `target` is then absent or as it was.
     """
-    source, target = os.fspath(source), os.fspath(target)
-    if os.path.exists(target):
-        _check_replaceable(source, target, overwrite)
+    target = os.fspath(target)
     if not target.endswith(".safetensors"):
         raise CheckpointError(f"{target}: the name must end with .safetensors")
     checkpoint = Checkpoint(source)
+    if os.path.exists(target):
+        _check_replaceable(checkpoint, target, overwrite)
     work = plan(checkpoint, format_name, recipe_name, keep)
     sizes = {s.target: s.size_bytes for s in work.steps}
     total, done, written = sum(sizes.values()), 0, 0
@@ -73,10 +73,10 @@ def quantize_file(
     return Result(target, work, checkpoint.size_bytes, written, seconds)
 
 
-def _check_replaceable(source: str, target: str, overwrite: bool) -> None:
+def _check_replaceable(checkpoint: Checkpoint, target: str, overwrite: bool) -> None:
     if os.path.isdir(target):
         raise CheckpointError(f"{target}: it is a folder")
-    if os.path.realpath(source) == os.path.realpath(target):
+    if any(os.path.samefile(path, target) for path in {i.path for i in checkpoint.values()}):
         raise CheckpointError(f"{target}: source and target are the same file")
     if not overwrite:
         raise CheckpointError(f"{target}: it exists; pass --overwrite to replace it")
@@ -89,7 +89,8 @@ def _header_room(work: Plan) -> dict[str, int]:
         name_bytes = len(json.dumps(step.target)) + ENTRY_BYTES
         names += name_bytes * (TENSORS_PER_LAYER if step.choice.format else 1)
         if step.layer:
-            # JSON inside JSON: every quote of the record is escaped once more.
-            metadata += 2 * (len(step.layer) + len(step.choice.reason)) + 2 * RECORD_BYTES
-    metadata += 2 * len(json.dumps(work.checkpoint.metadata)) + 4 * RECORD_BYTES
+            # JSON inside JSON: what the record holds is escaped twice.
+            words = step.layer + step.choice.reason
+            metadata += len(json.dumps(json.dumps(words))) + 2 * RECORD_BYTES
+    metadata += len(json.dumps(work.checkpoint.metadata)) + 4 * RECORD_BYTES
     return {"names_bytes": names, "metadata_bytes": metadata}

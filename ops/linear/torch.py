@@ -47,7 +47,8 @@ def self_test(device: torch.device) -> str | None:
         return f"torch._scaled_mm with rowwise scales fails here: {error}"
     want = a.double() @ b.double().t()
     error = ((out.double() - want).norm() / want.norm()).item()
-    if error > SELF_TEST_MAX_ERROR:
+    # Not `>`, which NaN would pass.
+    if not error <= SELF_TEST_MAX_ERROR:
         return f"torch._scaled_mm with rowwise scales errs by {error:.2f} here"
     return None
 

@@ -10,12 +10,15 @@ import os
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 LENGTH_BYTES = 8
 MAX_HEADER_BYTES = 100_000_000
 ALIGNMENT = 8
+# The one name that is no tensor's.
+METADATA = "__metadata__"
 
 DTYPES = {
     "F64": torch.float64,
@@ -77,10 +80,12 @@ def _parse(path: str, size: int, file) -> tuple[dict[str, TensorInfo], dict[str,
             f"file has {size}"
         )
     try:
-        header = json.loads(file.read(length))
-        metadata = header.pop("__metadata__", {}) or {}
+        header = json.loads(file.read(length), object_pairs_hook=_unique)
+        metadata = header.pop(METADATA, None) or {}
+        if not all(isinstance(text, str) for text in metadata.values()):
+            raise ValueError("metadata that is not text")
         entries = sorted(header.items(), key=lambda item: item[1]["data_offsets"])
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{path}: the safetensors header is malformed: {error}") from error
     base = LENGTH_BYTES + length
     tensors = {}
@@ -99,6 +104,13 @@ def _parse(path: str, size: int, file) -> tuple[dict[str, TensorInfo], dict[str,
     return tensors, metadata
 
 
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a name is used twice")
+    return found
+
+
 def _info(path: str, name: str, entry: Mapping, base: int) -> TensorInfo:
     try:
         code, shape = entry["dtype"], tuple(entry["shape"])
@@ -107,7 +119,7 @@ def _info(path: str, name: str, entry: Mapping, base: int) -> TensorInfo:
         integers = all(type(v) is int and v >= 0 for v in (*shape, start, end))
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path}: tensor {name} has a malformed header: {error}") from error
-    if code not in DTYPES:
+    if not isinstance(code, str) or code not in DTYPES:
         raise CheckpointError(f"{path}: tensor {name} has the unsupported dtype {code}")
     if not integers or end - start != elements * DTYPES[code].itemsize:
         raise CheckpointError(
@@ -131,7 +143,7 @@ def encode_header(
         for name, (dtype, shape, start, end) in entries.items()
     }
     if metadata:
-        header = {"__metadata__": dict(metadata), **header}
+        header = {METADATA: dict(metadata), **header}
     text = json.dumps(header, separators=(",", ":")).encode()
     if length is None:
         length = -(-len(text) // ALIGNMENT) * ALIGNMENT

@@ -102,7 +102,7 @@ def _indexed(index: str) -> list[str]:
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         raise CheckpointError(f"{index}: not a readable index of shards: {error}") from error
     folder = os.path.dirname(index)
-    outside = [n for n in names if os.path.basename(n) != n]
+    outside = [n for n in names if not isinstance(n, str) or os.path.basename(n) != n]
     if outside:
         raise CheckpointError(f"{index}: shard {outside[0]!r} is not beside its index")
     missing = [n for n in names if not os.path.isfile(os.path.join(folder, n))]

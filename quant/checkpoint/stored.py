@@ -58,7 +58,7 @@ def stored_layers(checkpoint: Checkpoint) -> dict[str, StoredLayer]:
     Raises CheckpointError when a marking cannot be read or names an unknown format.
     """
     shapes = recorded_shapes(checkpoint)
-    parts = _parts(checkpoint)
+    parts = parts_by_layer(checkpoint)
     layers = {}
     for name, (marker, marked_by) in _markings(checkpoint, parts).items():
         if "weight" not in parts.get(name, {}):
@@ -70,7 +70,12 @@ def stored_layers(checkpoint: Checkpoint) -> dict[str, StoredLayer]:
         except ValueError as error:
             raise CheckpointError(f"{checkpoint.path}: layer {name}: {error}") from error
         named = {p: t for p, t in parts[name].items() if p not in (MARKER, "bias")}
-        shape = shapes.get(name) or _shape_from_bias(checkpoint, parts[name], fmt)
+        if len(checkpoint[named["weight"]].shape) != 2:
+            raise CheckpointError(
+                f"{checkpoint.path}: layer {name}: a quantized weight is [N, K], this one "
+                f"{list(checkpoint[named['weight']].shape)}"
+            )
+        shape = _recorded(shapes, name) or _shape_from_bias(checkpoint, parts[name], fmt)
         layers[name] = StoredLayer(name, fmt, marker, marked_by, named, shape)
     return layers
 
@@ -84,6 +89,13 @@ def recorded_shapes(checkpoint: Checkpoint) -> dict[str, tuple[int, int]]:
         return {}
 
 
+def _recorded(shapes: Mapping[str, tuple[int, int]], module: str) -> tuple[int, int] | None:
+    """Return the shape recorded for `module`; records lack the prefix of the file's names."""
+    while module not in shapes and "." in module:
+        module = module.partition(".")[2]
+    return shapes.get(module)
+
+
 def _shape_from_bias(checkpoint, parts: Mapping[str, str], fmt) -> tuple[int, int] | None:
     """Return [N, K], N from the bias, where the format pads rows; None: take what is stored."""
     if fmt.pad_multiple == 1 or "bias" not in parts:
@@ -92,7 +104,7 @@ def _shape_from_bias(checkpoint, parts: Mapping[str, str], fmt) -> tuple[int, in
     return (min(n, checkpoint[parts["bias"]].shape[0]), k * fmt.packed)
 
 
-def _parts(checkpoint: Checkpoint) -> dict[str, dict[str, str]]:
+def parts_by_layer(checkpoint: Checkpoint) -> dict[str, dict[str, str]]:
     """Return module → part → tensor name, with legacy part names in the host's words."""
     parts: dict[str, dict[str, str]] = {}
     for name in checkpoint:
@@ -103,27 +115,29 @@ def _parts(checkpoint: Checkpoint) -> dict[str, dict[str, str]]:
 
 def _markings(checkpoint: Checkpoint, parts) -> dict[str, tuple[dict[str, Any], str]]:
     found = {}
-    legacy = any(name.rpartition(".")[2] == LEGACY_FLAG for name in checkpoint)
+    flags = [i for name, i in checkpoint.items() if name.rpartition(".")[2] == LEGACY_FLAG]
+    # A flag of two elements asks for products in full precision.
+    options = {"full_precision_matrix_mult": True} if any(i.shape == (2,) for i in flags) else {}
     for module, named in parts.items():
         if MARKER in named:
-            found[module] = (_read_marker(checkpoint, named[MARKER]), MARKER)
+            found[module] = (read_marker(checkpoint, named[MARKER]), MARKER)
         elif "weight" in named and "weight_scale" in named:
             info = checkpoint[named["weight"]]
             if info.dtype in FP8_DTYPES:
-                marker = {"format": _fp8_name(checkpoint, named, info)}
-                found[module] = (marker, LEGACY_FLAG if legacy else "nothing")
-    for module, marker in _metadata_markers(checkpoint).items():
+                marker = {"format": fp8_name(checkpoint, named, info), **options}
+                found[module] = (marker, LEGACY_FLAG if flags else "nothing")
+    for module, marker in metadata_markers(checkpoint).items():
         found[module] = (marker, METADATA_KEY)
     return found
 
 
-def _fp8_name(checkpoint: Checkpoint, named, info) -> str:
+def fp8_name(checkpoint: Checkpoint, named, info) -> str:
     scale = checkpoint[named["weight_scale"]].shape
     rows = len(scale) == 2 and scale == (info.shape[0], 1) and info.shape[0] > 1
     return FP8_DTYPES[info.dtype] + ("_rowwise" if rows else "")
 
 
-def _read_marker(checkpoint: Checkpoint, name: str) -> dict[str, Any]:
+def read_marker(checkpoint: Checkpoint, name: str) -> dict[str, Any]:
     try:
         marker = json.loads(checkpoint.read(name).view(torch.uint8).numpy().tobytes())
     except ValueError as error:
@@ -133,12 +147,15 @@ def _read_marker(checkpoint: Checkpoint, name: str) -> dict[str, Any]:
     return marker
 
 
-def _metadata_markers(checkpoint: Checkpoint) -> dict[str, dict[str, Any]]:
+def metadata_markers(checkpoint: Checkpoint) -> dict[str, dict[str, Any]]:
     text = checkpoint.metadata.get(METADATA_KEY)
     if text is None:
         return {}
     try:
-        return dict(json.loads(text)["layers"])
+        layers = dict(json.loads(text)["layers"])
+        if not all(isinstance(marker, dict) for marker in layers.values()):
+            raise TypeError("a layer's entry is no JSON object")
+        return layers
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{checkpoint.path}: {METADATA_KEY} is malformed: {error}") from error
 

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 
 import torch
 
-from .header import LENGTH_BYTES, CheckpointError, encode_header
+from .header import CODES, LENGTH_BYTES, METADATA, CheckpointError, encode_header
 
 # Bytes kept in the header for one tensor beside its name, and for metadata.
 ENTRY_BYTES = 160
@@ -27,7 +27,7 @@ class CheckpointWriter:
     def __init__(self, path: str | os.PathLike, *, names_bytes: int, metadata_bytes: int):
         """Open a file beside `path`.
 
-        names_bytes: at least the length of all tensor names plus `ENTRY_BYTES` for each.
+        names_bytes: at least the length of all tensor names as JSON, plus `ENTRY_BYTES` for each.
         metadata_bytes: at least what the metadata takes as JSON.
         """
         self.path = os.fspath(path)
@@ -50,17 +50,25 @@ class CheckpointWriter:
         return self
 
     def __exit__(self, kind, error, trace) -> None:
-        self._file.close()
+        # Closing writes what is buffered; on a full disk that fails, and the file must go still.
+        with contextlib.suppress(OSError):
+            self._file.close()
         with contextlib.suppress(FileNotFoundError):
             os.unlink(self._temporary)
 
     def add(self, name: str, tensor: torch.Tensor) -> None:
-        """Write a tensor. Raises CheckpointError when the disk refuses it or the name is taken."""
+        """Write a tensor, which may change afterwards.
+
+        Raises CheckpointError when the disk refuses it, the name is taken or reserved, or
+        safetensors has no such dtype.
+        """
         if name in self._entries or name in self._small:
             raise CheckpointError(f"{self.path}: tensor {name} is written twice")
+        if name == METADATA or tensor.dtype not in CODES:
+            raise CheckpointError(f"{self.path}: tensor {name} of {tensor.dtype} has no place here")
         tensor = tensor.to("cpu").detach().contiguous()
         if tensor.nbytes < SMALL_BYTES:
-            self._small[name] = tensor
+            self._small[name] = tensor.clone()
         else:
             self._write(name, tensor)
 

@@ -4,7 +4,8 @@ from collections.abc import Mapping
 
 import comfy_kitchen
 import torch
-from comfy_kitchen.tensor import QuantizedTensor, TensorCoreFP8Layout, register_layout_op
+from comfy_kitchen.tensor import TensorCoreFP8Layout, register_layout_op
+from comfy_kitchen.tensor.base import dequantize_args
 
 from ...ops.rounding import round_stochastic
 from .base import LowBitLayout
@@ -66,16 +67,18 @@ class FP8Layout(LowBitLayout, TensorCoreFP8Layout):
         )
 
 
-def dequantize_shape_ops(layout: type) -> None:
-    """Route shape operations on `layout` through dequantization: its scales do not move along."""
+def _dequantized(func):
+    def run(qt, args, kwargs):
+        return func(*dequantize_args(args), **kwargs)
 
-    def handler(func):
-        def run(qt, args, kwargs):
-            plain = [a.dequantize() if isinstance(a, QuantizedTensor) else a for a in args]
-            return func(*plain, **kwargs)
+    return run
 
-        return run
 
-    aten = torch.ops.aten
-    for func in (aten.t.default, aten.view.default, aten.reshape.default):
-        register_layout_op(func, layout)(handler(func))
+# comfy-kitchen's own handlers keep the payload and multiply it by the scale in the logical dtype:
+# float16 has few digits of a scale below 6e-5. A scale per row would not move along either.
+for _func in (
+    torch.ops.aten.t.default,
+    torch.ops.aten.view.default,
+    torch.ops.aten.reshape.default,
+):
+    register_layout_op(_func, FP8Layout)(_dequantized(_func))

@@ -30,6 +30,15 @@ class LowBitAsymW4A8Layout(LowBitLayout, AsymW4A8Int8Layout):
             "convrot_groupsize": int(marker.get("convrot_groupsize", ROTATION)),
         }
 
+    @classmethod
+    def misfit(cls, shape: tuple[int, int], values: Mapping[str, torch.Tensor]) -> str | None:
+        # `Params` checks the rest: the group is the marker's.
+        for param in ("scale", "s_channel"):
+            got = tuple(values[param].shape)
+            if got[:1] != shape[:1]:
+                return f"{FORMAT.scales[param]} has shape {got}, {shape[0]} rows are wanted"
+        return None
+
 
 FORMAT = Format(
     name="asym_w4a8_int8",

@@ -15,11 +15,13 @@ from typing import Any
 
 import torch
 from comfy_kitchen.tensor import QuantizedTensor, register_layout_class, register_layout_op
+from comfy_kitchen.tensor.base import dequantize_args
 
 from ...ops.linear import linear
 
 # Rows quantized at a time. A multiple of 128, the height of a block of swizzled scales, so that
-# joined pieces are byte for byte the whole; small enough that the float32 copy stays small.
+# joined pieces are byte for byte the whole (after a rotation up to the last bits of its sums);
+# small enough that the float32 copy stays small.
 CHUNK_ELEMENTS = 1 << 23
 SCALE_BLOCK_ROWS = 128
 
@@ -85,19 +87,23 @@ class Format:
         reason = self.unfit(tuple(weight.shape))
         if reason:
             raise ValueError(f"{self.name}: {reason}")
+        weight = weight.detach()
         low, high = torch.aminmax(weight)
         largest = torch.maximum(-low.float(), high.float())
         if not torch.isfinite(largest):
             raise NotFiniteError("the weight holds NaN or Inf")
+        # The error is measured in this unit, so that no square overflows or vanishes.
+        unit = largest.item() or 1.0
         kwargs = dict(self.quantize_kwargs) | self.layout.tensor_scale(largest)
         pieces = []
         wrong = total = 0.0
         for rows in self._chunks(weight):
             tick()
-            rows = rows.float()
+            # Strides would change the order of sums in a rotation, and with it some last bits.
+            rows = rows.float().contiguous()
             pieces.append(QuantizedTensor.from_float(rows, self.layout.__name__, **kwargs))
-            wrong += (pieces[-1].dequantize() - rows).square().sum(dtype=torch.float64).item()
-            total += rows.square().sum(dtype=torch.float64).item()
+            wrong += _sum_of_squares((pieces[-1].dequantize() - rows) / unit)
+            total += _sum_of_squares(rows / unit)
         stored = [p._qdata for p in pieces]
         quantized = QuantizedTensor(
             torch.cat(stored) if len(stored) > 1 else stored[0],
@@ -115,12 +121,8 @@ class Format:
 
     def pack(self, weight: QuantizedTensor) -> dict[str, torch.Tensor]:
         """Return the tensors of `weight` on disk: `weight` and its scales, by name."""
-        tensors = {"weight": weight._qdata}
-        for param, name in self.scales.items():
-            value = getattr(weight._params, param)
-            if value is not None:
-                tensors[name] = value
-        return tensors
+        parts = self.layout.state_dict_tensors(weight._qdata, weight._params)
+        return {f"weight{suffix}": tensor for suffix, tensor in parts.items()}
 
     def unpack(
         self,
@@ -135,12 +137,17 @@ class Format:
         pad, or takes the padded shape. marker: the layer's `comfy_quant`. Raises ValueError when a
         scale is missing or of a shape that does not fit, naming it.
         """
-        missing = [n for n in self.scales.values() if n not in tensors and n not in self.optional]
+        wanted = ["weight", *(n for n in self.scales.values() if n not in self.optional)]
+        missing = [n for n in wanted if n not in tensors]
         if missing:
             raise ValueError(f"{self.name}: {', '.join(missing)} missing")
-        stored = tensors["weight"]
+        stored = self._view("weight", tensors["weight"], self.storage)
+        if stored.dim() != 2:
+            raise ValueError(f"{self.name}: weight is {stored.dim()}-D, [N, K] is wanted")
         full = (stored.shape[0], stored.shape[1] * self.packed)
-        shape = shape or full
+        shape = tuple(shape or full)
+        if len(shape) != 2 or shape[0] > full[0] or shape[1] > full[1]:
+            raise ValueError(f"{self.name}: weight holds {list(full)}, not {list(shape)}")
         values = {
             param: self._scale(name, tensors[name])
             for param, name in self.scales.items()
@@ -152,18 +159,24 @@ class Format:
         params = self.layout.Params(
             **values,
             orig_dtype=dtype,
-            orig_shape=tuple(shape),
+            orig_shape=shape,
             **self.layout.options(flat_marker(marker)),
         )
-        return QuantizedTensor(self._view(stored, self.storage), self.layout.__name__, params)
+        return QuantizedTensor(stored, self.layout.__name__, params)
 
     def _scale(self, name: str, value: torch.Tensor) -> torch.Tensor:
         dtype = self.scale_dtypes.get(name, torch.float32)
-        return self._view(value, dtype) if dtype.itemsize == 1 else value.to(dtype)
+        return self._view(name, value, dtype) if dtype.itemsize == 1 else value.to(dtype)
 
-    @staticmethod
-    def _view(value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        return value if value.dtype == dtype else value.view(dtype)
+    def _view(self, name: str, value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """Return `value` as `dtype`, which writers may have called plain bytes."""
+        if value.dtype not in (dtype, torch.int8, torch.uint8):
+            raise ValueError(f"{self.name}: {name} is {value.dtype}, {dtype} is wanted")
+        return value.view(dtype)
+
+
+def _sum_of_squares(x: torch.Tensor) -> float:
+    return x.square().sum(dtype=torch.float64).item()
 
 
 def flat_marker(marker: Mapping[str, Any]) -> dict[str, Any]:
@@ -209,17 +222,53 @@ class LowBitLayout:
         return None
 
 
+def _is_transposed(weight: torch.Tensor) -> bool:
+    return isinstance(weight, QuantizedTensor) and getattr(weight._params, "transposed", False)
+
+
 def _linear(qt, args, kwargs):
     x, weight, *rest = args
     bias = rest[0] if rest else kwargs.get("bias")
-    if not isinstance(weight, QuantizedTensor) or getattr(weight._params, "transposed", False):
-        plain = [a.dequantize() if isinstance(a, QuantizedTensor) else a for a in (x, weight)]
-        return torch.nn.functional.linear(*plain, bias)
+    if not isinstance(weight, QuantizedTensor) or _is_transposed(weight):
+        return torch.nn.functional.linear(*dequantize_args((x, weight)), bias)
     return linear(x, weight, bias)
 
 
+def _transpose(qt, args, kwargs):
+    """Return the weight marked as transposed, its payload and layout as they are."""
+    params = dataclasses.replace(
+        qt._params,
+        orig_shape=tuple(reversed(qt._params.orig_shape)),
+        transposed=not qt._params.transposed,
+    )
+    return QuantizedTensor(qt._qdata, qt._layout_cls, params)
+
+
+def _mm(qt, args, kwargs):
+    x, weight = args
+    if _is_transposed(weight):
+        return linear(x, _transpose(weight, (), {}))
+    return torch.mm(*dequantize_args(args), **kwargs)
+
+
+def _addmm(qt, args, kwargs):
+    bias, x, weight = args
+    if _is_transposed(weight) and bias.dim() == 1 and not kwargs:
+        return linear(x, _transpose(weight, (), {}), bias)
+    return torch.addmm(*dequantize_args(args), **kwargs)
+
+
 def register_layout(layout: type) -> type:
-    """Make a layout known to comfy-kitchen and route `linear` on it to `ops.linear`; decorator."""
+    """Make a layout known to comfy-kitchen and route `linear` on it to `ops.linear`; decorator.
+
+    Outside inference mode torch makes `linear` a transpose and a product, which are routed there
+    too where `Params` can tell that a weight is transposed; elsewhere a transpose dequantizes.
+    """
+    aten = torch.ops.aten
     register_layout_class(layout.__name__, layout)
-    register_layout_op(torch.ops.aten.linear.default, layout)(_linear)
+    register_layout_op(aten.linear.default, layout)(_linear)
+    if "transposed" in {field.name for field in dataclasses.fields(layout.Params)}:
+        register_layout_op(aten.t.default, layout)(_transpose)
+        register_layout_op(aten.mm.default, layout)(_mm)
+        register_layout_op(aten.addmm.default, layout)(_addmm)
     return layout

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 import torch
 
-from ._fp8 import TINY, FP8Layout, dequantize_shape_ops
+from ._fp8 import TINY, FP8Layout
 from .base import Format, register_layout
 
 
@@ -36,8 +36,6 @@ class LowBitFP8E4M3RowwiseLayout(FP8Layout):
             return None
         return f"weight_scale has shape {tuple(scale.shape)}, [{shape[0]}, 1] is wanted"
 
-
-dequantize_shape_ops(LowBitFP8E4M3RowwiseLayout)
 
 FORMAT = Format(
     name="fp8_e4m3_rowwise",

@@ -8,7 +8,7 @@ from comfy_kitchen.float_utils import e8m0_to_f32, from_blocked
 from comfy_kitchen.tensor import TensorCoreMXFP8Layout
 
 from ...ops.rounding import round_stochastic
-from ._blocks import misfit
+from ._blocks import kitchen_eager, misfit
 from .base import Format, LowBitLayout, register_layout
 
 GROUP = 32
@@ -27,13 +27,23 @@ class LowBitMXFP8Layout(LowBitLayout, TensorCoreMXFP8Layout):
         shape = tuple(tensor.shape)
         n, k = cls.get_padded_shape(shape)
         values = torch.nn.functional.pad(tensor.float(), (0, k - shape[1], 0, n - shape[0]))
-        stored, scale = comfy_kitchen.quantize_mxfp8(values)
+        with kitchen_eager():
+            stored, scale = comfy_kitchen.quantize_mxfp8(values)
         if stochastic_rounding:
             exponents = from_blocked(scale.view(torch.uint8), num_rows=n, num_cols=k // GROUP)
             step = e8m0_to_f32(exponents).repeat_interleave(GROUP, dim=1)
             stored = round_stochastic(values / step, torch.float8_e4m3fn, stochastic_rounding)
             stored = stored.to(torch.float8_e4m3fn)
         return stored, cls.Params(scale=scale, orig_dtype=tensor.dtype, orig_shape=shape)
+
+    @classmethod
+    def state_dict_tensors(cls, qdata, params):
+        """Return suffix → tensor on disk, the scales as plain bytes.
+
+        ComfyUI's reader for its dynamic memory management does not know the E8M0 dtype; its loader
+        takes bytes for it.
+        """
+        return {"": qdata, "_scale": params.scale.view(torch.uint8)}
 
     @classmethod
     def misfit(cls, shape: tuple[int, int], values: Mapping[str, torch.Tensor]) -> str | None:

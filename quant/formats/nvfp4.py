@@ -11,7 +11,7 @@ from comfy_kitchen.float_utils import _f32_to_floatx_unpacked, from_blocked, pac
 from comfy_kitchen.tensor import TensorCoreNVFP4Layout
 
 from ...ops.rounding import round_stochastic
-from ._blocks import misfit
+from ._blocks import kitchen_eager, misfit
 from .base import Format, LowBitLayout, register_layout
 
 GROUP = 16
@@ -40,7 +40,8 @@ class LowBitNVFP4Layout(LowBitLayout, TensorCoreNVFP4Layout):
         shape = tuple(tensor.shape)
         n, k = cls.get_padded_shape(shape)
         values = torch.nn.functional.pad(tensor.float(), (0, k - shape[1], 0, n - shape[0]))
-        packed, block_scale = comfy_kitchen.quantize_nvfp4(values, scale)
+        with kitchen_eager():
+            packed, block_scale = comfy_kitchen.quantize_nvfp4(values, scale)
         if stochastic_rounding:
             step = from_blocked(block_scale, num_rows=n, num_cols=k // GROUP).float() * scale
             step = torch.where(step == 0, torch.inf, step).repeat_interleave(GROUP, dim=1)
@@ -50,6 +51,17 @@ class LowBitNVFP4Layout(LowBitLayout, TensorCoreNVFP4Layout):
             scale=scale, orig_dtype=tensor.dtype, orig_shape=shape, block_scale=block_scale
         )
         return packed, params
+
+    @classmethod
+    def dequantize(cls, qdata, params):
+        """Return the values, multiplied in float32 and rounded once to the logical dtype.
+
+        The scale of the tensor alone is often too small for float16.
+        """
+        values = comfy_kitchen.dequantize_nvfp4(
+            qdata, params.scale, params.block_scale, torch.float32
+        )
+        return values.to(params.orig_dtype)
 
     @classmethod
     def misfit(cls, shape: tuple[int, int], values: Mapping[str, torch.Tensor]) -> str | None:

@@ -1,0 +1,175 @@
+"""What this machine has, and how every number format would run on it."""
+
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import comfy_kitchen
+import torch
+
+from ..ops import registry
+from ..ops.linear import OP
+from . import formats
+
+# Packages by module name, with the names under which they are published.
+PACKAGES = {
+    "triton": ("triton", "triton-windows", "pytorch-triton"),
+    "sageattention": ("sageattention",),
+    "flash_attn": ("flash-attn", "flash_attn"),
+}
+HOST_VERSION_FILE = "comfyui_version.py"
+# A shape [N, K] that every backend's multiples divide.
+N = K = 4096
+REFERENCE = "reference"
+EAGER = "eager"
+KITCHEN = "kitchen"
+# Generations whose INT4 tensor cores comfy-kitchen uses; on later ones it unpacks INT4 to INT8.
+INT4_SCHEME = "convrot_w4a4"
+INT4_MAJORS = {7, 8}
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """A GPU that torch sees. memory_bytes: all of it."""
+
+    name: str
+    capability: tuple[int, int]
+    memory_bytes: int
+
+
+@dataclass(frozen=True)
+class KitchenBackend:
+    """A backend of comfy-kitchen; reason: why it is off, or None."""
+
+    name: str
+    reason: str | None
+
+
+@dataclass(frozen=True)
+class Host:
+    """A ComfyUI; version: None where its version file cannot be read."""
+
+    path: str
+    version: str | None
+
+
+@dataclass(frozen=True)
+class FormatSupport:
+    """How a format runs here. unfit: backend → why it does not fit."""
+
+    format: str
+    backend: str
+    runs: str
+    emulated: bool
+    unfit: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """What `diagnose` found. Versions are None where the package is missing."""
+
+    python: str
+    platform: str
+    torch: str
+    cuda: str | None
+    gpus: tuple[Gpu, ...]
+    kitchen: str
+    kitchen_backends: tuple[KitchenBackend, ...]
+    packages: dict[str, str | None]
+    host: Host | None
+    device: str
+    formats: tuple[FormatSupport, ...]
+
+
+def diagnose() -> Diagnosis:
+    """Return what this machine has. Runs no kernel but the self-tests of backends."""
+    gpus = tuple(_gpus())
+    kitchen = tuple(_kitchen_backends())
+    device = torch.device("cuda", 0) if gpus else torch.device("cpu")
+    return Diagnosis(
+        python=platform.python_version(),
+        platform=platform.platform(terse=True),
+        torch=torch.__version__,
+        cuda=torch.version.cuda or torch.version.hip,
+        gpus=gpus,
+        kitchen=importlib.metadata.version("comfy-kitchen"),
+        kitchen_backends=kitchen,
+        packages={module: _version(module, names) for module, names in PACKAGES.items()},
+        host=find_host(),
+        device=str(device),
+        formats=tuple(_support(formats.get(name), device, kitchen) for name in formats.names()),
+    )
+
+
+def _gpus() -> Iterator[Gpu]:
+    for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+        found = torch.cuda.get_device_properties(index)
+        yield Gpu(found.name, (found.major, found.minor), found.total_memory)
+
+
+def _kitchen_backends() -> Iterator[KitchenBackend]:
+    for name, state in comfy_kitchen.list_backends().items():
+        if state["available"] and not state["disabled"]:
+            yield KitchenBackend(name, None)
+        else:
+            yield KitchenBackend(name, state["unavailable_reason"] or "switched off")
+
+
+def _version(module: str, names: tuple[str, ...]) -> str | None:
+    """Return the version of a package without importing it, None where it is missing."""
+    if importlib.util.find_spec(module) is None:
+        return None
+    for name in names:
+        try:
+            return importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return "unknown version"
+
+
+def find_host() -> Host | None:
+    """Return the ComfyUI that this pack lies in, or COMFYUI_PATH, or ~/ComfyUI; None without."""
+    around = Path(__file__).resolve().parents[2:4]
+    places = [around[1]] if around[0].name == "custom_nodes" else []
+    if os.environ.get("COMFYUI_PATH"):
+        places.append(Path(os.environ["COMFYUI_PATH"]))
+    for place in (*places, Path.home() / "ComfyUI"):
+        try:
+            text = (place / HOST_VERSION_FILE).read_text(encoding="utf-8")
+        except OSError:
+            continue
+        found = re.search(r"__version__\s*=\s*[\"']([^\"']+)", text)
+        return Host(str(place), found.group(1) if found else None)
+    return None
+
+
+def _support(fmt: formats.Format, device: torch.device, kitchen) -> FormatSupport:
+    call = registry.Call(fmt.layout.scheme, device, N, K)
+    unfit = {}
+    for backend in registry.backends(OP):
+        if call.scheme in backend.needs.schemes:
+            reason = registry.unmet(backend.needs, call)
+            if reason:
+                unfit[backend.name] = reason
+    chosen = registry.select(OP, call).name
+    runs, emulated = _arithmetic(chosen, call, kitchen)
+    return FormatSupport(fmt.name, chosen, runs, emulated, unfit)
+
+
+def _arithmetic(backend: str, call: registry.Call, kitchen) -> tuple[str, bool]:
+    """Return how a backend computes here, in words, and whether that is emulation."""
+    if backend == REFERENCE:
+        return "emulated: the weight is dequantized, then multiplied", True
+    if call.device.type == "cpu":
+        return "emulated on the CPU: right, not fast", True
+    kernels = [b.name for b in kitchen if b.reason is None and b.name != EAGER]
+    if backend == KITCHEN and not kernels:
+        return "emulated: comfy-kitchen has no kernels here", True
+    if call.scheme == INT4_SCHEME and registry.capability(call.device)[0] not in INT4_MAJORS:
+        return "on INT8 tensor cores, in 4-bit numbers", False
+    return "on tensor cores", False

@@ -1,0 +1,264 @@
+"""The quantized layers of a checkpoint, marked or not, and what is wrong with each."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from . import formats
+from .checkpoint import Checkpoint, CheckpointError, TensorInfo
+from .checkpoint.stored import (
+    FP8_DTYPES,
+    INPUT_SCALES,
+    LEGACY_FLAG,
+    MARKER,
+    METADATA_KEY,
+    fp8_name,
+    metadata_markers,
+    parts_by_layer,
+    read_marker,
+)
+from .formats import Format
+from .inspect_problems import HOST, PACK, Finding
+from .scale_order import wrong_order
+
+INTEGERS = {torch.int8, torch.uint8}
+# Part names beside `weight` that one reader or another takes; another "…scale…" is read by none.
+KNOWN_SCALES = {"weight_scale", "weight_scale_2", *INPUT_SCALES}
+# Layers of each format whose scales are tested for their order, evenly spread over the file.
+ORDER_SAMPLES = 8
+
+
+@dataclass
+class Layer:
+    """A layer that is quantized, or looks so. format: None where no marking names one of ours."""
+
+    name: str
+    parts: dict[str, str]
+    marker: dict[str, Any] = field(default_factory=dict)
+    marked_by: str = ""
+    format: Format | None = None
+
+
+def find_layers(checkpoint: Checkpoint, findings: list[Finding]) -> dict[str, Layer]:
+    """Return the layers that are marked, or hold FP8 or integers, by name."""
+    layers = {}
+    for name, parts in parts_by_layer(checkpoint).items():
+        info = checkpoint.get(parts.get("weight"))
+        if MARKER in parts:
+            layers[name] = layer = Layer(name, parts, marked_by=MARKER)
+            try:
+                layer.marker = read_marker(checkpoint, parts[MARKER])
+            except CheckpointError as error:
+                findings.append(Finding("marker_unreadable", name, str(error)))
+        elif info and _looks_quantized(info):
+            layers[name] = Layer(name, parts)
+    _mark_from_metadata(checkpoint, layers, findings)
+    _mark_fp8(checkpoint, layers)
+    for layer in layers.values():
+        if layer.marked_by:
+            findings.extend(_name_format(layer))
+    return layers
+
+
+def _looks_quantized(info: TensorInfo) -> bool:
+    return info.dtype in FP8_DTYPES or (info.dtype in INTEGERS and len(info.shape) == 2)
+
+
+def _mark_from_metadata(checkpoint, layers: dict[str, Layer], findings: list[Finding]) -> None:
+    try:
+        markers = metadata_markers(checkpoint)
+    except CheckpointError as error:
+        findings.append(Finding("marker_unreadable", "", str(error)))
+        return
+    parts = parts_by_layer(checkpoint)
+    for name, marker in markers.items():
+        if "weight" not in parts.get(name, {}):
+            detail = f"{METADATA_KEY} names it, the file has no {name}.weight"
+            findings.append(Finding("metadata_unknown_layer", name, detail))
+        else:
+            layers[name] = Layer(name, parts[name], marker, METADATA_KEY)
+
+
+def _mark_fp8(checkpoint: Checkpoint, layers: dict[str, Layer]) -> None:
+    """Mark FP8 layers that only have a scale, as this pack reads them."""
+    flagged = any(name.rpartition(".")[2] == LEGACY_FLAG for name in checkpoint)
+    for layer in layers.values():
+        info = checkpoint.get(layer.parts.get("weight"))
+        if layer.marked_by or info is None or info.dtype not in FP8_DTYPES:
+            continue
+        if "weight_scale" in layer.parts:
+            layer.marker = {"format": fp8_name(checkpoint, layer.parts, info)}
+            renamed = layer.parts["weight_scale"].endswith(".scale_weight")
+            # The host honours the flag for `scale_weight` only, and not beside its own metadata.
+            heeded = flagged and renamed and METADATA_KEY not in checkpoint.metadata
+            layer.marked_by = LEGACY_FLAG if heeded else "nothing"
+
+
+def _name_format(layer: Layer) -> Iterator[Finding]:
+    """Set the format that the marker names; yield what the host or this pack does not know."""
+    if not layer.marker:
+        return
+    name = layer.marker.get("format")
+    affects = ()
+    try:
+        layer.format = formats.from_marker(layer.marker)
+    except ValueError:
+        affects = (PACK,)
+    known = {f.marker["format"] for f in map(formats.get, formats.names()) if f.native}
+    if layer.marked_by in (MARKER, METADATA_KEY) and name not in known:
+        affects = (HOST, *affects)
+    if affects:
+        by = "its marking names" if HOST in affects else "by its tensors it is"
+        yield Finding("unknown_format", layer.name, f"{by} {name!r}", affects)
+
+
+def check(checkpoint: Checkpoint, layer: Layer) -> Iterator[Finding]:
+    """Yield what is wrong with a layer, but for the order of its scales."""
+    if "weight" not in layer.parts:
+        yield Finding("marker_without_weight", layer.name, f"{layer.name}.weight is not there")
+        return
+    info = checkpoint[layer.parts["weight"]]
+    if not layer.marked_by:
+        yield from _check_unmarked(checkpoint, layer, info)
+        return
+    if layer.marked_by == "nothing":
+        detail = f"{layer.parts['weight_scale']} is there, {MARKER} is not"
+        yield Finding("scale_ignored", layer.name, detail, (HOST,))
+    if len(info.shape) != 2:
+        yield Finding("payload_shape", layer.name, f"weight is {_words(info)}, [N, K] is wanted")
+    elif layer.format:
+        yield from _check_payload(layer, info)
+        yield from _check_scales(checkpoint, layer)
+    yield from _check_finite(checkpoint, layer)
+
+
+def _check_unmarked(checkpoint, layer: Layer, info: TensorInfo) -> Iterator[Finding]:
+    if info.dtype in INTEGERS:
+        detail = f"{_words(info)} has no {MARKER}"
+        if _mentions_modelopt(checkpoint):
+            detail += "; the metadata tells of ModelOpt, whose scales are flat and whose even "
+            detail += "column is the low nibble"
+        yield Finding("unmarked_integers", layer.name, detail)
+        return
+    foreign = [p for p in layer.parts if "scale" in p and p not in KNOWN_SCALES]
+    if foreign:
+        detail = f"{layer.name}.{foreign[0]} is read by neither"
+        yield Finding("scale_ignored", layer.name, detail, (HOST, PACK))
+    else:
+        yield Finding("fp8_unscaled", layer.name, f"{_words(info)} has no scale")
+
+
+def _check_payload(layer: Layer, info: TensorInfo) -> Iterator[Finding]:
+    """Yield a payload whose dtype is not the format's: the host converts values, this pack bits."""
+    wanted = layer.format.storage
+    detail = f"weight is {_words(info)}, {layer.format.name} wants {dtype_name(wanted)}"
+    affects = (HOST, PACK)
+    if layer.marked_by == LEGACY_FLAG:
+        # The host takes every legacy layer for E4M3.
+        wanted = torch.float8_e4m3fn
+        detail, affects = f"weight is {_words(info)}, {LEGACY_FLAG} means float8_e4m3fn", (HOST,)
+    same_bits = {info.dtype, wanted} <= INTEGERS
+    if info.dtype != wanted and not same_bits:
+        yield Finding("payload_dtype", layer.name, detail, affects)
+
+
+def _check_scales(checkpoint: Checkpoint, layer: Layer) -> Iterator[Finding]:
+    """Yield scales that are missing or of another shape than the format's."""
+    fmt, parts = layer.format, layer.parts
+    missing = [n for n in fmt.scales.values() if n not in parts and n not in fmt.optional]
+    if missing:
+        yield Finding("scale_missing", layer.name, f"{', '.join(missing)} not there")
+        return
+    if _is_channel_as_tensor(checkpoint, layer):
+        shape = list(checkpoint[parts["weight_scale"]].shape)
+        detail = f"weight_scale has shape {shape}, by its marking there is one scale per tensor"
+        # Behind the legacy flag this pack goes by the shape of the scale.
+        affects = (HOST, PACK) if fmt.native else (HOST,)
+        yield Finding("per_channel_as_tensor", layer.name, detail, affects)
+        return
+    # `unpack` looks at shapes only, so tensors without memory show it what the file holds.
+    empty = {
+        part: torch.empty(checkpoint[name].shape, dtype=checkpoint[name].dtype, device="meta")
+        for part, name in parts.items()
+        if part != MARKER
+    }
+    try:
+        fmt.unpack(empty, torch.float32, None, layer.marker)
+    except (ValueError, TypeError, RuntimeError) as error:
+        yield Finding("scale_shape", layer.name, str(error))
+
+
+def _is_channel_as_tensor(checkpoint: Checkpoint, layer: Layer) -> bool:
+    fmt = layer.format
+    if fmt.storage not in FP8_DTYPES or fmt.group or "weight_scale" not in layer.parts:
+        return False
+    rows = checkpoint[layer.parts["weight"]].shape[0]
+    elements = math.prod(checkpoint[layer.parts["weight_scale"]].shape)
+    return elements == rows > 1 and (fmt.native or layer.marked_by == LEGACY_FLAG)
+
+
+def _check_finite(checkpoint: Checkpoint, layer: Layer) -> Iterator[Finding]:
+    dtypes = layer.format.scale_dtypes if layer.format else {}
+    names = set(layer.format.scales.values()) if layer.format else set()
+    for part in sorted((names | KNOWN_SCALES) & layer.parts.keys()):
+        tensor = checkpoint.read(layer.parts[part])
+        dtype = dtypes.get(part, tensor.dtype)
+        if tensor.dtype == torch.uint8 and dtype.itemsize == 1:
+            tensor = tensor.view(dtype)
+        bad = _count_not_finite(tensor)
+        if bad:
+            yield Finding("scale_not_finite", layer.name, f"{part} holds {bad} NaN or Inf")
+
+
+def _count_not_finite(tensor: torch.Tensor) -> int:
+    """Return how many values are NaN or Inf; 8-bit floats by their codes, without a copy."""
+    codes = {torch.float8_e4m3fn: 0x7F, torch.float8_e8m0fnu: 0xFF}
+    if tensor.dtype in codes:
+        nan = codes[tensor.dtype]
+        masked = tensor.view(torch.uint8) & nan
+        return int((masked == nan).sum()) if masked.numel() and masked.max() == nan else 0
+    return int((~torch.isfinite(tensor.float())).sum()) if tensor.is_floating_point() else 0
+
+
+def check_order(checkpoint: Checkpoint, layers: dict[str, Layer]) -> Iterator[Finding]:
+    """Yield samples of block-scaled layers whose scales are provably in another order."""
+    for name in formats.names():
+        fmt = formats.get(name)
+        if fmt.pad_multiple == 1:
+            continue
+        found = [layer for layer in layers.values() if layer.format is fmt]
+        for layer in found[:: max(len(found) // ORDER_SAMPLES, 1)]:
+            order = _order(checkpoint, layer)
+            if order:
+                detail = f"weight_scale is {order}, {fmt.name} wants it swizzled once"
+                yield Finding("scale_order", layer.name, detail)
+        if fmt.packed > 1 and found and _mentions_modelopt(checkpoint):
+            detail = "the metadata tells of ModelOpt"
+            yield Finding("nibble_order_unknown", found[0].name, detail)
+
+
+def _order(checkpoint: Checkpoint, layer: Layer) -> str | None:
+    fmt = layer.format
+    weight, scale = (checkpoint.get(layer.parts.get(p)) for p in ("weight", "weight_scale"))
+    dtype = fmt.scale_dtypes["weight_scale"]
+    if not weight or not scale or len(weight.shape) != 2 or scale.dtype.itemsize != dtype.itemsize:
+        return None
+    rows, stored = weight.shape
+    values = checkpoint.read(layer.parts["weight_scale"]).view(dtype)
+    return wrong_order(values, rows, stored * fmt.packed // fmt.group)
+
+
+def _mentions_modelopt(checkpoint: Checkpoint) -> bool:
+    keys = ("quantization_config", "hf_quant_config")
+    return any("modelopt" in checkpoint.metadata.get(key, "").lower() for key in keys)
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _words(info: TensorInfo) -> str:
+    return f"{dtype_name(info.dtype)} {list(info.shape)}"

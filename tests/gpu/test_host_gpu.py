@@ -1,0 +1,44 @@
+"""The nodes' work in ComfyUI on a GPU: with its dynamic memory, without, and streaming."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lowbit.quant import formats
+
+SESSION = Path(__file__).with_name("host_session.py")
+HOST = Path(os.environ.get("COMFYUI_PATH", Path.home() / "ComfyUI"))
+
+
+@pytest.fixture(scope="module", params=["dynamic", "legacy", "novram"])
+def seen(request):
+    if not HOST.is_dir():
+        pytest.skip(f"no ComfyUI at {HOST}")
+    run = subprocess.run(
+        [sys.executable, str(SESSION), request.param], capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 0, run.stderr[-4000:]
+    report = json.loads(run.stdout.splitlines()[-1])
+    print(json.dumps(report, indent=1))
+    return report
+
+
+def test_mode_is_the_one_asked_for(seen):
+    assert seen["dynamic"] == (seen["mode"] == "dynamic")
+
+
+@pytest.mark.parametrize("name", formats.names())
+def test_model_is_quantized_undone_saved_and_patched(seen, name):
+    row = seen["formats"][name]
+    # See tolerance() in tests/host/test_nodes.py for the factor; four blocks here instead of two.
+    assert 0 < row["error"] < 2**0.5 * 4 * formats.get(name).max_error
+    # The host may convert a 16-bit model to float16 before the quantizing node sees it.
+    assert row["between_nodes"] < 2**0.5 * 2 * formats.get(name).max_error
+    assert row["plain_untouched"]
+    assert row["same_after_unload"]
+    assert row["same_after_saving"]
+    assert 0.7 < row["lora_moves"] < 1.5

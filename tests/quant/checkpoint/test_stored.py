@@ -1,0 +1,235 @@
+"""Quantized layers as other programs mark them."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from lowbit.quant import formats
+from lowbit.quant.checkpoint import Checkpoint, CheckpointError
+from lowbit.quant.checkpoint.stored import marker_tensor, stored_layers
+
+N, K = 48, 256
+FP8 = {torch.float8_e4m3fn: "fp8_e4m3", torch.float8_e5m2: "fp8_e5m2"}
+WEIGHT = torch.randn(N, K, generator=torch.Generator().manual_seed(0)) * 0.02
+
+
+@pytest.fixture
+def file(tmp_path):
+    """A function (tensors, metadata) -> an open Checkpoint that holds them."""
+
+    def write(tensors, metadata=None) -> Checkpoint:
+        save_file(
+            {n: t.contiguous() for n, t in tensors.items()}, tmp_path / "a.safetensors", metadata
+        )
+        return Checkpoint(tmp_path / "a.safetensors")
+
+    return write
+
+
+def layer(fmt: formats.Format, name: str = "m", weight: torch.Tensor = WEIGHT) -> dict:
+    """Return the tensors of a layer of `fmt`, without a marking."""
+    return {f"{name}.{part}": t for part, t in fmt.pack(fmt.quantize(weight)).items()}
+
+
+def legacy(dtype=torch.float8_e4m3fn, scale_dtype=torch.float32, flag=1, prefix="") -> dict:
+    """Return an FP8 layer as ComfyUI before 0.8 and WanVideoWrapper write it."""
+    packed = formats.get(FP8[dtype]).pack(formats.get(FP8[dtype]).quantize(WEIGHT))
+    return {
+        f"{prefix}m.weight": packed["weight"],
+        f"{prefix}m.scale_weight": packed["weight_scale"].to(scale_dtype),
+        f"{prefix}m.bias": torch.zeros(N),
+        f"{prefix}scaled_fp8": torch.empty(flag, dtype=dtype),
+    }
+
+
+def refused(checkpoint: Checkpoint, reason: str) -> None:
+    with pytest.raises(CheckpointError, match=reason) as error:
+        for found in stored_layers(checkpoint).values():
+            found.load(checkpoint)
+    assert checkpoint.path in str(error.value)
+
+
+@pytest.fixture(params=formats.names())
+def fmt(request):
+    return formats.get(request.param)
+
+
+def test_layer_marked_by_a_tensor_is_read(file, fmt):
+    checkpoint = file(
+        layer(fmt) | {"m.comfy_quant": marker_tensor(fmt.marker), "m.bias": WEIGHT[0]}
+    )
+    (found,) = stored_layers(checkpoint).values()
+    assert (found.name, found.format, found.marked_by) == ("m", fmt, "comfy_quant")
+    assert found.marker == fmt.marker
+    assert torch.equal(found.dequantize(checkpoint)[:N], fmt.quantize(WEIGHT).dequantize())
+    assert found.load(checkpoint, torch.bfloat16).dtype == torch.bfloat16
+
+
+def test_layer_marked_in_the_metadata_is_read(file, fmt):
+    layers = {"format_version": "1.0", "layers": {"m": dict(fmt.marker)}}
+    checkpoint = file(layer(fmt), {"_quantization_metadata": json.dumps(layers)})
+    (found,) = stored_layers(checkpoint).values()
+    assert (found.format, found.marked_by) == (fmt, "_quantization_metadata")
+    assert torch.equal(found.dequantize(checkpoint)[:N], fmt.quantize(WEIGHT).dequantize())
+
+
+@pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
+@pytest.mark.parametrize("dtype", FP8)
+@pytest.mark.parametrize("flag", [1, 2])
+def test_legacy_fp8_is_read(file, dtype, flag, prefix):
+    checkpoint = file(legacy(dtype, flag=flag, prefix=prefix))
+    (found,) = stored_layers(checkpoint).values()
+    fmt = formats.get(FP8[dtype])
+    assert (found.name, found.format, found.marked_by) == (f"{prefix}m", fmt, "scaled_fp8")
+    assert torch.equal(found.dequantize(checkpoint), fmt.quantize(WEIGHT).dequantize())
+
+
+def test_legacy_flag_of_two_elements_asks_for_full_precision(file):
+    (one,) = stored_layers(file(legacy(flag=1))).values()
+    (two,) = stored_layers(file(legacy(flag=2))).values()
+    assert one.marker == {"format": "float8_e4m3fn"}
+    assert two.marker == {"format": "float8_e4m3fn", "full_precision_matrix_mult": True}
+
+
+def test_bf16_scales_are_multiplied_in_float32(file):
+    """WanVideoWrapper's."""
+    checkpoint = file(legacy(scale_dtype=torch.bfloat16))
+    (found,) = stored_layers(checkpoint).values()
+    stored, scale = checkpoint.read("m.weight"), checkpoint.read("m.scale_weight")
+    assert torch.equal(found.dequantize(checkpoint), stored.float() * scale.float())
+
+
+@pytest.mark.parametrize("name", ["input_scale", "scale_input"])
+def test_scale_of_the_input_is_a_part_and_changes_no_value(file, name):
+    checkpoint = file(legacy() | {f"m.{name}": torch.tensor(3.0)})
+    (found,) = stored_layers(checkpoint).values()
+    assert found.parts["input_scale"] == f"m.{name}"
+    want = formats.get("fp8_e4m3").quantize(WEIGHT).dequantize()
+    assert torch.equal(found.dequantize(checkpoint), want)
+
+
+def test_unmarked_fp8_with_a_scale_is_read(file):
+    checkpoint = file(layer(formats.get("fp8_e4m3")))
+    (found,) = stored_layers(checkpoint).values()
+    assert (found.format.name, found.marked_by) == ("fp8_e4m3", "nothing")
+
+
+def test_unmarked_fp8_with_a_scale_per_row_is_read_as_such(file):
+    """Read as one scale per tensor, such a file gives good-looking but unrelated pictures."""
+    fmt = formats.get("fp8_e4m3_rowwise")
+    checkpoint = file(layer(fmt))
+    (found,) = stored_layers(checkpoint).values()
+    assert found.format is fmt
+    assert torch.equal(found.dequantize(checkpoint), fmt.quantize(WEIGHT).dequantize())
+
+
+def test_scale_per_row_under_a_marker_for_one_per_tensor_is_refused(file):
+    marker = {"m.comfy_quant": marker_tensor({"format": "float8_e4m3fn"})}
+    refused(file(layer(formats.get("fp8_e4m3_rowwise")) | marker), "fp8_e4m3_rowwise")
+
+
+def test_dense_weights_and_unscaled_fp8_are_no_stored_layers(file):
+    tensors = {"m.weight": WEIGHT, "n.weight": WEIGHT.to(torch.float8_e4m3fn), "n.bias": WEIGHT[0].clone()}
+    assert stored_layers(file(tensors)) == {}
+
+
+def test_dense_weight_with_something_called_weight_scale_is_dense(file):
+    assert stored_layers(file({"m.weight": WEIGHT, "m.weight_scale": torch.ones(())})) == {}
+
+
+def test_smoothing_of_the_input_is_folded_in(file, fmt):
+    """y = (x · s) Wᵀ = x (W · s)ᵀ with one s per input channel."""
+    smooth = torch.linspace(0.5, 2, K)
+    tensors = layer(fmt) | {"m.comfy_quant": marker_tensor(fmt.marker), "m.pre_quant_scale": smooth}
+    checkpoint = file(tensors)
+    (found,) = stored_layers(checkpoint).values()
+    want = fmt.quantize(WEIGHT).dequantize() * smooth
+    torch.testing.assert_close(found.dequantize(checkpoint)[:N], want, rtol=1e-6, atol=0)
+
+
+PADDED = [name for name in formats.names() if formats.get(name).pad_multiple > 1]
+
+
+@pytest.mark.parametrize("name", PADDED)
+def test_rows_of_a_padded_weight_follow_from_the_bias(file, name):
+    fmt = formats.get(name)
+    odd = WEIGHT[:37]
+    marker = {"m.comfy_quant": marker_tensor(fmt.marker)}
+    (found,) = stored_layers(
+        file(layer(fmt, weight=odd) | marker | {"m.bias": WEIGHT[0, :37]})
+    ).values()
+    assert found.shape == (37, K)
+    (found,) = stored_layers(file(layer(fmt, weight=odd) | marker)).values()
+    assert found.shape is None
+
+
+@pytest.mark.parametrize("name", PADDED)
+@pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
+def test_recorded_shape_is_found_whatever_the_prefix(file, name, prefix):
+    """Records bear the host's names, without the prefix of the file."""
+    fmt = formats.get(name)
+    odd = WEIGHT[:37, :100]
+    tensors = layer(fmt, f"{prefix}blocks.0.m", odd)
+    tensors[f"{prefix}blocks.0.m.comfy_quant"] = marker_tensor(fmt.marker)
+    record = {"layers": {"blocks.0.m": {"format": name, "shape": [37, 100]}}}
+    checkpoint = file(tensors, {"_lowbit": json.dumps(record)})
+    (found,) = stored_layers(checkpoint).values()
+    assert found.shape == (37, 100)
+    assert torch.equal(found.dequantize(checkpoint), fmt.quantize(odd).dequantize())
+
+
+@pytest.mark.parametrize("record", ["", "[]", "3", '{"layers": []}', '{"layers": {"m": 3}}'])
+def test_malformed_record_is_no_record(file, record):
+    fmt = formats.get("nvfp4")
+    tensors = layer(fmt) | {"m.comfy_quant": marker_tensor(fmt.marker)}
+    (found,) = stored_layers(file(tensors, {"_lowbit": record})).values()
+    assert found.shape is None
+
+
+def test_recorded_shape_that_cannot_be_is_refused(file):
+    fmt = formats.get("nvfp4")
+    tensors = layer(fmt) | {"m.comfy_quant": marker_tensor(fmt.marker)}
+    record = {"layers": {"m": {"shape": [4096, 4096]}}}
+    refused(file(tensors, {"_lowbit": json.dumps(record)}), "layer m: .* weight holds")
+
+
+@pytest.mark.parametrize(
+    "text", [b"{", b"3", b"[]", b"\xff\xfe", b'{"format": "int3_future"}', b"{}"]
+)
+def test_marker_that_cannot_be_read_names_its_layer(file, text):
+    marker = torch.tensor(list(text), dtype=torch.uint8)
+    refused(file({"m.weight": WEIGHT, "m.comfy_quant": marker}), r"\bm\b.*(JSON|unknown format)")
+
+
+@pytest.mark.parametrize("text", ["", "3", "{}", '{"layers": 3}', '{"layers": {"m": 3}}'])
+def test_malformed_metadata_is_refused(file, text):
+    checkpoint = file({"m.weight": WEIGHT}, {"_quantization_metadata": text})
+    refused(checkpoint, "_quantization_metadata is malformed")
+
+
+def test_marker_without_a_weight_is_refused(file):
+    tensors = {"m.comfy_quant": marker_tensor({"format": "nvfp4"}), "n.weight": WEIGHT}
+    refused(file(tensors), "m is marked quantized but has no weight")
+
+
+def test_quantized_weight_that_is_no_matrix_is_refused(file):
+    tensors = layer(formats.get("fp8_e4m3"))
+    tensors["m.weight"] = tensors["m.weight"].reshape(N, 16, 16)
+    refused(file(tensors), r"layer m: a quantized weight is \[N, K\], this one \[48, 16, 16\]")
+
+
+def test_missing_scale_names_its_layer(file, fmt):
+    for part in fmt.scales.values():
+        if part in fmt.optional:
+            continue
+        tensors = layer(fmt) | {"m.comfy_quant": marker_tensor(fmt.marker)}
+        del tensors[f"m.{part}"]
+        refused(file(tensors), f"layer m: {fmt.name}: {part} missing")
+
+
+def test_marker_tensor_is_json():
+    marker = {"format": "nvfp4", "ü": True}
+    assert json.loads(bytes(marker_tensor(marker).tolist())) == marker
+    assert marker_tensor(marker).dtype == torch.uint8

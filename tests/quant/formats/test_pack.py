@@ -1,0 +1,192 @@
+"""What a format is on disk, and what its record says."""
+
+import dataclasses
+
+import pytest
+import torch
+from comfy_kitchen.tensor import get_layout_class
+from safetensors.torch import load_file, save_file
+
+from lowbit.quant import formats
+
+SHAPES = [(160, 512), (33, 256), (37, 100), (1, 256)]
+
+
+@pytest.fixture(params=SHAPES, ids=str)
+def weight(request, fmt, quantized):
+    if fmt.unfit(request.param):
+        pytest.skip(fmt.unfit(request.param))
+    return quantized(fmt, request.param)
+
+
+def unpack(fmt, tensors, shape=None):
+    return fmt.unpack(tensors, torch.float32, shape, fmt.marker)
+
+
+def test_pack_unpack_pack_gives_the_same_bytes(fmt, weight, same_bits):
+    packed = fmt.pack(weight)
+    back = unpack(fmt, packed, tuple(weight.shape))
+    again = fmt.pack(back)
+    assert packed.keys() == again.keys()
+    assert all(same_bits(packed[name], again[name]) for name in packed)
+    assert same_bits(back.dequantize(), weight.dequantize())
+    assert back._layout_cls == weight._layout_cls
+
+
+def test_packed_tensors_survive_safetensors(fmt, weight, same_bits, tmp_path):
+    packed = {name: t.contiguous() for name, t in fmt.pack(weight).items()}
+    save_file(packed, tmp_path / "layer.safetensors")
+    loaded = load_file(tmp_path / "layer.safetensors")
+    assert all(same_bits(loaded[name], packed[name]) for name in packed)
+    back = unpack(fmt, loaded, tuple(weight.shape))
+    assert same_bits(back.dequantize(), weight.dequantize())
+
+
+def test_bytes_of_unnamed_type_are_read(fmt, weight, same_bits):
+    """Writers without a dtype for E8M0, or a signed byte, call it uint8."""
+    packed = fmt.pack(weight)
+    plain = {n: t.view(torch.uint8) if t.itemsize == 1 else t for n, t in packed.items()}
+    back = unpack(fmt, plain, tuple(weight.shape))
+    assert same_bits(back.dequantize(), weight.dequantize())
+
+
+def test_without_shape_the_padded_one_is_taken(fmt, weight):
+    back = unpack(fmt, fmt.pack(weight))
+    n, k = weight.shape
+    assert back.shape == (-(-n // fmt.pad_multiple) * fmt.pad_multiple, back.shape[1])
+    assert back.dequantize()[:n, :k].equal(weight.dequantize())
+    assert not back.dequantize()[n:].any()
+    assert not back.dequantize()[:, k:].any()
+
+
+@pytest.fixture
+def packed(fmt, quantized):
+    return fmt.pack(quantized(fmt, (160, 512)))
+
+
+def test_each_missing_tensor_is_named(fmt, packed):
+    for name in packed:
+        rest = {n: t for n, t in packed.items() if n != name}
+        if name in fmt.optional:
+            unpack(fmt, rest)
+            continue
+        with pytest.raises(ValueError, match=rf"{fmt.name}: {name} missing"):
+            unpack(fmt, rest)
+
+
+def test_each_misshapen_scale_is_named(fmt, packed):
+    for param, name in fmt.scales.items():
+        if name not in packed:
+            continue
+        wrong = torch.ones(3, 5).to(packed[name].dtype)
+        with pytest.raises(ValueError, match=rf"{name}|{param}") as caught:
+            unpack(fmt, packed | {name: wrong})
+        assert "shape" in str(caught.value) or "elements" in str(caught.value)
+
+
+def test_payload_of_another_type_is_refused(fmt, packed):
+    others = {torch.bfloat16, torch.float32, torch.float8_e4m3fn, torch.float8_e5m2}
+    for dtype in others - {fmt.storage}:
+        wrong = torch.zeros(packed["weight"].shape, dtype=dtype)
+        with pytest.raises(ValueError, match=f"{fmt.name}: weight is {dtype}"):
+            unpack(fmt, packed | {"weight": wrong})
+
+
+def test_payload_that_is_no_matrix_is_refused(fmt, packed):
+    with pytest.raises(ValueError, match="weight is 1-D"):
+        unpack(fmt, packed | {"weight": packed["weight"].reshape(-1)})
+
+
+@pytest.mark.parametrize("shape", [(161, 512), (160, 513), (160,), (160, 512, 1)])
+def test_logical_shape_beyond_what_is_stored_is_refused(fmt, packed, shape):
+    with pytest.raises(ValueError, match="weight holds"):
+        unpack(fmt, packed, shape)
+
+
+def test_bf16_scales_are_read_as_float32(fmt, packed):
+    rough = {n: t.bfloat16() if t.dtype == torch.float32 else t for n, t in packed.items()}
+    back = fmt.pack(unpack(fmt, rough))
+    assert all(back[n].dtype == packed[n].dtype for n in packed)
+    assert all(back[n].equal(rough[n].float()) for n in packed if packed[n].dtype == torch.float32)
+
+
+def test_marker_names_its_format(fmt):
+    assert formats.from_marker(fmt.marker) is fmt
+    extra = {**fmt.marker, "full_precision_matrix_mult": True, "written_by": "another"}
+    assert formats.from_marker(extra) is fmt
+
+
+def test_options_nested_under_params_are_read(fmt, packed):
+    """The layout of markers of older writers."""
+    nested = {"format": fmt.marker["format"], "params": dict(fmt.marker)}
+    assert formats.from_marker(nested) is fmt
+    want = fmt.unpack(packed, torch.float32, None, fmt.marker)._params
+    got = fmt.unpack(packed, torch.float32, None, nested)._params
+    for field in dataclasses.fields(want):
+        if not isinstance(getattr(want, field.name), torch.Tensor):
+            assert getattr(got, field.name) == getattr(want, field.name)
+
+
+def test_width_of_the_rotation_is_read_from_the_marker(quantized):
+    fmt = formats.get("int8_convrot")
+    marker = {**fmt.marker, "convrot_groupsize": 64}
+    back = fmt.unpack(fmt.pack(quantized(fmt, (160, 512))), torch.float32, None, marker)
+    assert back._params.convrot_groupsize == 64
+
+
+@pytest.mark.parametrize("marker", [{}, {"format": "int3"}, {"format": None}])
+def test_unknown_marker_is_refused(marker):
+    with pytest.raises(ValueError, match="unknown format"):
+        formats.from_marker(marker)
+
+
+def test_unknown_name_lists_the_known():
+    with pytest.raises(ValueError, match="'int3'.*" + ", ".join(formats.names())):
+        formats.get("int3")
+
+
+def test_quantized_weight_knows_its_format(fmt, quantized):
+    weight = quantized(fmt, (160, 512))
+    assert formats.of(weight) is fmt
+    with pytest.raises(ValueError, match="not one of this pack's"):
+        formats.of(type(weight)(weight._qdata, fmt.layout.kitchen_layout, weight._params))
+
+
+def test_names_and_markers_are_unique():
+    records = [formats.get(name) for name in formats.names()]
+    on_disk = {(f.marker["format"], bool(f.marker.get("convrot"))) for f in records}
+    assert len({f.name for f in records}) == len(on_disk) == len(records)
+    assert len({f.layout for f in records}) == len(records)
+    assert [f.bits >= 8 for f in records] == sorted([f.bits >= 8 for f in records], reverse=True)
+
+
+def test_record_agrees_with_what_is_stored(fmt, quantized):
+    n, k = 128, 2048
+    packed = fmt.pack(quantized(fmt, (n, k)))
+    stored_bits = 8 * sum(t.nbytes for t in packed.values()) / (n * k)
+    # The rest is one float32 scale per row of 2048 and a codebook of 64 bytes.
+    assert fmt.bits <= stored_bits <= fmt.bits + 32 / k + 8 * 64 / (n * k)
+    assert packed["weight"].dtype == fmt.storage
+    assert packed["weight"].shape == (n, k // fmt.packed)
+    assert set(packed) - {"weight"} <= set(fmt.scales.values())
+    assert fmt.optional <= set(fmt.scales.values())
+
+
+def test_record_agrees_with_its_layout(fmt):
+    assert get_layout_class(fmt.layout.__name__) is fmt.layout
+    assert issubclass(fmt.layout, get_layout_class(fmt.layout.kitchen_layout))
+    assert {field.name for field in dataclasses.fields(fmt.layout.Params)} >= set(fmt.scales)
+    assert fmt.native == (fmt.stand_in is None)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        fmt.bits = 1
+
+
+def test_codes_reach_the_largest_magnitude(fmt, quantized):
+    """`max` is what the largest stored code stands for, before the scale."""
+    codes = quantized(fmt, (160, 512))._qdata
+    if fmt.storage.is_floating_point:
+        assert fmt.max == torch.finfo(fmt.storage).max
+        # The power of two below a block's largest value may leave the topmost codes unused.
+        assert codes.float().abs().max() == fmt.max or fmt.group
+    elif fmt.packed == 1:
+        assert codes.abs().max() == fmt.max
