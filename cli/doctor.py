@@ -1,0 +1,68 @@
+"""tell what this machine has, and how each number format runs on it"""
+
+import argparse
+
+from . import output
+
+NAME = "doctor"
+MISSING = "missing"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def run(args: argparse.Namespace) -> int:
+    from ..quant.doctor import diagnose
+
+    found = diagnose()
+    if args.json:
+        output.as_json(found)
+    else:
+        _print(found)
+    return 0
+
+
+def _print(found) -> None:
+    output.table(
+        [
+            ("python", f"{found.python} on {found.platform}"),
+            ("torch", f"{found.torch}, {_build(found.cuda)}"),
+            *(("gpu", _gpu(gpu)) for gpu in found.gpus or [None]),
+            ("comfy-kitchen", found.kitchen),
+            *((f"  {b.name}", b.reason or "on") for b in found.kitchen_backends),
+            *((name, version or MISSING) for name, version in found.packages.items()),
+            ("ComfyUI", _host(found.host)),
+        ],
+        indent="",
+    )
+    print(f"formats on {found.device}:")
+    output.table((f.format, f.backend, f.runs) for f in found.formats)
+    print("backends that do not fit:")
+    reasons: dict[tuple[str, str], list[str]] = {}
+    for support in found.formats:
+        for backend, reason in support.unfit.items():
+            reasons.setdefault((backend, reason), []).append(support.format)
+    if not reasons:
+        print("  none")
+        return
+    output.table(
+        (backend, ", ".join(names), reason) for (backend, reason), names in reasons.items()
+    )
+
+
+def _build(cuda: str | None) -> str:
+    return f"CUDA {cuda}" if cuda else "built without CUDA"
+
+
+def _gpu(gpu) -> str:
+    if gpu is None:
+        return "none that torch sees"
+    major, minor = gpu.capability
+    return f"{gpu.name}, capability {major}.{minor}, {output.size(gpu.memory_bytes)}"
+
+
+def _host(host) -> str:
+    if host is None:
+        return "not found (COMFYUI_PATH, ~/ComfyUI)"
+    return f"{host.version or 'unknown version'} in {host.path}"
