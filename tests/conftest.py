@@ -1,6 +1,10 @@
 """Settings for every test. `checkpoints.py`, beside this file, writes small model files."""
 
 import pytest
+import torch
+
+# The tensors of tests are small: more threads than cores that are free only wait for each other.
+torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

@@ -73,8 +73,13 @@ def test_rows_of_formats_are_those_of_the_records(node_id):
     text = page(node_id)
     for name in set(first_cells(text)) & set(formats.names()):
         fmt = formats.get(name)
-        native = "yes" if fmt.native else "no"
-        assert f"| `{name}` | {fmt.title} | {fmt.bits:g} | {native} |" in text.splitlines()
+        assert f"| `{name}` | {fmt.bits:g} | {fmt.title} |" in text.splitlines()
+
+
+@every_node
+def test_page_names_the_formats_that_need_this_pack(node_id):
+    ours = " and ".join(f"`{name}`" for name in formats.names() if not formats.get(name).native)
+    assert f"A stock ComfyUI loads saved files of every format but {ours}." in page(node_id)
 
 
 @every_node

@@ -22,7 +22,7 @@ every_node = pytest.mark.parametrize("node_id", NODES)
 
 # A text encoder and a VAE are gigabytes, so the tests have neither: random embeddings take the
 # place of the encoded prompts, and the latent is saved as it is. Everything between, this pack's
-# part, stays as shipped but for the model's file and the size.
+# part, stays as shipped but for the model's file, the size and the number of steps.
 REPLACE = """({embeddings, values}) => {
     const graph = app.graph
     const all = type => graph.nodes.filter(n => n.type === type)
@@ -136,8 +136,6 @@ def test_node_shows_its_widgets(editor, node_id):
 def test_help_panel_shows_the_nodes_page(editor, node_id):
     editor.add(node_id)
     page = editor.help()
-    editor.page.set_viewport_size({"width":1600,"height":2900}); editor.page.wait_for_timeout(1200); page.screenshot(path="/tmp/help_"+node_id+".png"); print(node_id, page.evaluate("e=>[...e.querySelectorAll(\"table\")].map(t=>[t.offsetWidth,t.parentElement.clientWidth,t.parentElement.className.slice(0,80),getComputedStyle(t).display,getComputedStyle(t).overflowX,getComputedStyle(e.parentElement).overflowX])"))
-    editor.page.set_viewport_size({"width":1600,"height":1000})
     expect(page.locator("h1")).to_have_text(NODES[node_id].DISPLAY_NAME)
     for name in (*NODES[node_id].INPUT_TYPES()["required"], *formats.names()):
         expect(page.get_by_text(name, exact=True).first).to_be_visible()

@@ -16,8 +16,8 @@ STRENGTHS = (1.0, 0.5, -1.0)
 # the rest is marked slow: the 761 MB model takes a minute in some formats on a CPU
 QWEN_QUICK = {"int8_convrot"}
 LORA_QUICK = {"fp8_e4m3", "int8_convrot", "nvfp4"}
-# quantizing the 761 MB model to this format takes minutes; a stop takes a fraction of a second
-SLOW_FORMAT = "asym_w4a8_int8"
+# quantizing the 761 MB model to this format takes a minute on a CPU, a stop one piece of a layer
+SLOW_FORMAT = "nvfp4"
 STOP_TIMEOUT_S = 20
 
 

@@ -124,7 +124,7 @@ def test_malformed_pattern_is_named(wan, pattern):
 
 @pytest.mark.parametrize("name", ["", "Wan", "flux"])
 def test_unknown_recipe_lists_the_known(wan, name):
-    with pytest.raises(ValueError, match="unknown recipe .*known are auto, .*none"):
+    with pytest.raises(ValueError, match=r"unknown recipe .*known are auto, .*none"):
         recipe.build("int8", name, (), wan)
 
 

@@ -1,8 +1,8 @@
 """Every shipped workflow is whole, and says the same in both formats."""
 
-import lowbit
 import pytest
 
+import lowbit
 from tests.workflows import shipped
 
 NOTES = {"MarkdownNote"}

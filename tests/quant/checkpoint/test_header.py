@@ -86,6 +86,7 @@ def test_length_beyond_the_file_is_refused(raw_file, length):
         b'{"__metadata__": {"key": 1}}',
         b'{"a": ' + b"[" * 100_000,
     ],
+    ids=lambda text: repr(text[:30]),
 )
 def test_text_that_is_no_header_is_refused(raw_file, text):
     refused(raw_file(text), "malformed")
@@ -126,7 +127,7 @@ def test_unknown_dtype_is_named(raw_file, dtype):
         {"shape": [2], "data_offsets": [0, 8]},
         {"dtype": "F32", "data_offsets": [0, 8]},
     ],
-    ids=str,
+    ids=lambda bad: str(bad)[:70],
 )
 def test_malformed_tensor_is_named(raw_file, bad):
     refused(raw_file({"bad": bad}, bytes(8)), "tensor bad")
