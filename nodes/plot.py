@@ -9,16 +9,18 @@ from ..quant.convert import LayerRecord
 
 WIDTH, HEIGHT = 1200, 480
 LEFT, RIGHT, TOP, BOTTOM = 70, 70, 50, 40
+FONT_SIZE = 15
 MIB = 1 << 20
 BACKGROUND, AXIS, BAR, KEPT, DOT = "white", "#444444", "#9ecae1", "#d9d9d9", "#d62728"
 
 
 def layers(records: Sequence[LayerRecord]) -> torch.Tensor:
     """Return the plot [1, H, W, 3], float in 0..1: bars are sizes, dots are errors (log scale)."""
-    from PIL import Image, ImageDraw
+    from PIL import Image, ImageDraw, ImageFont
 
     image = Image.new("RGB", (WIDTH, HEIGHT), BACKGROUND)
     draw = ImageDraw.Draw(image)
+    draw.font = ImageFont.load_default(FONT_SIZE)
     _frame(draw, records)
     step = (WIDTH - LEFT - RIGHT) / max(len(records), 1)
     largest = max((r.size_bytes for r in records), default=1)
