@@ -108,10 +108,9 @@ def _stored_records(checkpoint: Checkpoint, stored) -> Iterator[LayerRecord]:
     """Yield a record per quantized layer, with the errors that this pack wrote into the file."""
     errors = json.loads(checkpoint.metadata.get(RECORD_KEY, "{}")).get("layers", {})
     for name, layer in stored.items():
-        n, k = checkpoint[layer.parts["weight"]].shape
         size = sum(checkpoint[t].size_bytes for t in layer.parts.values())
         bare = _bare(name)
-        shape = layer.shape or (n, k * layer.format.packed)
+        shape = layer.logical_shape(checkpoint)
         error = errors.get(bare, {}).get("error")
         yield LayerRecord(bare, layer.format.name, shape, size, error, "as stored")
 

@@ -63,8 +63,9 @@ class _Side:
 
     def shape(self, name: str) -> tuple[int, ...]:
         layer = self._layer(name)
-        shape = self.checkpoint[self.names[name]].shape
-        return _logical(shape, layer) if layer else shape
+        if layer:
+            return layer.logical_shape(self.checkpoint)
+        return self.checkpoint[self.names[name]].shape
 
     def _layer(self, name: str) -> StoredLayer | None:
         module, _, part = self.names[name].rpartition(".")
@@ -102,8 +103,7 @@ def _open(path: str) -> _Side:
     stored = stored_layers(checkpoint)
     shapes = {name: info.shape for name, info in checkpoint.items()}
     for layer in stored.values():
-        weight = layer.parts["weight"]
-        shapes[weight] = _logical(shapes[weight], layer)
+        shapes[layer.parts["weight"]] = layer.logical_shape(checkpoint)
     model = families.recognise(shapes)
     scales = {t for layer in stored.values() for p, t in layer.parts.items() if p != "weight"}
     names = {}
@@ -111,10 +111,6 @@ def _open(path: str) -> _Side:
         if name not in scales and name.rpartition(".")[2] not in (MARKER, LEGACY_FLAG):
             names[model.renamed.get(name, name)] = name
     return _Side(checkpoint, stored, names)
-
-
-def _logical(shape: tuple[int, ...], layer: StoredLayer) -> tuple[int, ...]:
-    return layer.shape or (shape[0], shape[1] * layer.format.packed)
 
 
 def _difference(a: _Side, b: _Side, name: str) -> Difference:

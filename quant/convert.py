@@ -19,6 +19,7 @@ from .checkpoint.stored import (
     LEGACY_FLAG,
     MARKER,
     METADATA_KEY,
+    RECORD_KEY,
     StoredLayer,
     marker_tensor,
     stored_layers,
@@ -26,7 +27,6 @@ from .checkpoint.stored import (
 from .formats import NotFiniteError
 from .recipe import Choice, Recipe
 
-RECORD_KEY = "_lowbit"
 RECORD_VERSION = 1
 # What a dense weight becomes when the source holds it in FP8.
 DENSE_DTYPE = torch.bfloat16
@@ -123,8 +123,7 @@ def plan(
     stored = stored_layers(checkpoint)
     shapes = {name: info.shape for name, info in checkpoint.items()}
     for name, layer in stored.items():
-        n, k = checkpoint[layer.parts["weight"]].shape
-        shapes[f"{name}.weight"] = layer.shape or (n, k * layer.format.packed)
+        shapes[f"{name}.weight"] = layer.logical_shape(checkpoint)
     model = families.recognise(shapes)
     rules = recipe.build(format_name, recipe_name, keep, model)
     steps = list(_steps(checkpoint, stored, shapes, model, rules))

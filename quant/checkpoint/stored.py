@@ -13,12 +13,14 @@ from typing import Any
 import torch
 from comfy_kitchen.tensor import QuantizedTensor
 
-from .. import formats
+from .. import families, formats
 from .header import CheckpointError
 from .reader import Checkpoint
 
 MARKER = "comfy_quant"
 METADATA_KEY = "_quantization_metadata"
+# This pack's own record of what it did.
+RECORD_KEY = "_lowbit"
 LEGACY_FLAG = "scaled_fp8"
 LEGACY_NAMES = {"scale_weight": "weight_scale", "scale_input": "input_scale"}
 FP8_DTYPES = {torch.float8_e4m3fn: "float8_e4m3fn", torch.float8_e5m2: "float8_e5m2"}
@@ -36,12 +38,17 @@ class StoredLayer:
     parts: Mapping[str, str]
     shape: tuple[int, int] | None = field(default=None)
 
+    def logical_shape(self, checkpoint: Checkpoint) -> tuple[int, int]:
+        """Return [N, K] of the weight, unpacked."""
+        n, k = checkpoint[self.parts["weight"]].shape
+        return self.shape or (n, k * self.format.packed)
+
     def load(self, checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> QuantizedTensor:
         """Return the weight as stored. Raises CheckpointError that names the layer."""
         tensors = {part: checkpoint.read(name) for part, name in self.parts.items()}
         try:
             return self.format.unpack(tensors, dtype, self.shape, self.marker)
-        except ValueError as error:
+        except (ValueError, TypeError) as error:
             raise CheckpointError(f"{checkpoint.path}: layer {self.name}: {error}") from error
 
     def dequantize(self, checkpoint: Checkpoint) -> torch.Tensor:
@@ -83,7 +90,7 @@ def stored_layers(checkpoint: Checkpoint) -> dict[str, StoredLayer]:
 def recorded_shapes(checkpoint: Checkpoint) -> dict[str, tuple[int, int]]:
     """Return the logical shapes that this pack recorded for padded layers."""
     try:
-        layers = json.loads(checkpoint.metadata.get("_lowbit", "{}")).get("layers", {})
+        layers = json.loads(checkpoint.metadata.get(RECORD_KEY, "{}")).get("layers", {})
         return {n: tuple(r["shape"]) for n, r in layers.items() if "shape" in r}
     except (ValueError, AttributeError, TypeError):
         return {}
@@ -127,7 +134,9 @@ def _markings(checkpoint: Checkpoint, parts) -> dict[str, tuple[dict[str, Any], 
                 marker = {"format": fp8_name(checkpoint, named, info), **options}
                 found[module] = (marker, LEGACY_FLAG if flags else "nothing")
     for module, marker in metadata_markers(checkpoint).items():
-        found[module] = (marker, METADATA_KEY)
+        # Names there may lack the prefix that the tensors bear.
+        named = [p + module for p in ("", *families.PREFIXES) if p + module in parts]
+        found[named[0] if named else module] = (marker, METADATA_KEY)
     return found
 
 

@@ -156,12 +156,11 @@ class Format:
         problem = self.layout.misfit(full, values)
         if problem:
             raise ValueError(f"{self.name}: {problem}")
-        params = self.layout.Params(
-            **values,
-            orig_dtype=dtype,
-            orig_shape=shape,
-            **self.layout.options(flat_marker(marker)),
-        )
+        options = self.layout.options(flat_marker(marker))
+        rotation = options.get("convrot_groupsize", 1)
+        if rotation < 1 or full[1] % rotation:
+            raise ValueError(f"{self.name}: K={full[1]} is not a multiple of rotation {rotation}")
+        params = self.layout.Params(**values, orig_dtype=dtype, orig_shape=shape, **options)
         return QuantizedTensor(stored, self.layout.__name__, params)
 
     def _scale(self, name: str, value: torch.Tensor) -> torch.Tensor:

@@ -234,3 +234,25 @@ def test_marker_tensor_is_json():
     marker = {"format": "nvfp4", "ü": True}
     assert json.loads(bytes(marker_tensor(marker).tolist())) == marker
     assert marker_tensor(marker).dtype == torch.uint8
+
+
+def test_metadata_names_without_the_files_prefix_are_found(tmp_path):
+    path = tmp_path / "prefixed.safetensors"
+    fmt = formats.get("int8")
+    packed = fmt.pack(fmt.quantize(torch.randn(16, 32)))
+    prefix = "model.diffusion_model.blocks.0.ffn.0"
+    metadata = {"_quantization_metadata": json.dumps({"layers": {"blocks.0.ffn.0": fmt.marker}})}
+    save_file({f"{prefix}.{p}": t for p, t in packed.items()}, path, metadata)
+    assert list(stored_layers(Checkpoint(path))) == [prefix]
+
+
+@pytest.mark.parametrize("width", [None, 0, 96])
+def test_rotation_that_does_not_fit_is_refused_by_name(tmp_path, width):
+    path = tmp_path / "rotated.safetensors"
+    fmt = formats.get("int8_convrot")
+    tensors = {f"a.{p}": t for p, t in fmt.pack(fmt.quantize(torch.randn(16, 256))).items()}
+    tensors["a.comfy_quant"] = marker_tensor({**fmt.marker, "convrot_groupsize": width})
+    save_file(tensors, path)
+    checkpoint = Checkpoint(path)
+    with pytest.raises(CheckpointError, match="layer a"):
+        stored_layers(checkpoint)["a"].load(checkpoint)
