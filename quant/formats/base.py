@@ -21,9 +21,11 @@ from ...ops.linear import linear
 
 # Rows quantized at a time. A multiple of 128, the height of a block of swizzled scales, so that
 # joined pieces are byte for byte the whole (after a rotation up to the last bits of its sums);
-# small enough that the float32 copy stays small.
-CHUNK_ELEMENTS = 1 << 23
+# small enough to stay in a CPU's caches, and for the allocator to give the same memory again.
+CHUNK_ELEMENTS = 1 << 20
 SCALE_BLOCK_ROWS = 128
+# Magnitudes whose squares neither overflow nor vanish in float32.
+SAFE_UNIT = (1e-15, 1e15)
 
 
 class NotFiniteError(ValueError):
@@ -102,8 +104,8 @@ class Format:
             # Strides would change the order of sums in a rotation, and with it some last bits.
             rows = rows.float().contiguous()
             pieces.append(QuantizedTensor.from_float(rows, self.layout.__name__, **kwargs))
-            wrong += _sum_of_squares((pieces[-1].dequantize() - rows) / unit)
-            total += _sum_of_squares(rows / unit)
+            wrong += _sum_of_squares(pieces[-1].dequantize().sub_(rows), unit)
+            total += _sum_of_squares(rows, unit)
         stored = [p._qdata for p in pieces]
         quantized = QuantizedTensor(
             torch.cat(stored) if len(stored) > 1 else stored[0],
@@ -174,8 +176,13 @@ class Format:
         return value.view(dtype)
 
 
-def _sum_of_squares(x: torch.Tensor) -> float:
-    return x.square().sum(dtype=torch.float64).item()
+def _sum_of_squares(x: torch.Tensor, unit: float) -> float:
+    """Return the sum of (x / unit)², x float32; a few million elements at most."""
+    flat = x.reshape(-1)
+    if not SAFE_UNIT[0] < unit < SAFE_UNIT[1]:
+        flat = flat / unit
+        unit = 1.0
+    return torch.dot(flat, flat).item() / unit**2
 
 
 def flat_marker(marker: Mapping[str, Any]) -> dict[str, Any]:

@@ -15,7 +15,7 @@ NOT_FOR_THE_STOCK_LOADER = {"fp8_e4m3_rowwise"}
 STRENGTHS = (1.0, 0.5, -1.0)
 # the rest is marked slow: the 761 MB model takes a minute in some formats on a CPU
 QWEN_QUICK = {"int8_convrot"}
-LORA_QUICK = {"fp8_e4m3", "int8_convrot", "nvfp4"}
+LORA_QUICK = {"int8_convrot"}
 # quantizing the 761 MB model to this format takes a minute on a CPU, a stop one piece of a layer
 SLOW_FORMAT = "nvfp4"
 STOP_TIMEOUT_S = 20
