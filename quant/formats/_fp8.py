@@ -1,6 +1,7 @@
 """What the FP8 formats share: a layout with one scale per tensor or one per output channel."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import comfy_kitchen
 import torch
@@ -53,7 +54,7 @@ class FP8Layout(LowBitLayout, TensorCoreFP8Layout):
         return (qdata.float() * params.scale).to(params.orig_dtype)
 
     @classmethod
-    def tensor_scale(cls, largest: torch.Tensor) -> dict[str, torch.Tensor]:
+    def whole_tensor(cls, weight: torch.Tensor, largest: torch.Tensor) -> dict[str, Any]:
         return {"scale": (largest / torch.finfo(cls.dtype).max).clamp_min(TINY)}
 
     @classmethod

@@ -1,7 +1,7 @@
 """INT4 codes with a codebook, rotated, one E4M3 scale per 16: the host's `asym_w4a8_int8`.
 
-Activations are quantized to INT8. The codebook (16 float32 values) is chosen from the whole weight,
-so this format is not quantized in pieces; comfy-kitchen's quantizer decides whether to store one.
+Activations are quantized to INT8. The codebook (16 float32 values) is one for the whole weight, and
+comfy-kitchen's quantizer chooses it from rows spread evenly over the weight.
 """
 
 from collections.abc import Mapping
@@ -14,6 +14,8 @@ from .base import Format, LowBitLayout, register_layout
 from .int8_convrot import ROTATION
 
 GROUP = 16
+# Elements of the rows from which comfy-kitchen chooses the codebook.
+SAMPLE_ELEMENTS = 1 << 22
 
 
 @register_layout
@@ -21,7 +23,16 @@ class LowBitAsymW4A8Layout(LowBitLayout, AsymW4A8Int8Layout):
     """Packed 4-bit codes [N, K/2], scale [N, K/16], channel scale [N], codebook [16] or none."""
 
     scheme = "asym_w4a8_int8"
+    shared = frozenset({"codebook"})
     kitchen_layout = "AsymW4A8Int8Layout"
+
+    @classmethod
+    def whole_tensor(cls, weight: torch.Tensor, largest: torch.Tensor) -> dict[str, Any]:
+        n, k = weight.shape
+        rows = min(max(SAMPLE_ELEMENTS // k, 1), n)
+        index = torch.linspace(0, n - 1, rows, device=weight.device).long()
+        sample = weight if rows == n else weight.index_select(0, index)
+        return {"codebook_tensor": cls.quantize(sample.float().contiguous())[1].codebook}
 
     @classmethod
     def options(cls, marker: Mapping[str, Any]) -> dict[str, Any]:
@@ -58,7 +69,6 @@ FORMAT = Format(
     },
     optional=frozenset({"weight_codebook", "weight_correction"}),
     scale_dtypes={"weight_s_rel": torch.float8_e4m3fn},
-    chunked=False,
     k_multiple=ROTATION,
     packed=2,
 )

@@ -55,7 +55,6 @@ class Format:
     optional: frozenset[str] = frozenset()
     native: bool = True
     stand_in: str | None = None
-    chunked: bool = True
     k_multiple: int = 1
     pad_multiple: int = 1
     packed: int = 1
@@ -96,7 +95,7 @@ class Format:
             raise NotFiniteError("the weight holds NaN or Inf")
         # The error is measured in this unit, so that no square overflows or vanishes.
         unit = largest.item() or 1.0
-        kwargs = dict(self.quantize_kwargs) | self.layout.tensor_scale(largest)
+        kwargs = dict(self.quantize_kwargs) | self.layout.whole_tensor(weight, largest)
         pieces = []
         wrong = total = 0.0
         for rows in self._chunks(weight):
@@ -110,13 +109,11 @@ class Format:
         quantized = QuantizedTensor(
             torch.cat(stored) if len(stored) > 1 else stored[0],
             self.layout.__name__,
-            _join_params([p._params for p in pieces], weight),
+            _join_params(self.layout, [p._params for p in pieces], weight),
         )
         return quantized, math.sqrt(wrong / total) if total else 0.0
 
     def _chunks(self, weight: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        if not self.chunked:
-            return (weight,)
         rows = max(CHUNK_ELEMENTS // weight.shape[1], 1)
         rows = -(-rows // SCALE_BLOCK_ROWS) * SCALE_BLOCK_ROWS
         return weight.split(rows)
@@ -191,14 +188,15 @@ def flat_marker(marker: Mapping[str, Any]) -> dict[str, Any]:
     return {**params, **marker} if isinstance(params, dict) else dict(marker)
 
 
-def _join_params(params: list, weight: torch.Tensor):
+def _join_params(layout: type, params: list, weight: torch.Tensor):
     """Return one `Params` for pieces of rows: per-row scales joined, per-tensor scales shared."""
     first = params[0]
     joined = {"orig_dtype": weight.dtype, "orig_shape": tuple(weight.shape)}
     if len(params) > 1:
         for name in first._tensor_fields():
             parts = [getattr(p, name) for p in params]
-            joined[name] = torch.cat(parts) if parts[0].dim() else parts[0]
+            shared = name in layout.shared or not parts[0].dim()
+            joined[name] = parts[0] if shared else torch.cat(parts)
     return dataclasses.replace(first, **joined)
 
 
@@ -206,15 +204,20 @@ class LowBitLayout:
     """What every layout of ours adds to comfy-kitchen's; mixed in before it.
 
     `scheme` names the arithmetic for `ops.linear`; `kitchen_layout` is the registered name of the
-    layout that is extended.
+    layout that is extended; `shared` are tensors of `Params` that all rows have in common, scalars
+    aside.
     """
 
     scheme: str
     kitchen_layout: str
+    shared: frozenset[str] = frozenset()
 
     @classmethod
-    def tensor_scale(cls, largest: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Return the keyword arguments of `quantize` that hold for the whole tensor."""
+    def whole_tensor(cls, weight: torch.Tensor, largest: torch.Tensor) -> dict[str, Any]:
+        """Return the keyword arguments of `quantize` that follow from the whole weight [N, K].
+
+        largest: its largest magnitude, float32.
+        """
         return {}
 
     @classmethod

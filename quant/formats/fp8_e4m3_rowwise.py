@@ -1,6 +1,7 @@
 """FP8 E4M3, one scale per output channel: `float8_e4m3fn_rowwise`, which the host does not know."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 
@@ -26,7 +27,7 @@ class LowBitFP8E4M3RowwiseLayout(FP8Layout):
         return (tensor.float() / scale).clamp(-limit, limit).to(cls.dtype)
 
     @classmethod
-    def tensor_scale(cls, largest: torch.Tensor) -> dict[str, torch.Tensor]:
+    def whole_tensor(cls, weight: torch.Tensor, largest: torch.Tensor) -> dict[str, Any]:
         return {}
 
     @classmethod

@@ -4,6 +4,7 @@ On disk two elements share a byte, the even column in the high nibble; block sca
 """
 
 from collections.abc import Mapping
+from typing import Any
 
 import comfy_kitchen
 import torch
@@ -28,14 +29,14 @@ class LowBitNVFP4Layout(LowBitLayout, TensorCoreNVFP4Layout):
     kitchen_layout = "TensorCoreNVFP4Layout"
 
     @classmethod
-    def tensor_scale(cls, largest: torch.Tensor) -> dict[str, torch.Tensor]:
+    def whole_tensor(cls, weight: torch.Tensor, largest: torch.Tensor) -> dict[str, Any]:
         return {"scale": (largest / (E4M3_MAX * E2M1_MAX)).clamp_min(TINY)}
 
     @classmethod
     def quantize(cls, tensor, scale=None, stochastic_rounding=0, **kwargs):
         """Return (packed, Params). scale: of the tensor, float32; None or "recalculate": absmax."""
         if scale is None or isinstance(scale, str):
-            scale = cls.tensor_scale(tensor.abs().amax().float())["scale"]
+            scale = cls.whole_tensor(tensor, tensor.abs().amax().float())["scale"]
         scale = scale.to(device=tensor.device, dtype=torch.float32)
         shape = tuple(tensor.shape)
         n, k = cls.get_padded_shape(shape)

@@ -67,8 +67,6 @@ def test_rows_of_rowwise_fp8_are_tensors_of_kitchen(gaussian, same_bits):
 @pytest.mark.parametrize("n", [129, 256])
 def test_bytes_do_not_depend_on_the_pieces(fmt, gaussian, same_bits, monkeypatch, n):
     """The tensor's largest value and a zero block lie in different pieces."""
-    if not fmt.chunked:
-        n = 16
     weight = gaussian(n, 256)
     weight[n - 1, 17] = 0.3
     weight[: base.SCALE_BLOCK_ROWS, :64] = 0
@@ -77,7 +75,7 @@ def test_bytes_do_not_depend_on_the_pieces(fmt, gaussian, same_bits, monkeypatch
     monkeypatch.setattr(base, "CHUNK_ELEMENTS", 1000)
     ticks = []
     pieces, error = fmt.quantize_measured(weight, lambda: ticks.append(1))
-    assert len(ticks) == (math.ceil(n / base.SCALE_BLOCK_ROWS) if fmt.chunked else 1)
+    assert len(ticks) == math.ceil(n / base.SCALE_BLOCK_ROWS)
     assert pieces.shape == weight.shape
     if fmt.k_multiple == 1:
         assert_same(fmt, pieces, whole, same_bits)
