@@ -1,0 +1,57 @@
+"""The README: its generated tables are current, and its commands run."""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lowbit import NODE_CLASS_MAPPINGS
+from lowbit.quant import support
+from tests.checkpoints import write_wan
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def block(name: str) -> str:
+    """Return what stands between the marks of a generated part."""
+    found = re.search(rf"<!-- {name}:.*?-->\n(.*?)\n?<!-- end of {name} -->", README, re.S)
+    assert found, f"README.md has no part {name}"
+    return found[1]
+
+
+def test_table_of_formats_is_the_registrys():
+    assert block("formats") == support.table()
+
+
+def test_every_node_is_named():
+    for node in NODE_CLASS_MAPPINGS.values():
+        assert node.DISPLAY_NAME in README
+
+
+def test_make_targets_exist():
+    targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.M))
+    assert set(re.findall(r"^make (\w+)$", README, re.M)) <= targets
+
+
+def commands() -> list[str]:
+    part = README[README.index("## Command line") :]
+    return re.findall(r"^lowbit .*$", part, re.M)
+
+
+# `demo` has a test of its own and takes a minute.
+@pytest.mark.parametrize("line", [c for c in commands() if not c.startswith("lowbit demo")])
+def test_command_runs(line, tmp_path):
+    files = {name: tmp_path / f"{name}.safetensors" for name in ("SRC", "FILE", "A", "B")}
+    for path in files.values():
+        write_wan(path)
+    files["DST"] = tmp_path / "DST.safetensors"
+    words = [str(files.get(word, word)) for word in shlex.split(line)[1:]]
+    run = subprocess.run(
+        [sys.executable, "-m", "lowbit", *words], capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.strip()
