@@ -19,7 +19,7 @@ from comfy_kitchen.tensor import QuantizedTensor
 
 from ..quant import convert, families, formats, recipe
 from ..quant.checkpoint import Checkpoint, CheckpointWriter
-from ..quant.checkpoint.stored import MARKER, marker_tensor, stored_layers
+from ..quant.checkpoint.stored import MARKER, logical_shapes, marker_tensor, stored_layers
 from ..quant.checkpoint.writer import ENTRY_BYTES
 from ..quant.convert import RECORD_KEY, LayerRecord
 from .inputs import AS_STORED
@@ -88,28 +88,29 @@ def _streamed(work: convert.Plan) -> dict[str, torch.Tensor]:
 
 
 def _as_stored(checkpoint: Checkpoint) -> tuple[dict[str, torch.Tensor], list[LayerRecord]]:
-    """Return the tensors as the host maps them, legacy markings in its words, and the records."""
+    """Return the tensors as the host maps them, under the names it knows, and the records."""
     import comfy.utils
 
     stored = stored_layers(checkpoint)
     parts = {t: f"{n}.{p}" for n, layer in stored.items() for p, t in layer.parts.items()}
+    model = families.recognise(logical_shapes(checkpoint, stored))
     state = {
-        parts.get(name, name): tensor
+        model.host_name(parts.get(name, name)): tensor
         for name, tensor in comfy.utils.load_torch_file(checkpoint.path).items()
         if name.rpartition(".")[2] not in (convert.LEGACY_FLAG, MARKER)
     }
     for name, layer in stored.items():
-        state[f"{name}.{MARKER}"] = marker_tensor(layer.marker)
+        state[model.host_name(f"{name}.{MARKER}")] = marker_tensor(layer.marker)
     checkpoint.metadata.pop(convert.METADATA_KEY, None)
-    return state, list(_stored_records(checkpoint, stored))
+    return state, list(_stored_records(checkpoint, stored, model))
 
 
-def _stored_records(checkpoint: Checkpoint, stored) -> Iterator[LayerRecord]:
+def _stored_records(checkpoint: Checkpoint, stored, model) -> Iterator[LayerRecord]:
     """Yield a record per quantized layer, with the errors that this pack wrote into the file."""
     errors = json.loads(checkpoint.metadata.get(RECORD_KEY, "{}")).get("layers", {})
     for name, layer in stored.items():
         size = sum(checkpoint[t].size_bytes for t in layer.parts.values())
-        bare = _bare(name)
+        bare = model.host_name(name).removeprefix(model.prefix)
         shape = layer.logical_shape(checkpoint)
         error = errors.get(bare, {}).get("error")
         yield LayerRecord(bare, layer.format.name, shape, size, error, "as stored")

@@ -12,7 +12,7 @@ import torch
 
 from . import families
 from .checkpoint import Checkpoint
-from .checkpoint.stored import LEGACY_FLAG, MARKER, StoredLayer, stored_layers
+from .checkpoint.stored import LEGACY_FLAG, MARKER, StoredLayer, logical_shapes, stored_layers
 
 # Elements in float64 at a time.
 CHUNK_ELEMENTS = 1 << 22
@@ -101,10 +101,7 @@ def _badness(error: float | None) -> float:
 def _open(path: str) -> _Side:
     checkpoint = Checkpoint(path)
     stored = stored_layers(checkpoint)
-    shapes = {name: info.shape for name, info in checkpoint.items()}
-    for layer in stored.values():
-        shapes[layer.parts["weight"]] = layer.logical_shape(checkpoint)
-    model = families.recognise(shapes)
+    model = families.recognise(logical_shapes(checkpoint, stored))
     scales = {t for layer in stored.values() for p, t in layer.parts.items() if p != "weight"}
     names = {}
     for name in checkpoint:

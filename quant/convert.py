@@ -21,6 +21,7 @@ from .checkpoint.stored import (
     METADATA_KEY,
     RECORD_KEY,
     StoredLayer,
+    logical_shapes,
     marker_tensor,
     stored_layers,
 )
@@ -121,9 +122,7 @@ def plan(
     source cannot be read or nothing in it would be quantized.
     """
     stored = stored_layers(checkpoint)
-    shapes = {name: info.shape for name, info in checkpoint.items()}
-    for name, layer in stored.items():
-        shapes[f"{name}.weight"] = layer.logical_shape(checkpoint)
+    shapes = logical_shapes(checkpoint, stored)
     model = families.recognise(shapes)
     rules = recipe.build(format_name, recipe_name, keep, model)
     steps = list(_steps(checkpoint, stored, shapes, model, rules))

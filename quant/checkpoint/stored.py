@@ -87,6 +87,16 @@ def stored_layers(checkpoint: Checkpoint) -> dict[str, StoredLayer]:
     return layers
 
 
+def logical_shapes(
+    checkpoint: Checkpoint, stored: Mapping[str, StoredLayer]
+) -> dict[str, tuple[int, ...]]:
+    """Return the shape of every tensor by name, those of quantized weights unpacked."""
+    shapes = {name: info.shape for name, info in checkpoint.items()}
+    for layer in stored.values():
+        shapes[layer.parts["weight"]] = layer.logical_shape(checkpoint)
+    return shapes
+
+
 def recorded_shapes(checkpoint: Checkpoint) -> dict[str, tuple[int, int]]:
     """Return the logical shapes that this pack recorded for padded layers."""
     try:

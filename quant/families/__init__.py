@@ -33,6 +33,13 @@ class Recognised:
     blocks: int
     renamed: dict[str, str]
 
+    def host_name(self, name: str) -> str:
+        """The name of a layer or tensor of the file as the host has it, prefix kept."""
+        if not name.startswith(self.prefix):
+            return name
+        bare = name.removeprefix(self.prefix)
+        return self.prefix + self.family.rename([bare])[bare]
+
 
 @cache
 def _families() -> dict[str, Family]:
