@@ -17,9 +17,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("a", metavar="A")
     parser.add_argument("b", metavar="B")
     parser.add_argument(
-        "--top", type=int, default=TOP, metavar="N", help=f"show the N worst (default: {TOP})"
+        "--top", type=_count, default=TOP, metavar="N", help=f"show the N worst (default: {TOP})"
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object with all")
+
+
+def _count(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError("it must not be negative")
+    return value
 
 
 def run(args: argparse.Namespace) -> int:

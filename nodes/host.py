@@ -19,9 +19,15 @@ from comfy_kitchen.tensor import QuantizedTensor
 
 from ..quant import convert, families, formats, recipe
 from ..quant.checkpoint import Checkpoint, CheckpointWriter
-from ..quant.checkpoint.stored import MARKER, logical_shapes, marker_tensor, stored_layers
+from ..quant.checkpoint.stored import (
+    INPUT_SCALES,
+    MARKER,
+    logical_shapes,
+    marker_tensor,
+    stored_layers,
+)
 from ..quant.checkpoint.writer import ENTRY_BYTES
-from ..quant.convert import RECORD_KEY, LayerRecord
+from ..quant.record import RECORD_KEY, LayerRecord, decode, encode
 from .inputs import AS_STORED
 
 logger = logging.getLogger(__name__)
@@ -61,19 +67,38 @@ def load_model(path, format_name, recipe_name, keep=(), disable_dynamic=False):
     else:
         work = convert.plan(checkpoint, format_name, recipe_name, keep)
         state, records = _streamed(work), work.records
-    markers = _stand_in(state)
+    formats_by_layer = _stand_in(state)
+    # Layers are marked by tensors now; the host would let the header's word replace them.
+    metadata = {k: v for k, v in checkpoint.metadata.items() if k != convert.METADATA_KEY}
     patcher = comfy.sd.load_diffusion_model_state_dict(
-        state, metadata=dict(checkpoint.metadata), disable_dynamic=disable_dynamic
+        state, metadata=metadata, disable_dynamic=disable_dynamic
     )
     if patcher is None:
         raise ValueError(f"{path}: ComfyUI does not recognise the model")
+    _check_loaded(patcher, path, records)
     for name, module in _linears(patcher):
-        if isinstance(module.weight, QuantizedTensor):
-            fmt = formats.from_marker(markers.get(name) or _marker(module))
+        fmt = formats_by_layer.get(name) or _format(module)
+        if fmt and not module._full_precision_mm_config:
             _show(module, fmt, module.weight)
     patcher.cached_patcher_init = (load_model, (path, format_name, recipe_name, tuple(keep)))
     patcher.set_attachments(ATTACHMENT, list(records))
     return patcher
+
+
+def _check_loaded(patcher, path: str, records) -> None:
+    """Raise ValueError when a weight is missing, or a quantized one did not arrive as such."""
+    modules = patcher.model.diffusion_model.named_modules()
+    linears = {n: m for n, m in modules if hasattr(m, "in_features")}
+    missing = [n for n, m in linears.items() if m.weight is None]
+    if missing:
+        raise ValueError(f"{path}: {len(missing)} weights are missing, the first of {missing[0]}")
+    arrived = {n for n, m in linears.items() if isinstance(m.weight, QuantizedTensor)}
+    lost = [r.name for r in records if r.format and r.name not in arrived]
+    if lost:
+        raise ValueError(
+            f"{path}: ComfyUI renames or fuses quantized layers of this file, {lost[0]} first; "
+            "quantize the loaded model instead"
+        )
 
 
 def _streamed(work: convert.Plan) -> dict[str, torch.Tensor]:
@@ -89,48 +114,51 @@ def _streamed(work: convert.Plan) -> dict[str, torch.Tensor]:
 
 def _as_stored(checkpoint: Checkpoint) -> tuple[dict[str, torch.Tensor], list[LayerRecord]]:
     """Return the tensors as the host maps them, under the names it knows, and the records."""
-    import comfy.utils
-
     stored = stored_layers(checkpoint)
     parts = {t: f"{n}.{p}" for n, layer in stored.items() for p, t in layer.parts.items()}
     model = families.recognise(logical_shapes(checkpoint, stored))
     state = {
         model.host_name(parts.get(name, name)): tensor
-        for name, tensor in comfy.utils.load_torch_file(checkpoint.path).items()
+        for name, tensor in _tensors(checkpoint)
         if name.rpartition(".")[2] not in (convert.LEGACY_FLAG, MARKER)
     }
     for name, layer in stored.items():
         state[model.host_name(f"{name}.{MARKER}")] = marker_tensor(layer.marker)
-    checkpoint.metadata.pop(convert.METADATA_KEY, None)
     return state, list(_stored_records(checkpoint, stored, model))
+
+
+def _tensors(checkpoint: Checkpoint) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield (name, tensor): mapped by the host where it is one file, else read shard by shard."""
+    import comfy.utils
+
+    if os.path.isfile(checkpoint.path) and not checkpoint.path.endswith(".json"):
+        yield from comfy.utils.load_torch_file(checkpoint.path).items()
+    else:
+        yield from ((name, checkpoint.read(name)) for name in checkpoint)
 
 
 def _stored_records(checkpoint: Checkpoint, stored, model) -> Iterator[LayerRecord]:
     """Yield a record per quantized layer, with the errors that this pack wrote into the file."""
-    errors = json.loads(checkpoint.metadata.get(RECORD_KEY, "{}")).get("layers", {})
+    errors = decode(checkpoint.metadata)
     for name, layer in stored.items():
         size = sum(checkpoint[t].size_bytes for t in layer.parts.values())
-        bare = model.host_name(name).removeprefix(model.prefix)
+        bare = model.host_name(name).removeprefix(model.host_prefix)
         shape = layer.logical_shape(checkpoint)
         error = errors.get(bare, {}).get("error")
         yield LayerRecord(bare, layer.format.name, shape, size, error, "as stored")
 
 
-def _bare(name: str) -> str:
-    prefix = next(p for p in families.PREFIXES if name.startswith(p))
-    return name.removeprefix(prefix)
-
-
-def _stand_in(state: dict[str, torch.Tensor]) -> dict[str, dict]:
-    """Put markers that the host knows in place of ours; return the true ones by layer."""
-    markers = {}
+def _stand_in(state: dict[str, torch.Tensor]) -> dict[str, formats.Format]:
+    """Put markers that the host knows in place of ours; return the true formats by layer."""
+    found = {}
+    prefix = families.recognise({n: tuple(t.shape) for n, t in state.items()}).prefix
     for name in [n for n in state if n.endswith(f".{MARKER}")]:
         marker = json.loads(state[name].numpy().tobytes())
         fmt = formats.from_marker(marker)
         if fmt.stand_in:
-            markers[_bare(name.removesuffix(f".{MARKER}"))] = marker
+            found[name.removesuffix(f".{MARKER}").removeprefix(prefix)] = fmt
             state[name] = marker_tensor({**marker, "format": fmt.stand_in})
-    return markers
+    return found
 
 
 def _linears(patcher) -> Iterator[tuple[str, torch.nn.Module]]:
@@ -170,7 +198,11 @@ def quantize_model(patcher, format_name: str, recipe_name: str = recipe.AUTO, ke
     modules = dict(_linears(patcher))
     chosen = _choose(modules, patcher, format_name, recipe_name, keep)
     if not any(choice.format for choice in chosen.values()):
-        raise ValueError(f"nothing to quantize to {format_name} under recipe {recipe_name}")
+        raise ValueError(
+            "the model has no quantized layers to keep as they are; choose a format"
+            if format_name == AS_STORED
+            else f"nothing to quantize to {format_name} under recipe {recipe_name}"
+        )
     clone = patcher.clone()
     bar, tick = _progress(len(modules))
     known = {r.name: r for r in layer_records(patcher)}
@@ -179,7 +211,8 @@ def quantize_model(patcher, format_name: str, recipe_name: str = recipe.AUTO, ke
         choice = chosen[name]
         if choice.format:
             new, error = _quantized(patcher, name, module, choice.format, tick)
-            clone.add_object_patch(f"{ROOT}.{name}", _replacement(module, choice.format, new))
+            new_module = _replacement(module, choice.format, new, scales_too=error is None)
+            clone.add_object_patch(f"{ROOT}.{name}", new_module)
             error = known[name].error if error is None else error
             before = known[name].size_bytes
             known[name] = _record(name, new, choice.format, error, choice.reason)
@@ -196,12 +229,19 @@ def quantize_model(patcher, format_name: str, recipe_name: str = recipe.AUTO, ke
 
 def _choose(modules, patcher, format_name, recipe_name, keep) -> dict[str, recipe.Choice]:
     if format_name == AS_STORED:
-        return {n: recipe.Choice(_format(m), "as stored") for n, m in modules.items()}
+        return {n: _as_it_is(m) for n, m in modules.items()}
     state = patcher.get_model_object(ROOT).state_dict()
     shapes = {name: tuple(value.shape) for name, value in state.items()}
     model = families.recognise(shapes)
     rules = recipe.build(format_name, recipe_name, keep, model)
     return {name: rules.choose(name, tuple(m.weight.shape)) for name, m in modules.items()}
+
+
+def _as_it_is(module) -> recipe.Choice:
+    fmt = _format(module)
+    if fmt and module._full_precision_mm_config:
+        return recipe.Choice(None, "its file asks for products in full precision")
+    return recipe.Choice(fmt, "as stored")
 
 
 def _format(module) -> formats.Format | None:
@@ -229,6 +269,9 @@ def _quantized(patcher, name, module, fmt, tick) -> tuple[QuantizedTensor, float
     home = weight.device
     if isinstance(weight, QuantizedTensor):
         weight = weight.dequantize()
+        smoothing = getattr(module, "pre_quant_scale", None)
+        if smoothing is not None:
+            weight = weight.float() * smoothing.to(home).float().reshape(1, -1)
     elif weight.dtype in convert.FP8_DTYPES:
         weight = weight.to(convert.DENSE_DTYPE)
     try:
@@ -240,8 +283,11 @@ def _quantized(patcher, name, module, fmt, tick) -> tuple[QuantizedTensor, float
     return new.to(device=home).to(dtype=dtype), error
 
 
-def _replacement(module, fmt: formats.Format, weight: QuantizedTensor) -> torch.nn.Module:
-    """Return a Linear of the host's with `weight` and the bias of `module`."""
+def _replacement(module, fmt, weight: QuantizedTensor, scales_too: bool) -> torch.nn.Module:
+    """Return a Linear of the host's with `weight` and the bias of `module`.
+
+    scales_too: with the scales of its input as well, which belong to the stored bits.
+    """
     import comfy.ops
 
     operations = comfy.ops.mixed_precision_ops(compute_dtype=weight.dtype)
@@ -252,7 +298,7 @@ def _replacement(module, fmt: formats.Format, weight: QuantizedTensor) -> torch.
         # Another Parameter on the same memory: the host moves Parameters from device to device.
         new.bias = torch.nn.Parameter(module.bias.detach(), requires_grad=False)
     _show(new, fmt, weight)
-    for extra in ("input_scale", "pre_quant_scale"):
+    for extra in INPUT_SCALES if scales_too else ():
         value = getattr(module, extra, None)
         if value is not None:
             new.register_parameter(extra, torch.nn.Parameter(value.detach(), requires_grad=False))
@@ -283,7 +329,7 @@ def save_model(patcher, prefix: str, prompt=None, extra_pnginfo: dict | None = N
         prefix, folder_paths.get_output_directory()
     )
     path = os.path.join(folder, f"{name}_{counter:05}_.safetensors")
-    metadata = {RECORD_KEY: json.dumps(_summary(patcher))}
+    metadata = {RECORD_KEY: encode(_records_as_saved(patcher))}
     if not comfy.cli_args.args.disable_metadata:
         metadata |= {k: json.dumps(v) for k, v in (extra_pnginfo or {}).items()}
         metadata |= {"prompt": json.dumps(prompt)} if prompt is not None else {}
@@ -335,14 +381,12 @@ def _is_merged(patcher, key: str) -> bool:
     return key in patcher.backup
 
 
-def _summary(patcher) -> dict:
-    layers = {}
-    for record in layer_records(patcher):
-        if record.format:
-            layers[record.name] = {"format": record.format, "shape": list(record.shape)}
-            if record.error is not None:
-                layers[record.name]["error"] = float(f"{record.error:.4g}")
-    return {"version": convert.RECORD_VERSION, "layers": layers}
+def _records_as_saved(patcher) -> list[LayerRecord]:
+    """Return the records without the errors of weights that patches change."""
+    return [
+        dataclasses.replace(r, error=None) if f"{ROOT}.{r.name}.weight" in patcher.patches else r
+        for r in layer_records(patcher)
+    ]
 
 
 def _device() -> torch.device:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import torch
 
-from ..quant.convert import LayerRecord
+from ..quant.record import LayerRecord
 
 WIDTH, HEIGHT = 1200, 480
 LEFT, RIGHT, TOP, BOTTOM = 70, 70, 50, 40

@@ -5,13 +5,13 @@ quantizes and yields. The command line writes what it yields to a file, the load
 the host.
 """
 
-import json
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import torch
 
-from . import families, formats, recipe
+from . import families, recipe
 from .checkpoint import Checkpoint, CheckpointError, TensorInfo
 from .checkpoint.stored import (
     FP8_DTYPES,
@@ -19,7 +19,6 @@ from .checkpoint.stored import (
     LEGACY_FLAG,
     MARKER,
     METADATA_KEY,
-    RECORD_KEY,
     StoredLayer,
     logical_shapes,
     marker_tensor,
@@ -27,27 +26,12 @@ from .checkpoint.stored import (
 )
 from .formats import NotFiniteError
 from .recipe import Choice, Recipe
+from .record import RECORD_KEY, LayerRecord, encode
 
-RECORD_VERSION = 1
 # What a dense weight becomes when the source holds it in FP8.
 DENSE_DTYPE = torch.bfloat16
 UNTOUCHED = Choice(None)
 FLOATS = {torch.float64, torch.float32, torch.float16, torch.bfloat16, *FP8_DTYPES}
-
-
-@dataclass
-class LayerRecord:
-    """What became of one linear layer.
-
-    error: relative L2 error of the weight against the source, None where it was kept or copied.
-    """
-
-    name: str
-    format: str | None
-    shape: tuple[int, ...]
-    size_bytes: int
-    error: float | None = None
-    reason: str = ""
 
 
 @dataclass(frozen=True)
@@ -83,29 +67,12 @@ class Plan:
         metadata = {
             k: v for k, v in self.checkpoint.metadata.items() if k not in (METADATA_KEY, RECORD_KEY)
         }
-        layers, kept = {}, {}
-        for record in self.records:
-            if record.format is None:
-                kept[record.name] = record.reason
-                continue
-            layers[record.name] = entry = {"format": record.format}
-            if record.error is not None:
-                entry["error"] = float(f"{record.error:.4g}")
-            if record.reason:
-                entry["reason"] = record.reason
-            if formats.get(record.format).pad_multiple > 1:
-                entry["shape"] = list(record.shape)
-        metadata[RECORD_KEY] = json.dumps(
-            {
-                "version": RECORD_VERSION,
-                "format": self.recipe.format.name,
-                "recipe": self.recipe.name,
-                "family": self.model.family.name,
-                "variant": self.model.variant,
-                "torch": torch.__version__,
-                "layers": layers,
-                "kept": kept,
-            }
+        metadata[RECORD_KEY] = encode(
+            self.records,
+            format=self.recipe.format.name,
+            recipe=self.recipe.name,
+            family=self.model.family.name,
+            variant=self.model.variant,
         )
         return metadata
 
@@ -124,6 +91,9 @@ def plan(
     stored = stored_layers(checkpoint)
     shapes = logical_shapes(checkpoint, stored)
     model = families.recognise(shapes)
+    refused = model.family.refused and model.family.refused(model.renamed.values())
+    if refused:
+        raise CheckpointError(f"{checkpoint.path}: {refused}")
     rules = recipe.build(format_name, recipe_name, keep, model)
     steps = list(_steps(checkpoint, stored, shapes, model, rules))
     result = Plan(checkpoint, rules, model, steps)
@@ -142,7 +112,7 @@ def _steps(checkpoint, stored, shapes, model, rules) -> Iterator[Step]:
             continue
         bare = model.renamed.get(name)
         # Tensors outside the diffusion model (a VAE, a text encoder) go over as they are.
-        target = name if bare is None else model.prefix + bare
+        target = name if bare is None else model.host_prefix + bare
         quantized = stored.get(module) if part == "weight" else None
         if bare is None or part != "weight" or not _is_linear(info, quantized, shapes[name]):
             yield Step(target, name, stored=quantized, size_bytes=info.size_bytes)
@@ -163,43 +133,36 @@ def stream(
     """Yield (name, tensor) of the result, in the order of the source, and fill `plan.records`.
 
     device: where layers are quantized; what is yielded lies on the CPU. tick: called often, also
-    within a layer; may raise to stop. Holds one layer at a time.
+    within a layer; may raise to stop. Holds one layer at a time, and the source of the next.
     Raises NotFiniteError that names the layer when a weight holds NaN or Inf.
     """
     plan.records.clear()
-    for step in plan.steps:
-        tick()
-        if step.choice.format is None:
-            tensor = _dense(plan.checkpoint, step)
-            if step.layer:
-                size = tensor.nbytes
-                record = LayerRecord(step.layer, None, step.shape, size, None, step.choice.reason)
-                plan.records.append(record)
-            yield step.target, tensor
-        else:
-            yield from _layer(plan, step, torch.device(device), tick)
+    # The next tensor is read while this one is quantized and written.
+    with ThreadPoolExecutor(1) as reader:
+        ahead = reader.submit(_read, plan.checkpoint, plan.steps[0])
+        for step, following in zip(plan.steps, [*plan.steps[1:], None], strict=True):
+            tick()
+            source = ahead.result()
+            if following:
+                ahead = reader.submit(_read, plan.checkpoint, following)
+            if step.choice.format:
+                yield from _layer(plan, step, source, torch.device(device), tick)
+            else:
+                yield step.target, _kept(plan, step, source)
 
 
-def _dense(checkpoint: Checkpoint, step: Step) -> torch.Tensor:
+def _is_copy(step: Step) -> bool:
+    return bool(step.stored) and step.stored.format is step.choice.format
+
+
+def _read(checkpoint: Checkpoint, step: Step) -> torch.Tensor | dict[str, torch.Tensor]:
+    """Return what a step works on: a weight in its own values, or a layer's tensors to copy."""
+    if _is_copy(step):
+        return _copied(checkpoint, step.stored)
     if step.stored:
-        return step.stored.dequantize(checkpoint).to(DENSE_DTYPE)
+        return step.stored.dequantize(checkpoint)
     tensor = checkpoint.read(step.source)
     return tensor.to(DENSE_DTYPE) if tensor.dtype in FP8_DTYPES else tensor
-
-
-def _layer(plan: Plan, step: Step, device: torch.device, tick: Callable[[], None]):
-    fmt = step.choice.format
-    if step.stored and step.stored.format is fmt:
-        tensors, error, reason = _copied(plan.checkpoint, step.stored), None, "as stored"
-    else:
-        tensors, error = _quantized(plan.checkpoint, step, device, tick)
-        tensors[MARKER] = marker_tensor(fmt.marker)
-        reason = step.choice.reason
-    size = sum(t.nbytes for t in tensors.values())
-    plan.records.append(LayerRecord(step.layer, fmt.name, step.shape, size, error, reason))
-    module = step.target.removesuffix(".weight")
-    for part, tensor in tensors.items():
-        yield f"{module}.{part}", tensor
 
 
 def _copied(checkpoint: Checkpoint, stored: StoredLayer) -> dict[str, torch.Tensor]:
@@ -208,15 +171,33 @@ def _copied(checkpoint: Checkpoint, stored: StoredLayer) -> dict[str, torch.Tens
     return packed | extra | {MARKER: marker_tensor(stored.marker)}
 
 
-def _quantized(checkpoint: Checkpoint, step: Step, device: torch.device, tick):
-    fmt = step.choice.format
-    if step.stored:
-        weight = step.stored.dequantize(checkpoint)
+def _kept(plan: Plan, step: Step, source: torch.Tensor) -> torch.Tensor:
+    tensor = source.to(DENSE_DTYPE) if step.stored else source
+    if step.layer:
+        size, reason = tensor.nbytes, step.choice.reason
+        plan.records.append(LayerRecord(step.layer, None, step.shape, size, None, reason))
+    return tensor
+
+
+def _layer(plan: Plan, step: Step, source, device: torch.device, tick: Callable[[], None]):
+    if _is_copy(step):
+        tensors, error, reason = source, None, "as stored"
     else:
-        weight = checkpoint.read(step.source)
-        weight = weight.to(DENSE_DTYPE) if weight.dtype in FP8_DTYPES else weight
+        tensors, error = _quantized(plan.checkpoint, step, source, device, tick)
+        reason = step.choice.reason
+    size = sum(t.nbytes for t in tensors.values())
+    name = step.choice.format.name
+    plan.records.append(LayerRecord(step.layer, name, step.shape, size, error, reason))
+    module = step.target.removesuffix(".weight")
+    for part, tensor in tensors.items():
+        yield f"{module}.{part}", tensor
+
+
+def _quantized(checkpoint: Checkpoint, step: Step, weight, device: torch.device, tick):
+    fmt = step.choice.format
     try:
         quantized, error = fmt.quantize_measured(weight.to(device), tick)
     except NotFiniteError as problem:
         raise NotFiniteError(f"{checkpoint.path}: layer {step.layer}: {problem}") from problem
-    return {part: tensor.cpu() for part, tensor in fmt.pack(quantized).items()}, error
+    tensors = {part: tensor.cpu() for part, tensor in fmt.pack(quantized).items()}
+    return tensors | {MARKER: marker_tensor(fmt.marker)}, error

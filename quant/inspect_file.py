@@ -14,6 +14,7 @@ from . import families, formats
 from .checkpoint import Checkpoint
 from .checkpoint.stored import MARKER, StoredLayer, stored_layers
 from .inspect_layers import KNOWN_SCALES, Layer, check, check_order, dtype_name, find_layers
+from .inspect_names import check_names
 from .inspect_problems import PACK, Finding, Problem, group
 
 BITS = 8
@@ -70,6 +71,7 @@ def inspect_file(path: str) -> Report:
     stored = _stored(checkpoint, findings)
     shapes = _logical_shapes(checkpoint, layers, stored)
     model = _recognise(shapes, findings)
+    findings.extend(check_names(checkpoint.path, model, bool(layers)))
     groups, bits_quantized, bits = _sizes(checkpoint, layers, shapes, model)
     return Report(
         path=checkpoint.path,
@@ -121,6 +123,8 @@ def _recognise(shapes, findings: list[Finding]) -> families.Recognised:
     if renamed:
         detail = f"{renamed[0]} is {model.renamed[renamed[0]]} to ComfyUI"
         findings.append(Finding("diffusers_names", "", detail))
+    if model.prefix != model.host_prefix:
+        findings.append(Finding("unknown_prefix", "", f"the names begin with {model.prefix}"))
     return model
 
 

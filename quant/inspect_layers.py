@@ -99,7 +99,7 @@ def _mark_fp8(checkpoint: Checkpoint, layers: dict[str, Layer]) -> None:
 
 def _name_format(layer: Layer) -> Iterator[Finding]:
     """Set the format that the marker names; yield what the host or this pack does not know."""
-    if not layer.marker:
+    if not layer.marker and layer.marked_by not in (MARKER, METADATA_KEY):
         return
     name = layer.marker.get("format")
     affects = ()
@@ -107,6 +107,8 @@ def _name_format(layer: Layer) -> Iterator[Finding]:
         layer.format = formats.from_marker(layer.marker)
     except ValueError:
         affects = (PACK,)
+    # A name that is no text cannot be looked up.
+    name = name if isinstance(name, str) else repr(name)
     known = {f.marker["format"] for f in map(formats.get, formats.names()) if f.native}
     if layer.marked_by in (MARKER, METADATA_KEY) and name not in known:
         affects = (HOST, *affects)

@@ -172,6 +172,25 @@ _KINDS = (
         "`lowbit quantize` reads them and writes ComfyUI's.",
     ),
     Kind(
+        "unknown_prefix",
+        (HOST,),
+        "ComfyUI does not look for a model under this prefix.",
+        "`lowbit quantize` writes the names without it.",
+    ),
+    Kind(
+        "fused_layers",
+        BOTH,
+        "ComfyUI fuses layers of diffusers-named files while it loads them; quantized layers lose "
+        "their scales.",
+        "Quantize a file in ComfyUI's own names, or the loaded model.",
+    ),
+    Kind(
+        "incomplete",
+        BOTH,
+        "The model runs into missing weights.",
+        "Download it again, or give the folder with all shards and their index.",
+    ),
+    Kind(
         "unsupported_layout",
         BOTH,
         "No renaming brings this file to ComfyUI's layout.",

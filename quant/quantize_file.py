@@ -11,7 +11,8 @@ import torch
 from . import recipe
 from .checkpoint import Checkpoint, CheckpointError, CheckpointWriter
 from .checkpoint.writer import ENTRY_BYTES
-from .convert import LayerRecord, Plan, plan, stream
+from .convert import Plan, plan, stream
+from .record import LayerRecord
 
 # Bytes of metadata for one layer beside its name and reason: format, error, shape, JSON.
 RECORD_BYTES = 160

@@ -48,6 +48,10 @@ class Recipe:
             decision = self.family.decide(layer, shape, self.blocks)
             if decision.action == KEEP:
                 return Choice(None, decision.reason)
+            source = self.family.shape_source
+            if source and source.fullmatch(layer) and shape[0] % fmt.pad_multiple:
+                reason = f"{fmt.name} would pad it, and ComfyUI reads the model's width from it"
+                return Choice(None, reason)
             if decision.action == EIGHT_BIT and fmt.bits < EIGHT_BITS:
                 return self._eight_bit(shape, decision.reason)
         unfit = fmt.unfit(shape)

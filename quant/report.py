@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from .convert import LayerRecord
+from .record import LayerRecord
 
 MIB = 1 << 20
 

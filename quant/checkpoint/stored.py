@@ -14,13 +14,12 @@ import torch
 from comfy_kitchen.tensor import QuantizedTensor
 
 from .. import families, formats
+from ..record import decode
 from .header import CheckpointError
 from .reader import Checkpoint
 
 MARKER = "comfy_quant"
 METADATA_KEY = "_quantization_metadata"
-# This pack's own record of what it did.
-RECORD_KEY = "_lowbit"
 LEGACY_FLAG = "scaled_fp8"
 LEGACY_NAMES = {"scale_weight": "weight_scale", "scale_input": "input_scale"}
 FP8_DTYPES = {torch.float8_e4m3fn: "float8_e4m3fn", torch.float8_e5m2: "float8_e5m2"}
@@ -99,11 +98,13 @@ def logical_shapes(
 
 def recorded_shapes(checkpoint: Checkpoint) -> dict[str, tuple[int, int]]:
     """Return the logical shapes that this pack recorded for padded layers."""
-    try:
-        layers = json.loads(checkpoint.metadata.get(RECORD_KEY, "{}")).get("layers", {})
-        return {n: tuple(r["shape"]) for n, r in layers.items() if "shape" in r}
-    except (ValueError, AttributeError, TypeError):
-        return {}
+    shapes = {name: entry.get("shape") for name, entry in decode(checkpoint.metadata).items()}
+    return {name: tuple(shape) for name, shape in shapes.items() if _is_shape(shape)}
+
+
+def _is_shape(value: Any) -> bool:
+    pair = isinstance(value, list) and len(value) == 2
+    return pair and all(type(v) is int and v > 0 for v in value)
 
 
 def _recorded(shapes: Mapping[str, tuple[int, int]], module: str) -> tuple[int, int] | None:
@@ -115,7 +116,7 @@ def _recorded(shapes: Mapping[str, tuple[int, int]], module: str) -> tuple[int, 
 
 def _shape_from_bias(checkpoint, parts: Mapping[str, str], fmt) -> tuple[int, int] | None:
     """Return [N, K], N from the bias, where the format pads rows; None: take what is stored."""
-    if fmt.pad_multiple == 1 or "bias" not in parts:
+    if fmt.pad_multiple == 1 or "bias" not in parts or len(checkpoint[parts["bias"]].shape) != 1:
         return None
     n, k = checkpoint[parts["weight"]].shape
     return (min(n, checkpoint[parts["bias"]].shape[0]), k * fmt.packed)

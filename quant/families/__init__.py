@@ -15,6 +15,7 @@ __all__ = ["Decision", "Family", "LayerShape", "Recognised", "get", "names", "re
 
 # Longest first: "model." is also the beginning of "model.diffusion_model.".
 PREFIXES = ("model.diffusion_model.", "diffusion_model.", "model.", "net.", "")
+UNKNOWN_TO_HOST = {"diffusion_model."}
 
 
 @dataclass(frozen=True)
@@ -33,12 +34,17 @@ class Recognised:
     blocks: int
     renamed: dict[str, str]
 
+    @property
+    def host_prefix(self) -> str:
+        """The prefix under which the host finds the model: it takes most of PREFIXES."""
+        return "" if self.prefix in UNKNOWN_TO_HOST else self.prefix
+
     def host_name(self, name: str) -> str:
-        """The name of a layer or tensor of the file as the host has it, prefix kept."""
+        """The name of a layer or tensor of the file as the host has it, its prefix included."""
         if not name.startswith(self.prefix):
             return name
         bare = name.removeprefix(self.prefix)
-        return self.prefix + self.family.rename([bare])[bare]
+        return self.host_prefix + self.family.rename([bare])[bare]
 
 
 @cache

@@ -65,6 +65,9 @@ class Family:
     unsupported: key patterns of files that no renaming brings to the host's layout, and the way
         out.
     shapes: the layers of the real models, by model size.
+    shape_source: matches the layers from whose stored weight the host reads the model's sizes: a
+        format may not pad their rows.
+    refused: names of tensors -> why such a file cannot be quantized, or None.
     fallback: takes what no other family recognises; one family has it.
     """
 
@@ -81,6 +84,8 @@ class Family:
     renames: tuple[tuple[re.Pattern[str], str], ...] = ()
     unsupported: tuple[Rule, ...] = ()
     shapes: Mapping[str, tuple[LayerShape, ...]] = field(default_factory=dict)
+    shape_source: re.Pattern[str] | None = None
+    refused: Callable[[Iterable[str]], str | None] | None = None
     fallback: bool = False
 
     def decide(self, layer: str, shape: tuple[int, ...], blocks: int) -> Decision:

@@ -5,6 +5,7 @@ Cosmos, Kandinsky, …): a stack is "…blocks" or "…layers" at the top level.
 """
 
 import re
+from collections.abc import Iterable
 
 from .base import Family, Rule, Shapes
 
@@ -31,6 +32,29 @@ NEVER = (
     _rule(r"head|final|proj_out", "output layers are never quantized"),
 )
 
+# Sets of names by which the host knows diffusers' models that it converts while it loads them
+# (its model_detection.convert_diffusers_mmdit): AuraFlow, PixArt, Z-Image, Flux, SD3.
+CONVERTED = (
+    {"joint_transformer_blocks.0.attn.add_k_proj.weight"},
+    {"adaln_single.emb.timestep_embedder.linear_1.bias", "pos_embed.proj.bias"},
+    {"noise_refiner.0.attention.norm_k.weight"},
+    {"x_embedder.weight", "single_transformer_blocks.0.attn.norm_k.weight"},
+    {"transformer_blocks.0.attn.add_q_proj.weight", "pos_embed.proj.weight"},
+)
+
+
+def refused(names: Iterable[str]) -> str | None:
+    """Why a diffusers-named file cannot be quantized: fusing its layers would lose their scales."""
+    present = set(names)
+    if any(needed <= present for needed in CONVERTED):
+        return (
+            "it bears diffusers' names, and ComfyUI fuses its layers while it loads them, which "
+            "quantized layers do not survive; quantize a file in ComfyUI's own names, or the "
+            "loaded model"
+        )
+    return None
+
+
 FAMILY = Family(
     name="default",
     title="Other diffusion transformer",
@@ -39,5 +63,6 @@ FAMILY = Family(
     stack=re.compile(STACK),
     never=NEVER,
     min_features=256,
+    refused=refused,
     fallback=True,
 )

@@ -165,6 +165,7 @@ FAMILY = Family(
     last_eight_bit=3,
     renames=RENAMES,
     unsupported=UNSUPPORTED,
+    shape_source=re.compile(r"blocks\.0\.ffn\.0"),
     shapes={
         "14B": _shapes(5120, 13824, TOKENS_480P, TOKENS_720P),
         "5B": _shapes(3072, 14336, TOKENS_5B),

@@ -218,11 +218,15 @@ def test_unmarked_integers_are_left_as_they_are(dense, save, dtype):
     assert "blocks.0.ffn.0.comfy_quant" not in result
 
 
-@pytest.mark.parametrize("prefix", ["model.diffusion_model.", "diffusion_model."])
-def test_prefix_is_kept_and_other_models_in_the_file_too(dense, save, prefix):
+@pytest.mark.parametrize(
+    ("prefix", "written"),
+    # ComfyUI looks for a model under the first, not under the second.
+    [("model.diffusion_model.", "model.diffusion_model."), ("diffusion_model.", "")],
+)
+def test_prefix_that_comfyui_knows_is_kept_and_other_models_too(dense, save, prefix, written):
     others = {"vae.decoder.weight": torch.ones(256, 256), "scalar": torch.ones(())}
     work, result = convert(save({prefix + n: t for n, t in dense.items()} | others))
-    assert f"{prefix}blocks.0.ffn.0.comfy_quant" in result
+    assert f"{written}blocks.0.ffn.0.comfy_quant" in result
     assert all(same(result[n], t) for n, t in others.items())
     assert {r.name for r in work.records if r.format} == {f"blocks.0.{n}" for n in LAYERS}
 

@@ -90,8 +90,43 @@ DIFFUSERS = {
     "blocks.0.ffn.net.0.proj.weight": torch.zeros(24, 8),
 }
 
+
+def wan_without(*names):
+    """The tensors of a two-block Wan but for some."""
+    tensors = {"head.modulation": torch.zeros(1, 2, 64), "head.head.weight": torch.zeros(64, 64)}
+    tensors["patch_embedding.weight"] = torch.zeros(64, 16, 1, 2, 2)
+    for i in range(2):
+        for name, shape in {
+            "ffn.0": (128, 64),
+            "ffn.2": (64, 128),
+            "self_attn.q": (64, 64),
+        }.items():
+            tensors[f"blocks.{i}.{name}.weight"] = torch.zeros(shape)
+    return {n: t for n, t in tensors.items() if n not in names}
+
+
+def flux_in_diffusers_names():
+    names = ("x_embedder", "single_transformer_blocks.0.attn.norm_k")
+    return {**layer("int8"), **{f"{n}.weight": torch.zeros(8, 8) for n in names}}
+
+
 # What is wrong → (file: tensors, or tensors and metadata; code; affects). Made when the test runs.
 BAD = {
+    "a block lacks a weight": (
+        lambda: wan_without("blocks.1.ffn.0.weight"),
+        "incomplete",
+        BOTH,
+    ),
+    "a prefix that ComfyUI does not know": (
+        lambda: {f"diffusion_model.{n}": t for n, t in wan_without().items()},
+        "unknown_prefix",
+        (HOST,),
+    ),
+    "quantized layers in a file that ComfyUI converts": (
+        flux_in_diffusers_names,
+        "fused_layers",
+        BOTH,
+    ),
     "raw FP8": (lambda: {f"{LAYER}.weight": weight().to(torch.float8_e4m3fn)}, "fp8_unscaled", ()),
     "weight_scale alone": (lambda: unmarked(layer("fp8_e4m3")), "scale_ignored", (HOST,)),
     "scale_weight without flag": (
@@ -406,3 +441,23 @@ def test_order_of_large_scales_with_rows_is_told(tmp_path):
 
 def test_zero_scales_prove_nothing():
     assert wrong_order(torch.zeros(256, 32).to(torch.float8_e4m3fn), 256, 32) is None
+
+
+def test_one_shard_of_several_is_incomplete(tmp_path):
+    report = inspected(tmp_path / "m-00001-of-00003.safetensors", wan_without())
+    assert [p.code for p in report.problems] == ["incomplete"]
+    assert "one of 3 shards" in report.problems[0].detail
+    assert not inspected(tmp_path / "m-00001-of-00001.safetensors", wan_without()).problems
+
+
+@pytest.mark.parametrize("marker", [{"format": ["x"]}, {}, {"format": None}])
+def test_marker_without_a_known_name_is_a_problem_for_both(tmp_path, marker):
+    tensors = changed(layer("int8"), "comfy_quant", marker_tensor(marker))
+    report = inspected(tmp_path / "m.safetensors", tensors)
+    assert {w for p in report.problems for w in p.affects} == set(BOTH)
+
+
+def test_recorded_shape_that_is_none_is_ignored(tmp_path):
+    for shape in (["a", "b"], [-5, 256], [256], None):
+        record = {"_lowbit": json.dumps({"layers": {LAYER: {"shape": shape}}})}
+        assert not inspected(tmp_path / "m.safetensors", layer("nvfp4"), record).problems

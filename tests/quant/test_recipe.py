@@ -131,3 +131,24 @@ def test_unknown_recipe_lists_the_known(wan, name):
 def test_unknown_format_lists_the_known(wan):
     with pytest.raises(ValueError, match="unknown format 'int3'; known are"):
         recipe.build("int3", "auto", (), wan)
+
+
+@pytest.mark.parametrize(("name", "kept"), [("nvfp4", True), ("mxfp8", True), ("int8", False)])
+def test_layer_that_gives_the_model_its_width_is_not_padded(name, kept):
+    """ComfyUI reads Wan's feed-forward width from the stored rows of this one layer."""
+    model = families.recognise(wan_shapes(256, 1000, 2, "t2v"))
+    rules = recipe.build(name, "auto", (), model)
+    choice = rules.choose("blocks.0.ffn.0", (1000, 256))
+    assert (choice.format is None) == kept
+    assert not kept or "width" in choice.reason
+    assert rules.choose("blocks.1.ffn.0", (1000, 256)).format
+
+
+def test_diffusers_named_flux_is_refused():
+    shapes = {
+        "x_embedder.weight": (3072, 64),
+        "single_transformer_blocks.0.attn.norm_k.weight": (128,),
+        **{f"transformer_blocks.{i}.attn.to_q.weight": (512, 512) for i in range(3)},
+    }
+    model = families.recognise(shapes)
+    assert "diffusers" in model.family.refused(model.renamed.values())
