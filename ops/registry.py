@@ -17,6 +17,8 @@ import torch
 
 logger = logging.getLogger(__name__)
 
+KERNEL = "kernel"
+
 
 class NoBackendError(RuntimeError):
     """No backend can run a call; the message lists each backend's reason."""
@@ -24,13 +26,19 @@ class NoBackendError(RuntimeError):
 
 @dataclass(frozen=True)
 class Needs:
-    """What a backend needs to run. Empty fields ask for nothing."""
+    """What a backend needs to run. Empty fields ask for nothing.
+
+    capability: the least one. measured: `auto` takes the backend from the first capability on,
+    below the second; elsewhere it runs when named. package: a module to import, dots allowed.
+    """
 
     schemes: frozenset[str]
     devices: frozenset[str] = frozenset()
     capability: tuple[int, int] | None = None
+    measured: tuple[tuple[int, int], tuple[int, int]] | None = None
     k_multiple: int = 1
     n_multiple: int = 1
+    k_max: int | None = None
     package: str | None = None
     self_test: Callable[[torch.device], str | None] | None = field(default=None, compare=False)
 
@@ -72,9 +80,14 @@ def backends(op: str) -> tuple[Backend, ...]:
 
 
 def discover(package: str) -> None:
-    """Import every module of `package`, so that its backends register themselves."""
+    """Import every module of `package`, so that its backends register themselves.
+
+    Not its kernels: they need a package that may be missing, and their backend imports them when
+    it runs.
+    """
     for module in pkgutil.iter_modules(importlib.import_module(package).__path__):
-        importlib.import_module(f"{package}.{module.name}")
+        if module.name != KERNEL:
+            importlib.import_module(f"{package}.{module.name}")
 
 
 @functools.cache
@@ -85,6 +98,9 @@ def capability(device: torch.device) -> tuple[int, int] | None:
 
 @functools.cache
 def _has_package(name: str) -> bool:
+    parent = name.rpartition(".")[0]
+    if parent and not _has_package(parent):
+        return False
     return importlib.util.find_spec(name) is not None
 
 
@@ -97,10 +113,10 @@ def unmet(needs: Needs, call: Call) -> str | None:
     """Return why `needs` do not hold for `call`, or None when they do."""
     if call.scheme not in needs.schemes:
         return f"does not know {call.scheme}"
-    if needs.package and not _has_package(needs.package):
-        return f"package {needs.package} is missing"
     if needs.devices and call.device.type not in needs.devices:
         return f"needs a device of {sorted(needs.devices)}, got {call.device.type}"
+    if needs.package and not _has_package(needs.package):
+        return f"package {needs.package} is missing"
     has = capability(call.device)
     if needs.capability and has is not None and has < needs.capability:
         return f"needs compute capability {needs.capability}, got {has}"
@@ -108,7 +124,17 @@ def unmet(needs: Needs, call: Call) -> str | None:
         return f"K={call.k} is not a multiple of {needs.k_multiple}"
     if call.n % needs.n_multiple:
         return f"N={call.n} is not a multiple of {needs.n_multiple}"
+    if needs.k_max and call.k > needs.k_max:
+        return f"K={call.k} is above {needs.k_max}"
     return _self_test(needs.self_test, call.device) if needs.self_test else None
+
+
+def _unmeasured(needs: Needs, call: Call) -> str | None:
+    """Return why `auto` leaves a backend out that could run, or None."""
+    has = capability(call.device)
+    if needs.measured is None or has is None or needs.measured[0] <= has < needs.measured[1]:
+        return None
+    return f"not measured on compute capability {has}, runs when named"
 
 
 @functools.cache
@@ -125,6 +151,8 @@ def select(op: str, call: Call, name: str = "auto") -> Backend:
     reasons = []
     for backend in candidates:
         reason = unmet(backend.needs, call)
+        if reason is None and name == "auto":
+            reason = _unmeasured(backend.needs, call)
         if reason is None:
             logger.info("%s %s on %s: %s", op, call.scheme, call.device, backend.name)
             return backend

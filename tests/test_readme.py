@@ -10,6 +10,7 @@ import pytest
 
 from lowbit import NODE_CLASS_MAPPINGS
 from lowbit.quant import support
+from tests.bench import table
 from tests.checkpoints import write_wan
 
 ROOT = Path(__file__).parent.parent
@@ -25,6 +26,10 @@ def block(name: str) -> str:
 
 def test_table_of_formats_is_the_registrys():
     assert block("formats") == support.table()
+
+
+def test_table_of_linear_layers_is_the_results():
+    assert block("linear") == table.table()
 
 
 def test_every_node_is_named():

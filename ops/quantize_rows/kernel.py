@@ -1,17 +1,15 @@
 """The Triton kernel behind `quantize_rows`: one program per token, one pass over memory.
 
-The regular 4 x 4 Hadamard matrix is (J - 2I)R: J all ones, R the reversal. The 256-wide one is four
-of them side by side (a Kronecker product), so a rotation is four times "sum of four, minus twice
-itself" along the four base-4 digits of the column, and one reversal of all 256 columns at the end.
-With 8 columns a thread, a warp holds a group: sums over the low digits stay in registers, those over
-the high ones are shuffles, and the reversal is the other order of stores.
+A row is seen as G groups of 256 columns, each a 16 x 16 matrix X. The regular 256-wide Hadamard
+matrix is the Kronecker product of two 16-wide ones, which are symmetric, so a rotated group is
+H X H: two small products on the tensor cores, with a transposition between them and one after.
+H holds ±1, exact in every dtype; the 1/16 that makes the rotation orthonormal joins the scale.
 """
 
 import triton
 import triton.language as tl
 
-GROUP: tl.constexpr = tl.constexpr(256)
-# 1 / sqrt(256), which makes the rotation orthonormal.
+SIDE: tl.constexpr = tl.constexpr(16)
 UNIT: tl.constexpr = tl.constexpr(0.0625)
 # A small float32 plus 1.5 · 2^23 is the nearest even integer, in the low bits of its mantissa.
 ROUND: tl.constexpr = tl.constexpr(12582912.0)
@@ -20,25 +18,45 @@ TINY: tl.constexpr = tl.constexpr(1.1754943508222875e-38)
 
 
 @triton.jit
-def _butterflies(x, GROUPS: tl.constexpr):
-    """Return x [GROUPS, 256], each row times (J - 2I) along each of its four base-4 digits."""
-    x = tl.reshape(x, (GROUPS, 4, 4, 4, 4))
-    x = tl.sum(x, axis=4, keep_dims=True) - 2.0 * x
-    x = tl.sum(x, axis=3, keep_dims=True) - 2.0 * x
-    x = tl.sum(x, axis=2, keep_dims=True) - 2.0 * x
-    x = tl.sum(x, axis=1, keep_dims=True) - 2.0 * x
-    return tl.reshape(x, (GROUPS, GROUP))
+def _hadamard():
+    """Return the regular 16-wide Hadamard matrix of ±1.
+
+    The 4-wide one is -1 where the row and the column add up to 3; this is its Kronecker square.
+    """
+    i = tl.arange(0, SIDE)[:, None]
+    j = tl.arange(0, SIDE)[None, :]
+    low = (i % 4 + j % 4) == 3
+    high = (i // 4 + j // 4) == 3
+    return tl.where(low != high, -1.0, 1.0)
+
+
+@triton.jit
+def _turn(x, GROUPS: tl.constexpr):
+    """Return x [GROUPS · 16, 16] with each group of 16 rows transposed."""
+    x = tl.permute(tl.reshape(x, (GROUPS, SIDE, SIDE)), (0, 2, 1))
+    return tl.reshape(x, (GROUPS * SIDE, SIDE))
+
+
+@triton.jit
+def _at(start, GROUPS: tl.constexpr):
+    row = start * SIDE + tl.arange(0, GROUPS * SIDE)
+    return row[:, None] * SIDE + tl.arange(0, SIDE)[None, :]
 
 
 @triton.jit
 def _load(x, start, K, GROUPS: tl.constexpr, ROTATE: tl.constexpr):
-    """Return GROUPS groups of a row [GROUPS, 256] in float32, from group `start` on."""
-    group = start + tl.arange(0, GROUPS)
-    at = group[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
-    value = tl.load(x + at, mask=at < K, other=0.0).to(tl.float32)
+    """Return GROUPS groups of a row in float32, [GROUPS · 16, 16], from group `start` on.
+
+    Rotated groups come transposed, and 16 times too large. Between the products they are rounded
+    to TF32 (11 bits), as is a float32 x: far below the rounding to 8 bits that follows.
+    """
+    at = _at(start, GROUPS)
+    value = tl.load(x + at, mask=at < K, other=0.0)
     if ROTATE:
-        value = _butterflies(value, GROUPS)
-    return value
+        h = _hadamard()
+        value = tl.dot(value, h.to(value.dtype), input_precision="tf32")
+        value = tl.dot(_turn(value, GROUPS), h, input_precision="tf32")
+    return value.to(tl.float32)
 
 
 @triton.jit
@@ -50,29 +68,17 @@ def _largest(x):
 
 @triton.jit
 def _store(
-    stored,
-    value,
-    start,
-    K,
-    GROUPS: tl.constexpr,
-    ROTATE: tl.constexpr,
-    INTEGER: tl.constexpr,
+    stored, value, start, K, GROUPS: tl.constexpr, ROTATE: tl.constexpr, INTEGER: tl.constexpr
 ):
-    """Round value [GROUPS, 256] and store it from group `start` on."""
+    """Round value [GROUPS · 16, 16] and store it from group `start` on."""
     if INTEGER:
         out = (value + ROUND).to(tl.int32, bitcast=True).to(tl.int8)
     else:
-        out = value.to(stored.dtype.element_ty)
-    group = start + tl.arange(0, GROUPS)
+        out = value.to(stored.dtype.element_ty).to(tl.int8, bitcast=True)
     if ROTATE:
-        # Column i goes to column 255 - i: the 8 of a thread in turn, the threads by address.
-        turned = tl.flip(tl.reshape(out.to(tl.int8, bitcast=True), (GROUPS, 32, 8)), 2)
-        lane = (31 - tl.arange(0, 32)) * 8
-        at = group[:, None, None] * GROUP + lane[None, :, None] + tl.arange(0, 8)[None, None, :]
-        tl.store(stored + at, turned.to(stored.dtype.element_ty, bitcast=True), mask=at < K)
-    else:
-        at = group[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
-        tl.store(stored + at, out, mask=at < K)
+        out = _turn(out, GROUPS)
+    at = _at(start, GROUPS)
+    tl.store(stored + at, out.to(stored.dtype.element_ty, bitcast=True), mask=at < K)
 
 
 @triton.jit
@@ -108,10 +114,11 @@ def quantize_rows_kernel(
         bits = tl.maximum(bits, _largest(v2))
     largest = bits.to(tl.float32, bitcast=True)
     unit = UNIT if ROTATE else 1.0
-    step = largest * (unit / LIMIT)
+    # Division rounded as IEEE has it: the same codes and scales on every device.
+    step = tl.div_rn(largest * unit, LIMIT)
     # Not tl.maximum, which would drop a NaN.
     step = tl.where(step < TINY, TINY, step)
-    inverse = unit / step
+    inverse = tl.div_rn(1.0, step) * unit
     _store(stored, v0 * inverse, 0, K, G0, ROTATE, INTEGER)
     if G1 > 0:
         _store(stored, v1 * inverse, G0, K, G1, ROTATE, INTEGER)

@@ -19,7 +19,7 @@ def _tile(tile, num_m, num_n, GROUP_M: tl.constexpr):
     return first_m + within % rows, within // rows
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def scaled_mm_kernel(
     a,
     b,
@@ -34,24 +34,21 @@ def scaled_mm_kernel(
     K,
     stride_a,
     stride_b,
-    stride_c,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
-    PROGRAMS: tl.constexpr,
     USE_TMA: tl.constexpr,
     INTEGER: tl.constexpr,
     ROW_SCALE_A: tl.constexpr,
     ROW_SCALE_B: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_ZERO_POINT: tl.constexpr,
-    OUT: tl.constexpr,
     FLATTEN: tl.constexpr,
 ):
     """C = scale_a · scale_b · (A·Bᵀ − zero_point · column_sum) + bias.
 
-    a: [M, K], b: [N, K], both K-contiguous, pointers or TMA descriptors. c: [M, N] pointer.
+    a: [M, K], b: [N, K], both K-contiguous, pointers or TMA descriptors. c: [M, N], contiguous.
     scale_a: [M] or [1], scale_b: [N] or [1]. bias: [N]. zero_point: [M] int32, of A; column_sum:
     [N] int32, of B along K.
     """
@@ -59,7 +56,7 @@ def scaled_mm_kernel(
     num_n = tl.cdiv(N, BLOCK_N)
     steps = tl.cdiv(K, BLOCK_K)
     ACC: tl.constexpr = tl.int32 if INTEGER else tl.float32
-    for tile in tl.range(tl.program_id(0), num_m * num_n, PROGRAMS, flatten=FLATTEN):
+    for tile in tl.range(tl.program_id(0), num_m * num_n, tl.num_programs(0), flatten=FLATTEN):
         tile_m, tile_n = _tile(tile, num_m, num_n, GROUP_M)
         start_m = tile_m * BLOCK_M
         start_n = tile_n * BLOCK_N
@@ -95,5 +92,5 @@ def scaled_mm_kernel(
             value *= tl.load(scale_b)
         if HAS_BIAS:
             value += tl.load(bias + columns, mask=in_n, other=0.0).to(tl.float32)[None, :]
-        at = c + rows.to(tl.int64)[:, None] * stride_c + columns[None, :]
-        tl.store(at, value.to(OUT), mask=in_m[:, None] & in_n[None, :])
+        at = c + rows.to(tl.int64)[:, None] * N + columns[None, :]
+        tl.store(at, value.to(c.dtype.element_ty), mask=in_m[:, None] & in_n[None, :])

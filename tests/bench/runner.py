@@ -1,0 +1,96 @@
+"""Timing on a GPU, and the file that results go to; shared by the benchmarks of this folder."""
+
+import datetime
+import importlib.metadata
+import json
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+RESULTS = Path(__file__).resolve().parents[2] / "docs" / "results"
+# Written before each sample: evicts the L2 cache, and keeps the GPU busy for longer than the host
+# takes to launch what is measured, so that samples are of the GPU alone.
+CLEAR_BYTES = 1 << 31
+SAMPLES_MS = 60
+MIN_SAMPLES, MAX_SAMPLES = 15, 60
+HOST_CALLS = 20
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Milliseconds on the GPU of one call, and microseconds that it keeps the host busy."""
+
+    median_ms: float
+    p20_ms: float
+    p80_ms: float
+    host_us: float
+
+
+def relative_error(got: torch.Tensor, want: torch.Tensor) -> float:
+    """Return the relative L2 distance; NaN where either holds one."""
+    return ((got.double() - want.double()).norm() / want.double().norm()).item()
+
+
+def measure(runs: Mapping[str, Callable[[], torch.Tensor]]) -> dict[str, Timing]:
+    """Return how long each of `runs` takes, the L2 cache cleared before every sample.
+
+    Samples are taken in turn: a GPU that slows down as it heats slows down for all.
+    """
+    clear = torch.empty(CLEAR_BYTES // 4, dtype=torch.int32, device="cuda")
+    slowest = max(statistics.median(times) for times in _samples(runs, clear, 3).values())
+    count = int(min(max(SAMPLES_MS / slowest, MIN_SAMPLES), MAX_SAMPLES))
+    timings = {}
+    for name, times in _samples(runs, clear, count).items():
+        p20, _, _, p80 = statistics.quantiles(times, n=5)
+        timings[name] = Timing(statistics.median(times), p20, p80, _host_us(runs[name]))
+    return timings
+
+
+def _samples(
+    runs: Mapping[str, Callable], clear: torch.Tensor, count: int
+) -> dict[str, list[float]]:
+    events = {name: [] for name in runs}
+    for _ in range(count):
+        for name, run in runs.items():
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            clear.zero_()
+            start.record()
+            run()
+            end.record()
+            events[name].append((start, end))
+    torch.cuda.synchronize()
+    return {name: [a.elapsed_time(b) for a, b in pairs] for name, pairs in events.items()}
+
+
+def _host_us(run: Callable) -> float:
+    # The launch queue holds about a thousand kernels: so few calls never wait for the GPU.
+    start = time.perf_counter()
+    for _ in range(HOST_CALLS):
+        run()
+    elapsed = time.perf_counter() - start
+    torch.cuda.synchronize()
+    return elapsed / HOST_CALLS * 1e6
+
+
+def environment() -> dict[str, str]:
+    """Return GPU, versions and date: what a result is worth nothing without."""
+    import triton
+
+    return {
+        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+        "gpu": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "comfy_kitchen": importlib.metadata.version("comfy-kitchen"),
+    }
+
+
+def append(name: str, record: dict) -> None:
+    """Add `record` and the environment to docs/results/<name>.jsonl, one line."""
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    with (RESULTS / f"{name}.jsonl").open("a", encoding="utf-8") as file:
+        file.write(json.dumps({**environment(), **record}) + "\n")

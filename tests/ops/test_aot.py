@@ -1,0 +1,147 @@
+"""Every Triton kernel compiled for every architecture, on the CPU: instructions and spills."""
+
+import importlib.util
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton", reason="Triton, which compiles the kernels, is missing")
+
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
+
+from lowbit.ops.quantize_rows.kernel import quantize_rows_kernel  # noqa: E402
+from lowbit.ops.quantize_rows.triton import K_MAX, WARPS, pieces  # noqa: E402
+from lowbit.ops.scaled_mm.kernel import scaled_mm_kernel  # noqa: E402
+from lowbit.ops.scaled_mm.tiles import TABLE, Tile  # noqa: E402
+
+WARP_SIZE = 32
+ARCHITECTURES = (80, 86, 89, 90, 100, 120)
+# Shared memory of one program at most, in KiB, by architecture.
+SHARED_KIB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
+FIRST_WITH_FP8 = 89
+HOPPER = 90
+TYPES = {torch.int8: "i8", torch.float8_e4m3fn: "fp8e4nv", torch.float8_e5m2: "fp8e5"}
+ALIGNED = [["tt.divisibility", 16]]
+TOOLS = Path(importlib.util.find_spec("triton").origin).parent / "backends" / "nvidia" / "bin"
+
+
+def compiled(kernel, types: dict[str, str], constants: dict, arch: int, **options):
+    """The kernel compiled for pointers and sizes that are multiples of 16."""
+    names = kernel.arg_names
+    signature = {name: types.get(name, "constexpr") for name in names}
+    attributes = {
+        (index,): ALIGNED
+        for index, name in enumerate(names)
+        if signature[name] == "i32" or signature[name].startswith("*")
+    }
+    if "M" in names:
+        del attributes[(names.index("M"),)]
+    source = ASTSource(kernel, signature, constants, attrs=attributes)
+    return triton.compile(source, target=GPUTarget("cuda", arch, WARP_SIZE), options=options)
+
+
+def spilled_bytes(kernel, tmp_path: Path) -> int:
+    """Bytes of local memory a thread, as cuobjdump reports them: what registers do not hold."""
+    cubin = tmp_path / "kernel.cubin"
+    cubin.write_bytes(kernel.asm["cubin"])
+    done = subprocess.run(
+        [TOOLS / "cuobjdump", "--dump-resource-usage", cubin],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    stack, local = re.search(r"STACK:(\d+).*?LOCAL:(\d+)", done.stdout).groups()
+    return int(stack) + int(local)
+
+
+def product(tile: Tile, arch: int, a: torch.dtype, b: torch.dtype):
+    pointers = {"a": f"*{TYPES[a]}", "b": f"*{TYPES[b]}"}
+    if tile.tma:
+        pointers = {
+            "a": f"tensordesc<{TYPES[a]}[{tile.block_m}, {tile.block_k}]>",
+            "b": f"tensordesc<{TYPES[b]}[{tile.block_n}, {tile.block_k}]>",
+        }
+    types = {
+        **pointers,
+        **{"c": "*bf16", "scale_a": "*fp32", "scale_b": "*fp32", "bias": "*bf16"},
+        **{name: "i32" for name in ("M", "N", "K", "stride_a", "stride_b")},
+    }
+    constants = {
+        **{"zero_point": None, "column_sum": None},
+        **{"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k},
+        **{"GROUP_M": tile.group_m, "USE_TMA": tile.tma, "FLATTEN": tile.flatten},
+        **{"INTEGER": a == torch.int8, "ROW_SCALE_A": True, "ROW_SCALE_B": True},
+        **{"HAS_BIAS": True, "HAS_ZERO_POINT": False},
+    }
+    options = {"num_warps": tile.warps, "num_stages": tile.stages}
+    return compiled(scaled_mm_kernel, types, constants, arch, **options)
+
+
+def instruction(tile: Tile, arch: int, integer: bool) -> str:
+    """The tensor-core instruction that the tile should use, as a pattern."""
+    if arch == HOPPER and tile.block_m >= 64:
+        kind = "s32.s8.s8" if integer else "f32.e4m3.e4m3"
+        return rf"wgmma.mma_async.sync.aligned.m64n\d+k32.{kind}"
+    if arch == 100 and not integer and tile.block_m >= 64:
+        return r"tcgen05.mma.*kind::f8f6f4"
+    if arch in (HOPPER, 100) and not integer:
+        # Triton turns FP8 to FP16 here; so few rows wait for the weight in any case.
+        return r"mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32"
+    kind = "s32.s8.s8.s32" if integer else "f32.e4m3.e4m3.f32"
+    return rf"mma.sync.aligned.m16n8k32.row.col.*{kind}"
+
+
+def cases() -> list:
+    found = []
+    for arch in ARCHITECTURES:
+        least = max(known for known in TABLE if known[0] * 10 + known[1] <= arch)
+        for dtype in (torch.int8, torch.float8_e4m3fn):
+            if dtype != torch.int8 and arch < FIRST_WITH_FP8:
+                continue
+            rows = [row for row in TABLE[least] if row.integer in (dtype == torch.int8, None)]
+            # Grouping, programs and rate are no matter of the code's registers.
+            tiles = {
+                (t.block_m, t.block_n, t.block_k, t.stages, t.flatten): t
+                for row in rows
+                for t in row.tiles
+            }
+            found += [
+                pytest.param(tile, arch, dtype, id=f"{arch}-{dtype}-{name}")
+                for name, tile in tiles.items()
+            ]
+    return found
+
+
+@pytest.mark.parametrize(("tile", "arch", "dtype"), cases())
+def test_product_uses_the_tensor_cores_and_no_local_memory(tile, arch, dtype, tmp_path):
+    kernel = product(tile, arch, dtype, dtype)
+    assert re.search(instruction(tile, arch, dtype == torch.int8), kernel.asm["ptx"])
+    assert kernel.metadata.shared <= SHARED_KIB[arch] * 1024
+    assert spilled_bytes(kernel, tmp_path) == 0
+
+
+def test_e4m3_times_e5m2_is_one_instruction_on_hopper():
+    tile = TABLE[9, 0][-1].tiles[0]
+    ptx = product(tile, HOPPER, torch.float8_e4m3fn, torch.float8_e5m2).asm["ptx"]
+    assert re.search(r"wgmma.*f32.e4m3.e5m2", ptx)
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("rotate", [True, False])
+@pytest.mark.parametrize("k", [2048, 5120, 14336, K_MAX])
+def test_quantizer_keeps_a_row_in_registers(arch, rotate, k, tmp_path):
+    if arch != HOPPER and k != 5120:
+        pytest.skip("all widths are compiled for one architecture")
+    sizes = dict(zip(("G0", "G1", "G2"), pieces(k), strict=True))
+    types = {"x": "*bf16", "stored": "*i8", "scale": "*fp32", "K": "i32", "stride_x": "i32"}
+    constants = {"LIMIT": 127.0, **sizes, "ROTATE": rotate, "INTEGER": True}
+    warps = next(warps for k_max, warps in WARPS if k <= k_max)
+    kernel = compiled(
+        quantize_rows_kernel, types, constants, arch, num_warps=warps, enable_fp_fusion=False
+    )
+    assert spilled_bytes(kernel, tmp_path) == 0
+    assert ("mma" in kernel.asm["ptx"]) == rotate
