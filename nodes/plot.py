@@ -6,11 +6,11 @@ from collections.abc import Sequence
 import torch
 
 from ..quant.record import LayerRecord
+from ..quant.report import MIB
 
 WIDTH, HEIGHT = 1200, 480
 LEFT, RIGHT, TOP, BOTTOM = 70, 70, 50, 40
 FONT_SIZE = 15
-MIB = 1 << 20
 BACKGROUND, AXIS, BAR, KEPT, DOT = "white", "#444444", "#9ecae1", "#d9d9d9", "#d62728"
 
 

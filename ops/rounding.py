@@ -6,6 +6,9 @@ smaller than a step (a LoRA on a quantized weight) survives on average instead o
 
 import torch
 
+# The scale of a row, block or tensor of zeros: no scale is ever zero. The smallest normal float32.
+SMALLEST_SCALE = torch.finfo(torch.float32).tiny
+
 # Explicit mantissa bits and the exponent of the smallest normal number.
 GRIDS = {
     torch.float8_e4m3fn: (3, -6, 448.0),

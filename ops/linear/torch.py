@@ -6,23 +6,16 @@ Rowwise scales want A row-major [M, K] with scale [M, 1], B column-major [K, N] 
 import torch
 from comfy_kitchen.tensor import QuantizedTensor
 
+from ..quantize_rows import quantize_rows
 from ..registry import Backend, Needs, register
 
 FP8 = torch.float8_e4m3fn
-FP8_MAX = torch.finfo(FP8).max
-TINY = torch.finfo(torch.float32).tiny
 SELF_TEST_MAX_ERROR = 0.08
-
-
-def quantize_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Round each row of x [M, K] to E4M3; return (stored, scale [M, 1] float32, never zero)."""
-    scale = (x.abs().amax(dim=1, keepdim=True).float() / FP8_MAX).clamp_min(TINY)
-    return (x.float() / scale).clamp(-FP8_MAX, FP8_MAX).to(FP8), scale
 
 
 def run(x: torch.Tensor, weight: QuantizedTensor, bias: torch.Tensor | None) -> torch.Tensor:
     """Return x · Wᵀ + bias, x quantized per token; x [M, K], weight [N, K], bias [N] or None."""
-    stored, scale = quantize_rows(x)
+    stored, scale = quantize_rows(x, FP8)
     out_dtype = x.dtype if x.dtype == torch.float16 else torch.bfloat16
     out = torch._scaled_mm(
         stored,
@@ -38,7 +31,7 @@ def self_test(device: torch.device) -> str | None:
     """Return why rowwise `_scaled_mm` cannot be trusted on `device`, or None when it can."""
     a = torch.linspace(-1, 1, 32 * 64, device=device).reshape(32, 64)
     b = torch.linspace(1, -2, 48 * 64, device=device).reshape(48, 64)
-    (qa, sa), (qb, sb) = quantize_rows(a), quantize_rows(b)
+    (qa, sa), (qb, sb) = quantize_rows(a, FP8), quantize_rows(b, FP8)
     try:
         out = torch._scaled_mm(
             qa, qb.t(), scale_a=sa, scale_b=sb.reshape(1, -1), out_dtype=torch.bfloat16

@@ -4,9 +4,8 @@ import torch
 from comfy_kitchen.tensor.int8_utils import _build_hadamard
 
 from ..registry import Backend, Needs, register
+from ..rounding import SMALLEST_SCALE
 from . import LIMITS, OP, ROTATION
-
-TINY = torch.finfo(torch.float32).tiny
 
 
 def rotate(x: torch.Tensor, width: int = ROTATION) -> torch.Tensor:
@@ -19,7 +18,7 @@ def run(x: torch.Tensor, dtype: torch.dtype, rotated: bool) -> tuple[torch.Tenso
     """Return (stored, scale) as `quantize_rows` describes them."""
     x = rotate(x) if rotated else x.float()
     limit = LIMITS[dtype]
-    scale = (x.abs().amax(dim=1, keepdim=True) / limit).clamp_min(TINY)
+    scale = (x.abs().amax(dim=1, keepdim=True) / limit).clamp_min(SMALLEST_SCALE)
     value = x * (1 / scale)
     if dtype == torch.int8:
         # What a NaN becomes as an integer is undefined.

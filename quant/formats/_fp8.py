@@ -8,11 +8,8 @@ import torch
 from comfy_kitchen.tensor import TensorCoreFP8Layout, register_layout_op
 from comfy_kitchen.tensor.base import dequantize_args
 
-from ...ops.rounding import round_stochastic
+from ...ops.rounding import SMALLEST_SCALE, round_stochastic
 from .base import LowBitLayout
-
-# The smallest scale: a tensor or row of zeros keeps it, so that no scale is ever zero.
-TINY = torch.finfo(torch.float32).tiny
 
 
 class FP8Layout(LowBitLayout, TensorCoreFP8Layout):
@@ -24,7 +21,7 @@ class FP8Layout(LowBitLayout, TensorCoreFP8Layout):
     @classmethod
     def absmax_scale(cls, tensor: torch.Tensor) -> torch.Tensor:
         """Return the scale that maps the largest magnitude to the format's largest value."""
-        return (tensor.abs().amax().float() / torch.finfo(cls.dtype).max).clamp_min(TINY)
+        return (tensor.abs().amax().float() / torch.finfo(cls.dtype).max).clamp_min(SMALLEST_SCALE)
 
     @classmethod
     def quantize(cls, tensor, scale=None, stochastic_rounding=0, **kwargs):
@@ -55,7 +52,7 @@ class FP8Layout(LowBitLayout, TensorCoreFP8Layout):
 
     @classmethod
     def whole_tensor(cls, weight: torch.Tensor, largest: torch.Tensor) -> dict[str, Any]:
-        return {"scale": (largest / torch.finfo(cls.dtype).max).clamp_min(TINY)}
+        return {"scale": (largest / torch.finfo(cls.dtype).max).clamp_min(SMALLEST_SCALE)}
 
     @classmethod
     def misfit(cls, shape: tuple[int, int], values: Mapping[str, torch.Tensor]) -> str | None:

@@ -5,7 +5,8 @@ from typing import Any
 
 import torch
 
-from ._fp8 import TINY, FP8Layout
+from ...ops.rounding import SMALLEST_SCALE
+from ._fp8 import FP8Layout
 from .base import Format, register_layout
 
 
@@ -18,7 +19,7 @@ class LowBitFP8E4M3RowwiseLayout(FP8Layout):
     @classmethod
     def absmax_scale(cls, tensor: torch.Tensor) -> torch.Tensor:
         largest = tensor.abs().amax(dim=1, keepdim=True).float()
-        return (largest / torch.finfo(cls.dtype).max).clamp_min(TINY)
+        return (largest / torch.finfo(cls.dtype).max).clamp_min(SMALLEST_SCALE)
 
     @classmethod
     def round_nearest(cls, tensor: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:

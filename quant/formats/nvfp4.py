@@ -11,14 +11,13 @@ import torch
 from comfy_kitchen.float_utils import _f32_to_floatx_unpacked, from_blocked, pack_uint4
 from comfy_kitchen.tensor import TensorCoreNVFP4Layout
 
-from ...ops.rounding import round_stochastic
+from ...ops.rounding import SMALLEST_SCALE, round_stochastic
 from ._blocks import kitchen_eager, misfit
 from .base import Format, LowBitLayout, register_layout
 
 GROUP = 16
 E2M1_MAX = 6.0
 E4M3_MAX = torch.finfo(torch.float8_e4m3fn).max
-TINY = torch.finfo(torch.float32).tiny
 
 
 @register_layout
@@ -30,7 +29,7 @@ class LowBitNVFP4Layout(LowBitLayout, TensorCoreNVFP4Layout):
 
     @classmethod
     def whole_tensor(cls, weight: torch.Tensor, largest: torch.Tensor) -> dict[str, Any]:
-        return {"scale": (largest / (E4M3_MAX * E2M1_MAX)).clamp_min(TINY)}
+        return {"scale": (largest / (E4M3_MAX * E2M1_MAX)).clamp_min(SMALLEST_SCALE)}
 
     @classmethod
     def quantize(cls, tensor, scale=None, stochastic_rounding=0, **kwargs):

@@ -22,7 +22,7 @@ def entry(start: int, end: int, dtype: str = "F32", shape=None) -> dict:
     return {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
 
 
-def refused(path: str, reason: str) -> None:
+def expect_refused(path: str, reason: str) -> None:
     """Assert that the file is refused, with its path and the reason."""
     with pytest.raises(CheckpointError, match=reason) as error:
         read_header(path)
@@ -60,12 +60,12 @@ def test_no_metadata_is_empty_metadata(raw_file, metadata):
 def test_file_without_a_length_is_refused(tmp_path, size):
     path = tmp_path / "short.safetensors"
     path.write_bytes(bytes(size))
-    refused(str(path), f"only {size} bytes")
+    expect_refused(str(path), f"only {size} bytes")
 
 
 @pytest.mark.parametrize("length", [3, MAX_HEADER_BYTES + 1, 1 << 63, (1 << 64) - 1])
 def test_length_beyond_the_file_is_refused(raw_file, length):
-    refused(raw_file(b"{}", length=length), f"header claims {length} bytes")
+    expect_refused(raw_file(b"{}", length=length), f"header claims {length} bytes")
 
 
 @pytest.mark.parametrize(
@@ -89,17 +89,17 @@ def test_length_beyond_the_file_is_refused(raw_file, length):
     ids=lambda text: repr(text[:30]),
 )
 def test_text_that_is_no_header_is_refused(raw_file, text):
-    refused(raw_file(text), "malformed")
+    expect_refused(raw_file(text), "malformed")
 
 
 def test_name_used_twice_is_refused(raw_file):
     one = json.dumps(entry(0, 8))
-    refused(raw_file(f'{{"a": {one}, "a": {one}}}'.encode(), bytes(8)), "used twice")
+    expect_refused(raw_file(f'{{"a": {one}, "a": {one}}}'.encode(), bytes(8)), "used twice")
 
 
 @pytest.mark.parametrize("dtype", ["F4", "f32", "", None, 3, ["F32"], {}])
 def test_unknown_dtype_is_named(raw_file, dtype):
-    refused(
+    expect_refused(
         raw_file({"a": entry(0, 8, dtype, [2])}, bytes(8)), "tensor a has the unsupported dtype"
     )
 
@@ -130,31 +130,33 @@ def test_unknown_dtype_is_named(raw_file, dtype):
     ids=lambda bad: str(bad)[:70],
 )
 def test_malformed_tensor_is_named(raw_file, bad):
-    refused(raw_file({"bad": bad}, bytes(8)), "tensor bad")
+    expect_refused(raw_file({"bad": bad}, bytes(8)), "tensor bad")
 
 
 @pytest.mark.parametrize("second", [(4, 12), (0, 8), (12, 20), (9, 17)])
 def test_overlap_and_hole_are_refused(raw_file, second):
     header = {"a": entry(0, 8), "b": entry(*second)}
-    refused(raw_file(header, bytes(second[1])), "tensor b overlaps another or leaves a hole")
+    expect_refused(raw_file(header, bytes(second[1])), "tensor b overlaps another or leaves a hole")
 
 
 def test_hole_at_the_start_is_refused(raw_file):
-    refused(raw_file({"a": entry(4, 8)}, bytes(8)), "tensor a overlaps another or leaves a hole")
+    expect_refused(
+        raw_file({"a": entry(4, 8)}, bytes(8)), "tensor a overlaps another or leaves a hole"
+    )
 
 
 @pytest.mark.parametrize("size", [0, 7, 9, 100])
 def test_truncated_and_padded_files_are_refused(raw_file, size):
-    refused(raw_file({"a": entry(0, 8)}, bytes(size)), "truncated or padded")
+    expect_refused(raw_file({"a": entry(0, 8)}, bytes(size)), "truncated or padded")
 
 
 def test_offsets_of_mixed_kinds_are_refused(raw_file):
     header = {"a": entry(0, 8), "b": entry(0, 8) | {"data_offsets": "ab"}}
-    refused(raw_file(header, bytes(8)), "malformed")
+    expect_refused(raw_file(header, bytes(8)), "malformed")
 
 
 def test_missing_file_is_refused(tmp_path):
-    refused(str(tmp_path / "none.safetensors"), "No such file")
+    expect_refused(str(tmp_path / "none.safetensors"), "No such file")
 
 
 def test_dtype_codes_are_one_to_one():

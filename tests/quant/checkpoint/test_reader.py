@@ -23,7 +23,7 @@ def write_index(folder, weight_map, name="model.safetensors.index.json"):
     return folder / name
 
 
-def refused(path, reason: str) -> None:
+def expect_refused(path, reason: str) -> None:
     with pytest.raises(CheckpointError, match=reason) as error:
         Checkpoint(path)
     assert str(path) in str(error.value)
@@ -101,12 +101,12 @@ def test_shard_outside_the_folder_is_refused(sharded, name):
 def test_malformed_index_is_refused(sharded, text):
     index = sharded / "model.safetensors.index.json"
     index.write_bytes(text.encode("utf-8", "surrogateescape"))
-    refused(index, "not a readable index")
+    expect_refused(index, "not a readable index")
 
 
 def test_tensor_in_two_shards_is_named(sharded):
     save_file({"a": A}, sharded / "model-2.safetensors")
-    refused(sharded, "a is in two shards")
+    expect_refused(sharded, "a is in two shards")
 
 
 def test_truncated_shard_is_named(sharded):
@@ -118,26 +118,26 @@ def test_truncated_shard_is_named(sharded):
 
 def test_two_indexes_are_ambiguous(sharded):
     write_index(sharded, {"a": "model-1.safetensors"}, "other.safetensors.index.json")
-    refused(sharded, "found 2 and 2 safetensors files")
+    expect_refused(sharded, "found 2 and 2 safetensors files")
 
 
 def test_several_files_without_an_index_are_refused(sharded):
     (sharded / "model.safetensors.index.json").unlink()
-    refused(sharded, "found 0 and 2 safetensors files")
+    expect_refused(sharded, "found 0 and 2 safetensors files")
 
 
 def test_empty_folder_and_other_suffixes_are_refused(tmp_path):
-    refused(tmp_path, "found 0 and 0")
+    expect_refused(tmp_path, "found 0 and 0")
     (tmp_path / "model.ckpt").write_bytes(b"pickle")
-    refused(tmp_path / "model.ckpt", r"not a .safetensors file")
+    expect_refused(tmp_path / "model.ckpt", r"not a .safetensors file")
 
 
 def test_file_without_tensors_is_refused(raw_file):
-    refused(raw_file({"__metadata__": {"a": "b"}}), "holds no tensors")
+    expect_refused(raw_file({"__metadata__": {"a": "b"}}), "holds no tensors")
 
 
 def test_missing_file_is_named(tmp_path):
-    refused(tmp_path / "none.safetensors", "No such file")
+    expect_refused(tmp_path / "none.safetensors", "No such file")
 
 
 def test_file_cut_after_opening_is_noticed(tmp_path):

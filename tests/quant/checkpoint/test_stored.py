@@ -44,7 +44,7 @@ def legacy(dtype=torch.float8_e4m3fn, scale_dtype=torch.float32, flag=1, prefix=
     }
 
 
-def refused(checkpoint: Checkpoint, reason: str) -> None:
+def expect_refused(checkpoint: Checkpoint, reason: str) -> None:
     with pytest.raises(CheckpointError, match=reason) as error:
         for found in stored_layers(checkpoint).values():
             found.load(checkpoint)
@@ -127,7 +127,7 @@ def test_unmarked_fp8_with_a_scale_per_row_is_read_as_such(file):
 
 def test_scale_per_row_under_a_marker_for_one_per_tensor_is_refused(file):
     marker = {"m.comfy_quant": marker_tensor({"format": "float8_e4m3fn"})}
-    refused(file(layer(formats.get("fp8_e4m3_rowwise")) | marker), "fp8_e4m3_rowwise")
+    expect_refused(file(layer(formats.get("fp8_e4m3_rowwise")) | marker), "fp8_e4m3_rowwise")
 
 
 def test_dense_weights_and_unscaled_fp8_are_no_stored_layers(file):
@@ -193,7 +193,7 @@ def test_recorded_shape_that_cannot_be_is_refused(file):
     fmt = formats.get("nvfp4")
     tensors = layer(fmt) | {"m.comfy_quant": marker_tensor(fmt.marker)}
     record = {"layers": {"m": {"shape": [4096, 4096]}}}
-    refused(file(tensors, {"_lowbit": json.dumps(record)}), "layer m: .* weight holds")
+    expect_refused(file(tensors, {"_lowbit": json.dumps(record)}), "layer m: .* weight holds")
 
 
 @pytest.mark.parametrize(
@@ -201,24 +201,28 @@ def test_recorded_shape_that_cannot_be_is_refused(file):
 )
 def test_marker_that_cannot_be_read_names_its_layer(file, text):
     marker = torch.tensor(list(text), dtype=torch.uint8)
-    refused(file({"m.weight": WEIGHT, "m.comfy_quant": marker}), r"\bm\b.*(JSON|unknown format)")
+    expect_refused(
+        file({"m.weight": WEIGHT, "m.comfy_quant": marker}), r"\bm\b.*(JSON|unknown format)"
+    )
 
 
 @pytest.mark.parametrize("text", ["", "3", "{}", '{"layers": 3}', '{"layers": {"m": 3}}'])
 def test_malformed_metadata_is_refused(file, text):
     checkpoint = file({"m.weight": WEIGHT}, {"_quantization_metadata": text})
-    refused(checkpoint, "_quantization_metadata is malformed")
+    expect_refused(checkpoint, "_quantization_metadata is malformed")
 
 
 def test_marker_without_a_weight_is_refused(file):
     tensors = {"m.comfy_quant": marker_tensor({"format": "nvfp4"}), "n.weight": WEIGHT}
-    refused(file(tensors), "m is marked quantized but has no weight")
+    expect_refused(file(tensors), "m is marked quantized but has no weight")
 
 
 def test_quantized_weight_that_is_no_matrix_is_refused(file):
     tensors = layer(formats.get("fp8_e4m3"))
     tensors["m.weight"] = tensors["m.weight"].reshape(N, 16, 16)
-    refused(file(tensors), r"layer m: a quantized weight is \[N, K\], this one \[48, 16, 16\]")
+    expect_refused(
+        file(tensors), r"layer m: a quantized weight is \[N, K\], this one \[48, 16, 16\]"
+    )
 
 
 def test_missing_scale_names_its_layer(file, fmt):
@@ -227,7 +231,7 @@ def test_missing_scale_names_its_layer(file, fmt):
             continue
         tensors = layer(fmt) | {"m.comfy_quant": marker_tensor(fmt.marker)}
         del tensors[f"m.{part}"]
-        refused(file(tensors), f"layer m: {fmt.name}: {part} missing")
+        expect_refused(file(tensors), f"layer m: {fmt.name}: {part} missing")
 
 
 def test_marker_tensor_is_json():
