@@ -17,7 +17,7 @@ from . import output
 
 # Of glibc's malloc.h.
 M_MMAP_THRESHOLD = -3
-MMAP_THRESHOLD_BYTES = 1 << 20
+MMAP_THRESHOLD_BYTES = 1 << 24
 
 NAME = "quantize"
 WORST = 3

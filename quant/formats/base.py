@@ -96,21 +96,24 @@ class Format:
         # The error is measured in this unit, so that no square overflows or vanishes.
         unit = largest.item() or 1.0
         kwargs = dict(self.quantize_kwargs) | self.layout.whole_tensor(weight, largest)
-        pieces = []
+        params, stored = [], None
+        start = 0
         wrong = total = 0.0
         for rows in self._chunks(weight):
             tick()
             # Strides would change the order of sums in a rotation, and with it some last bits.
             rows = rows.float().contiguous()
-            pieces.append(QuantizedTensor.from_float(rows, self.layout.__name__, **kwargs))
-            wrong += _sum_of_squares(pieces[-1].dequantize().sub_(rows), unit)
+            piece = QuantizedTensor.from_float(rows, self.layout.__name__, **kwargs)
+            wrong += _sum_of_squares(piece.dequantize().sub_(rows), unit)
             total += _sum_of_squares(rows, unit)
-        stored = [p._qdata for p in pieces]
-        quantized = QuantizedTensor(
-            torch.cat(stored) if len(stored) > 1 else stored[0],
-            self.layout.__name__,
-            _join_params(self.layout, [p._params for p in pieces], weight),
-        )
+            params.append(piece._params)
+            if stored is None:
+                height = -(-weight.shape[0] // self.pad_multiple) * self.pad_multiple
+                stored = piece._qdata.new_empty((height, *piece._qdata.shape[1:]))
+            stored[start : start + piece._qdata.shape[0]] = piece._qdata
+            start += piece._qdata.shape[0]
+        joined = _join_params(self.layout, params, weight)
+        quantized = QuantizedTensor(stored, self.layout.__name__, joined)
         return quantized, math.sqrt(wrong / total) if total else 0.0
 
     def _chunks(self, weight: torch.Tensor) -> tuple[torch.Tensor, ...]:
