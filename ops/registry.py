@@ -55,13 +55,19 @@ class Call:
 
 @dataclass(frozen=True)
 class Backend:
-    """One way to run an operation. `rank` orders `auto`: lower is tried first."""
+    """One way to run an operation. `rank` orders `auto`: lower is tried first.
+
+    run_quantized: of linear layers, `run` with a `QuantizedActivation`; without it one is
+    dequantized first. quantizes: `run_quantized` runs floats too, which are quantized before it.
+    """
 
     op: str
     name: str
     rank: int
     needs: Needs
     run: Callable = field(compare=False)
+    run_quantized: Callable | None = field(default=None, compare=False)
+    quantizes: bool = False
 
 
 _BACKENDS: dict[str, list[Backend]] = {}

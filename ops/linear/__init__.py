@@ -9,33 +9,76 @@ import torch
 from comfy_kitchen.tensor import QuantizedTensor
 
 from .. import registry
+from ..quantize_rows import Prologue
+from ..quantize_rows.reference import prepare
+from .activation import QuantizedActivation, fits, from_host, kind_of, quantize_activation
+from .sharing import quantized_once, share
 
 OP = "linear"
 
+__all__ = ["QuantizedActivation", "linear", "quantize_activation", "share"]
+
 
 def linear(
-    x: torch.Tensor,
+    x: torch.Tensor | QuantizedActivation,
     weight: QuantizedTensor,
     bias: torch.Tensor | None = None,
     backend: str = "auto",
+    *,
+    input_act: str | None = None,
 ) -> torch.Tensor:
-    """Return x · Wᵀ + bias, [..., N], in the dtype of `x`.
+    """Return act(x) · Wᵀ + bias, [..., N], in the dtype of `x`.
 
-    x: [..., K] float, any strides, never written to. weight: [N, K] quantized. bias: [N] or None.
-    backend: `auto`, or the name of one that then runs or raises.
-    Raises ValueError when the shapes do not fit, NoBackendError when no backend can run the call.
+    x: [..., K] float, any strides, never written to; or an activation that `quantize_activation`
+    made for a weight of this kind. weight: [N, K] quantized. bias: [N] or None. backend: `auto`, or
+    the name of one that then runs or raises. input_act: "gelu_tanh" or None; done in the pass that
+    quantizes x, where there is one.
+    Raises ValueError when shapes or kinds do not fit, NoBackendError when no backend can run the
+    call.
     """
     n, k = weight.shape
     if x.shape[-1] != k:
         raise ValueError(f"linear: input has {x.shape[-1]} features, weight [{n}, {k}] takes {k}")
-    if isinstance(x, QuantizedTensor):
-        x = x.dequantize()
     call = registry.Call(weight.layout_cls.scheme, x.device, n, k)
-    run = registry.select(OP, call, backend).run
-    flat = x.reshape(-1, k)
-    if flat.shape[0] == 0:
-        return x.new_empty((*x.shape[:-1], n))
-    return run(flat, weight, bias).to(x.dtype).reshape(*x.shape[:-1], n)
+    chosen = registry.select(OP, call, backend)
+    if isinstance(x, QuantizedTensor):
+        x = from_host(x, weight)
+    shape, dtype = (*x.shape[:-1], n), x.dtype
+    if isinstance(x, QuantizedActivation):
+        _check_kind(x, weight, input_act)
+    elif x.numel() == 0:
+        return x.new_empty(shape)
+    elif chosen.quantizes:
+        x = _quantized(x, weight, input_act)
+    elif input_act is not None:
+        x = _activated(x, input_act)
+    if isinstance(x, QuantizedActivation) and chosen.run_quantized:
+        out = chosen.run_quantized(x, weight, bias)
+    else:
+        plain = x.dequantize() if isinstance(x, QuantizedActivation) else x
+        out = chosen.run(plain.reshape(-1, k), weight, bias)
+    return out.to(dtype).reshape(shape)
+
+
+def _activated(x: torch.Tensor, input_act: str) -> torch.Tensor:
+    prologue = Prologue(activation=input_act)
+    flat = x.reshape(-1, x.shape[-1])
+    prologue.check(*flat.shape)
+    return prepare(flat, prologue).to(x.dtype).reshape(x.shape)
+
+
+def _quantized(x: torch.Tensor, weight: QuantizedTensor, input_act: str | None):
+    if input_act is not None:
+        return quantize_activation(x, weight, prologue=Prologue(activation=input_act))
+    return quantized_once(x, kind_of(weight), lambda: quantize_activation(x, weight))
+
+
+def _check_kind(x: QuantizedActivation, weight: QuantizedTensor, input_act: str | None) -> None:
+    kind = kind_of(weight)
+    if not fits(x.kind, kind):
+        raise ValueError(f"linear: the activation is {x.kind}, the weight multiplies {kind}")
+    if input_act is not None:
+        raise ValueError("linear: input_act comes before the quantization of x; give it there")
 
 
 registry.discover(__name__)

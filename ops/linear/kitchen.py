@@ -7,9 +7,10 @@ scale taken from the activation itself (the host's own FP8 linear takes 1.0 when
 
 import torch
 import torch.nn.functional as F
-from comfy_kitchen.tensor import QuantizedTensor
+from comfy_kitchen.tensor import QuantizedTensor, get_layout_class
 
 from ..registry import Backend, Needs, register
+from .activation import QuantizedActivation
 
 ANY_DEVICE = frozenset({"cpu", "cuda"})
 CUDA = frozenset({"cuda"})
@@ -33,8 +34,21 @@ def run_quantized_input(x: torch.Tensor, weight: QuantizedTensor, bias: torch.Te
     return F.linear(quantized, _as_kitchen(weight), bias)
 
 
-def _register(schemes: set[str], run, **needs) -> None:
-    register(Backend("linear", "kitchen", 20, Needs(frozenset(schemes), **needs), run))
+def run_static(x: QuantizedActivation, weight: QuantizedTensor, bias: torch.Tensor | None):
+    """Return x · Wᵀ + bias for an FP8 activation; comfy-kitchen takes one scale, not one a row."""
+    if x.scale.numel() != 1:
+        return run_quantized_input(x.dequantize().reshape(x.stored.shape), weight, bias)
+    layout = weight.layout_cls.kitchen_layout
+    params = get_layout_class(layout).Params(
+        scale=x.scale.reshape(()), orig_dtype=x.dtype, orig_shape=tuple(x.stored.shape)
+    )
+    bias = None if bias is None else bias.to(x.dtype)
+    return F.linear(QuantizedTensor(x.stored, layout, params), _as_kitchen(weight), bias)
+
+
+def _register(schemes: set[str], run, run_quantized=None, **needs) -> None:
+    needs = Needs(frozenset(schemes), **needs)
+    register(Backend("linear", "kitchen", 20, needs, run, run_quantized))
 
 
 _register({"int8_row", "int8_row_convrot"}, run_weight_only, devices=ANY_DEVICE, capability=(7, 5))
@@ -43,6 +57,7 @@ _register({"asym_w4a8_int8"}, run_weight_only, devices=ANY_DEVICE, capability=(8
 _register(
     {"fp8_tensor"},
     run_quantized_input,
+    run_static,
     devices=CUDA,
     capability=(8, 9),
     k_multiple=16,

@@ -3,34 +3,30 @@
 import torch
 from comfy_kitchen.tensor import QuantizedTensor
 
-from ..quantize_rows import ROTATION, quantize_rows
-from ..quantize_rows.reference import rotate
 from ..quantize_rows.triton import K_MAX
 from ..registry import Backend, Needs, register
 from ..scaled_mm import scaled_mm
 from ..scaled_mm.check import K_MULTIPLE
+from .activation import QuantizedActivation, quantize_activation
 
 
-def run(
-    x: torch.Tensor,
+def run_quantized(
+    x: QuantizedActivation,
     weight: QuantizedTensor,
     bias: torch.Tensor | None,
     backend: str = "triton",
 ) -> torch.Tensor:
-    """Return x · Wᵀ + bias, x quantized per token; x [M, K], weight [N, K], bias [N] or None.
+    """Return x · Wᵀ + bias, [M, N]; weight [N, K], bias [N] or None. backend: of `scaled_mm`."""
+    scale_b = weight._params.scale.contiguous()
+    return scaled_mm(
+        x.stored, weight._qdata, x.scale, scale_b, bias, out_dtype=x.dtype, backend=backend
+    )
 
-    backend: of `quantize_rows` and `scaled_mm`.
-    """
-    stored, params = weight._qdata, weight._params
-    width = params.convrot_groupsize if getattr(params, "convrot", False) else 0
-    if width not in (0, ROTATION):
-        x = rotate(x, width)
-    # An E5M2 weight takes an E4M3 activation, which is the finer of the two.
-    dtype = torch.int8 if stored.dtype == torch.int8 else torch.float8_e4m3fn
-    out_dtype = x.dtype
-    rows, scale = quantize_rows(x, dtype, width == ROTATION, backend)
-    scale_b = params.scale.contiguous()
-    return scaled_mm(rows, stored, scale, scale_b, bias, out_dtype=out_dtype, backend=backend)
+
+def run(x: torch.Tensor, weight: QuantizedTensor, bias: torch.Tensor | None, backend="triton"):
+    """Return x · Wᵀ + bias for floats [M, K]. backend: of `quantize_rows` and `scaled_mm`."""
+    rows = quantize_activation(x, weight, backend=backend)
+    return run_quantized(rows, weight, bias, backend)
 
 
 def _register(schemes: set[str], least: tuple[int, int]) -> None:
@@ -43,7 +39,7 @@ def _register(schemes: set[str], least: tuple[int, int]) -> None:
         k_max=K_MAX,
         package="triton.tools.tensor_descriptor",
     )
-    register(Backend("linear", "triton", 10, needs, run))
+    register(Backend("linear", "triton", 10, needs, run, run_quantized, quantizes=True))
 
 
 _register({"int8_row", "int8_row_convrot"}, (8, 0))

@@ -4,6 +4,7 @@ import torch
 
 from .. import registry
 from ..custom_op import custom_op
+from .prologue import Prologue
 
 OP = "quantize_rows"
 # Columns that the rotation mixes: comfy-kitchen's regular Hadamard matrix of this width.
@@ -11,18 +12,31 @@ ROTATION = 256
 INPUTS = (torch.bfloat16, torch.float16, torch.float32)
 # Largest magnitude stored: symmetric for INT8, so -128 is not used.
 LIMITS = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
+NOTHING = Prologue()
+
+__all__ = ["Prologue", "quantize_rows"]
 
 
 def quantize_rows(
-    x: torch.Tensor, dtype: torch.dtype, rotate: bool = False, backend: str = "auto"
+    x: torch.Tensor,
+    dtype: torch.dtype,
+    rotate: bool = False,
+    backend: str = "auto",
+    *,
+    prologue: Prologue = NOTHING,
+    input_scale: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return (stored [M, K] of `dtype`, scale [M, 1] float32): x ≈ stored · scale, row by row.
 
     x: [M, K] bf16, fp16 or fp32, any strides, never written to. dtype: int8 or float8_e4m3fn.
     rotate: each 256 columns are multiplied by the Hadamard matrix before rounding; K % 256 = 0.
+    prologue: what is done to each token before: norm, modulation, activation.
+    input_scale: a static scale, one float32 element, FP8 only; it is then the scale returned, and
+    larger values are cut off at ±448.
     The arithmetic is float32: scale = largest magnitude / limit, at least the smallest normal
     float32; stored = x · (1 / scale), rounded to nearest even. A row with NaN or Inf has a scale
-    that is NaN or Inf, and stored values without meaning; a row of zeros gives zeros.
+    that is NaN or Inf, and stored values without meaning (with a static scale, stored values that
+    are NaN); a row of zeros gives zeros.
     Raises ValueError or TypeError on other inputs, NoBackendError when no backend can run them.
     """
     if dtype not in LIMITS:
@@ -36,7 +50,24 @@ def quantize_rows(
             f"quantize_rows: K={x.shape[1]} is not a multiple of {ROTATION}, which the rotation "
             "needs; choose a format without rotation for this layer"
         )
-    return _OP(x, dtype, rotate, backend)
+    if prologue is not NOTHING:
+        prologue.check(*x.shape)
+    if input_scale is not None:
+        _check_input_scale(input_scale, dtype)
+    p = prologue
+    steps = (p.norm or "", p.eps, p.weight, p.bias, p.scale, p.shift, p.activation or "")
+    return _OP(x, dtype, rotate, backend, input_scale, *steps)
+
+
+def _check_input_scale(scale: torch.Tensor, dtype: torch.dtype) -> None:
+    if scale.dtype != torch.float32 or scale.numel() != 1:
+        raise ValueError(
+            f"quantize_rows: input_scale is {scale.dtype} {list(scale.shape)}; one float32 element "
+            "is wanted"
+        )
+    if dtype == torch.int8:
+        # An integer cannot say that a value was NaN; a scale of the row's own can.
+        raise ValueError("quantize_rows: a static input_scale is for FP8; INT8 takes the row's own")
 
 
 def scheme(dtype: torch.dtype, rotate: bool) -> str:
@@ -44,19 +75,27 @@ def scheme(dtype: torch.dtype, rotate: bool) -> str:
     return ("int8" if dtype == torch.int8 else "fp8") + ("_rotated" if rotate else "")
 
 
-def _run(x: torch.Tensor, dtype: torch.dtype, rotate: bool, backend: str):
+def _run(x, dtype, rotate, backend, input_scale, norm, eps, weight, bias, scale, shift, activation):
     call = registry.Call(scheme(dtype, rotate), x.device, 0, x.shape[1])
     run = registry.select(OP, call, backend).run
-    return _empty(x, dtype) if x.numel() == 0 else run(x, dtype, rotate)
+    if x.numel() == 0:
+        return _empty(x, dtype, rotate, backend, input_scale)
+    prologue = Prologue(norm or None, eps, weight, bias, scale, shift, activation or None)
+    stored, found = run(x, dtype, rotate, prologue, input_scale)
+    # A result of an operation is no alias of its arguments.
+    return stored, found if input_scale is None else input_scale.reshape(1, 1).clone()
 
 
-def _empty(x: torch.Tensor, dtype: torch.dtype, *_) -> tuple[torch.Tensor, torch.Tensor]:
-    scale = torch.empty(x.shape[0], 1, dtype=torch.float32, device=x.device)
+def _empty(x, dtype, rotate, backend, input_scale, *steps) -> tuple[torch.Tensor, torch.Tensor]:
+    rows = x.shape[0] if input_scale is None else 1
+    scale = torch.empty(rows, 1, dtype=torch.float32, device=x.device)
     return torch.empty(x.shape, dtype=dtype, device=x.device), scale
 
 
 _OP = custom_op(
-    "quantize_rows(Tensor x, ScalarType dtype, bool rotate, str backend) -> (Tensor, Tensor)",
+    "quantize_rows(Tensor x, ScalarType dtype, bool rotate, str backend, Tensor? input_scale, "
+    "str norm, float eps, Tensor? weight, Tensor? bias, Tensor? scale, Tensor? shift, "
+    "str activation) -> (Tensor, Tensor)",
     _run,
     _empty,
 )

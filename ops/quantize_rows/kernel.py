@@ -15,6 +15,97 @@ UNIT: tl.constexpr = tl.constexpr(0.0625)
 ROUND: tl.constexpr = tl.constexpr(12582912.0)
 # The smallest normal float32: the scale of a token of zeros.
 TINY: tl.constexpr = tl.constexpr(1.1754943508222875e-38)
+# GELU by tanh is x / (1 + 2^(x · (LINEAR + CUBIC · x²))): −2 · log2(e) · √(2/π), and · 0.044715.
+LINEAR: tl.constexpr = tl.constexpr(-2.302208198144325)
+CUBIC: tl.constexpr = tl.constexpr(-0.10294323957961937)
+# The interpreter has no PTX.
+PTX: tl.constexpr = tl.constexpr(not triton.knobs.runtime.interpret)
+# 1 / (1 + 2^x) in three instructions. What Triton makes of it takes fifteen: it saves subnormal
+# numbers, which the 1 swallows.
+SIGMOID: tl.constexpr = tl.constexpr("""{
+    .reg .f32 t;
+    ex2.approx.ftz.f32 t, $1;
+    add.ftz.f32 t, t, 0f3F800000;
+    rcp.approx.ftz.f32 $0, t;
+}""")
+
+
+@triton.jit
+def _at(start, GROUPS: tl.constexpr):
+    """Return the columns of GROUPS groups from group `start` on, [GROUPS · 16, 16]."""
+    row = start * SIDE + tl.arange(0, GROUPS * SIDE)
+    return row[:, None] * SIDE + tl.arange(0, SIDE)[None, :]
+
+
+@triton.jit
+def _load(x, start, K, GROUPS: tl.constexpr, EXACT: tl.constexpr):
+    at = _at(start, GROUPS)
+    return tl.load(x + at) if EXACT else tl.load(x + at, mask=at < K, other=0.0)
+
+
+@triton.jit
+def _sum(value):
+    return tl.sum(tl.ravel(value), axis=0)
+
+
+@triton.jit
+def _norm(parts, K, eps, STARTS, GROUPS, NORM: tl.constexpr, EXACT: tl.constexpr):
+    """Return (mean, 1 / deviation) of a row; the mean is 0 for an RMS norm."""
+    mean = 0.0
+    if NORM == "layer":
+        for i in tl.static_range(len(GROUPS)):
+            mean += _sum(parts[i].to(tl.float32))
+        mean = mean / K
+    squares = 0.0
+    for i in tl.static_range(len(GROUPS)):
+        away = parts[i].to(tl.float32) - mean
+        if not EXACT:
+            away = tl.where(_at(STARTS[i], GROUPS[i]) < K, away, 0.0)
+        squares += _sum(away * away)
+    return mean, 1.0 / tl.sqrt(squares / K + eps)
+
+
+@triton.jit
+def _gelu(x):
+    power = x * tl.fma(x * x, CUBIC, LINEAR)
+    if PTX:
+        half = tl.inline_asm_elementwise(SIGMOID, "=r,r", [power], tl.float32, True, 1)
+    else:
+        half = 1.0 / (1.0 + tl.exp2(power))
+    return x * half
+
+
+@triton.jit
+def _prepare(
+    part,
+    mean,
+    inverse,
+    weight,
+    bias,
+    scale,
+    shift,
+    start,
+    K,
+    GROUPS: tl.constexpr,
+    NORM: tl.constexpr,
+    GELU: tl.constexpr,
+    EXACT: tl.constexpr,
+):
+    """Return part [GROUPS · 16, 16] after norm, weight, bias, modulation and GELU, in float32."""
+    value = part.to(tl.float32)
+    if NORM != "":
+        value = tl.fma(value, inverse, -mean * inverse)
+    if weight is not None:
+        value *= _load(weight, start, K, GROUPS, EXACT).to(tl.float32)
+    if bias is not None:
+        value += _load(bias, start, K, GROUPS, EXACT).to(tl.float32)
+    if scale is not None:
+        value = tl.fma(value, _load(scale, start, K, GROUPS, EXACT).to(tl.float32), value)
+    if shift is not None:
+        value += _load(shift, start, K, GROUPS, EXACT).to(tl.float32)
+    if GELU:
+        value = _gelu(value)
+    return value if EXACT else tl.where(_at(start, GROUPS) < K, value, 0.0)
 
 
 @triton.jit
@@ -31,97 +122,157 @@ def _hadamard():
 
 
 @triton.jit
-def _turn(x, GROUPS: tl.constexpr):
-    """Return x [GROUPS · 16, 16] with each group of 16 rows transposed."""
-    x = tl.permute(tl.reshape(x, (GROUPS, SIDE, SIDE)), (0, 2, 1))
-    return tl.reshape(x, (GROUPS * SIDE, SIDE))
+def _turn(value, GROUPS: tl.constexpr):
+    """Return value [GROUPS · 16, 16] with each group of 16 rows transposed."""
+    value = tl.permute(tl.reshape(value, (GROUPS, SIDE, SIDE)), (0, 2, 1))
+    return tl.reshape(value, (GROUPS * SIDE, SIDE))
 
 
 @triton.jit
-def _at(start, GROUPS: tl.constexpr):
-    row = start * SIDE + tl.arange(0, GROUPS * SIDE)
-    return row[:, None] * SIDE + tl.arange(0, SIDE)[None, :]
+def _rotate(value, GROUPS: tl.constexpr):
+    """Return GROUPS groups rotated, transposed and 16 times too large, in float32.
 
-
-@triton.jit
-def _load(x, start, K, GROUPS: tl.constexpr, ROTATE: tl.constexpr):
-    """Return GROUPS groups of a row in float32, [GROUPS · 16, 16], from group `start` on.
-
-    Rotated groups come transposed, and 16 times too large. Between the products they are rounded
-    to TF32 (11 bits), as is a float32 x: far below the rounding to 8 bits that follows.
+    Between the products they are rounded to TF32 (11 bits), as is a float32 value before: far
+    below the rounding to 8 bits that follows.
     """
-    at = _at(start, GROUPS)
-    value = tl.load(x + at, mask=at < K, other=0.0)
-    if ROTATE:
-        h = _hadamard()
-        value = tl.dot(value, h.to(value.dtype), input_precision="tf32")
-        value = tl.dot(_turn(value, GROUPS), h, input_precision="tf32")
-    return value.to(tl.float32)
+    h = _hadamard()
+    value = tl.dot(value, h.to(value.dtype), input_precision="tf32")
+    return tl.dot(_turn(value, GROUPS), h, input_precision="tf32")
 
 
 @triton.jit
-def _largest(x):
-    """Return the bits of the largest magnitude in x; NaN has the largest bits of all."""
-    bits = tl.abs(x).to(tl.int32, bitcast=True)
-    return tl.max(tl.max(bits, axis=1), axis=0)
+def _larger(a, b):
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def _largest(value):
+    """Return the largest magnitude, NaN where there is one."""
+    return tl.reduce(tl.ravel(tl.abs(value)), 0, _larger)
+
+
+@triton.jit
+def _round(value, DTYPE, LIMIT: tl.constexpr, ROTATE: tl.constexpr, STATIC: tl.constexpr):
+    """Return value rounded to INT8 or FP8; INT8 of a rotated row has ROUND added already."""
+    if tl.int8 == DTYPE:
+        if not ROTATE:
+            value += ROUND
+        return value.to(tl.int32, bitcast=True).to(tl.int8)
+    if STATIC:
+        # Cut off at the limit, Inf would pass for a number.
+        value = tl.where(tl.abs(value) == float("inf"), float("nan"), value)
+        value = tl.maximum(value, -LIMIT, propagate_nan=tl.PropagateNan.ALL)
+        value = tl.minimum(value, LIMIT, propagate_nan=tl.PropagateNan.ALL)
+    return value.to(DTYPE)
 
 
 @triton.jit
 def _store(
-    stored, value, start, K, GROUPS: tl.constexpr, ROTATE: tl.constexpr, INTEGER: tl.constexpr
+    stored,
+    value,
+    inverse,
+    start,
+    K,
+    GROUPS: tl.constexpr,
+    LIMIT: tl.constexpr,
+    ROTATE: tl.constexpr,
+    STATIC: tl.constexpr,
+    EXACT: tl.constexpr,
 ):
-    """Round value [GROUPS · 16, 16] and store it from group `start` on."""
-    if INTEGER:
-        out = (value + ROUND).to(tl.int32, bitcast=True).to(tl.int8)
+    """Store value · inverse, rounded, from group `start` on."""
+    DTYPE: tl.constexpr = stored.dtype.element_ty
+    if ROTATE and tl.int8 == DTYPE:
+        # The sums of a rotation have no last bits to agree on: one rounding fewer.
+        value = tl.fma(value, inverse, ROUND)
     else:
-        out = value.to(stored.dtype.element_ty).to(tl.int8, bitcast=True)
-    if ROTATE:
-        out = _turn(out, GROUPS)
+        value *= inverse
+    # 8 bits are turned as integers: Triton has no transposition of FP8 on every architecture.
+    code = _round(value, DTYPE, LIMIT, ROTATE, STATIC).to(tl.int8, bitcast=True)
+    code = (_turn(code, GROUPS) if ROTATE else code).to(DTYPE, bitcast=True)
     at = _at(start, GROUPS)
-    tl.store(stored + at, out.to(stored.dtype.element_ty, bitcast=True), mask=at < K)
+    if EXACT:
+        tl.store(stored + at, code)
+    else:
+        tl.store(stored + at, code, mask=at < K)
 
 
 @triton.jit
 def quantize_rows_kernel(
     x,
     stored,
+    row_scale,
+    input_scale,
+    weight,
+    bias,
     scale,
+    shift,
     K,
     stride_x,
+    stride_scale,
+    stride_shift,
+    tokens_scale,
+    tokens_shift,
+    eps,
     LIMIT: tl.constexpr,
-    G0: tl.constexpr,
-    G1: tl.constexpr,
-    G2: tl.constexpr,
+    STARTS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    EXACT: tl.constexpr,
     ROTATE: tl.constexpr,
-    INTEGER: tl.constexpr,
+    PREPARE: tl.constexpr,
+    NORM: tl.constexpr,
+    GELU: tl.constexpr,
 ):
-    """stored, scale = the row of `program_id(0)`, rotated or not, over its largest magnitude.
+    """stored, row_scale = the prepared row of `program_id(0)` over its largest magnitude.
 
-    x: [M, K], K-contiguous, stride_x apart. stored: [M, K] int8 or E4M3. scale: [M] float32.
-    G0 + G1 + G2 groups of 256 cover the row, each a power of two or zero: a block of Triton's is a
-    power of two wide, and one alone would compute up to twice the row.
+    x: [M, K], K-contiguous, stride_x apart. stored: [M, K] int8 or E4M3. row_scale: [M] float32.
+    input_scale: [1] float32, a static scale instead of row_scale. weight, bias:
+    [K]. scale, shift: rows stride_scale and stride_shift apart, each of so many tokens.
+    GROUPS: groups of 256 columns, each number a power of two, which cover the row from STARTS on:
+    a block of Triton's is a power of two wide, and one alone would compute up to twice the row.
+    EXACT: they end where the row ends.
     """
     row = tl.program_id(0).to(tl.int64)
     x += row * stride_x
     stored += row * K
-    v0 = _load(x, 0, K, G0, ROTATE)
-    bits = _largest(v0)
-    if G1 > 0:
-        v1 = _load(x, G0, K, G1, ROTATE)
-        bits = tl.maximum(bits, _largest(v1))
-    if G2 > 0:
-        v2 = _load(x, G0 + G1, K, G2, ROTATE)
-        bits = tl.maximum(bits, _largest(v2))
-    largest = bits.to(tl.float32, bitcast=True)
+    if scale is not None:
+        scale += row // tokens_scale * stride_scale
+    if shift is not None:
+        shift += row // tokens_shift * stride_shift
+    parts = ()
+    for i in tl.static_range(len(GROUPS)):
+        parts = parts + (_load(x, STARTS[i], K, GROUPS[i], EXACT),)
+    mean = 0.0
+    inverse = 1.0
+    if NORM != "":
+        mean, inverse = _norm(parts, K, eps, STARTS, GROUPS, NORM, EXACT)
+    values = ()
+    largest = 0.0
+    for i in tl.static_range(len(GROUPS)):
+        value = parts[i]
+        if PREPARE:
+            value = _prepare(
+                *(value, mean, inverse, weight, bias, scale, shift),
+                *(STARTS[i], K, GROUPS[i], NORM, GELU, EXACT),
+            )
+        if ROTATE:
+            # From the dtype of x, as it would be read after a step of its own.
+            value = _rotate(value.to(x.dtype.element_ty), GROUPS[i])
+        value = value.to(tl.float32)
+        largest = _larger(largest, _largest(value))
+        values = values + (value,)
     unit = UNIT if ROTATE else 1.0
-    # Division rounded as IEEE has it: the same codes and scales on every device.
-    step = tl.div_rn(largest * unit, LIMIT)
-    # Not tl.maximum, which would drop a NaN.
-    step = tl.where(step < TINY, TINY, step)
-    inverse = tl.div_rn(1.0, step) * unit
-    _store(stored, v0 * inverse, 0, K, G0, ROTATE, INTEGER)
-    if G1 > 0:
-        _store(stored, v1 * inverse, G0, K, G1, ROTATE, INTEGER)
-    if G2 > 0:
-        _store(stored, v2 * inverse, G0 + G1, K, G2, ROTATE, INTEGER)
-    tl.store(scale + row, step)
+    STATIC: tl.constexpr = input_scale is not None
+    if STATIC:
+        step = tl.load(input_scale)
+    else:
+        # Division rounded as IEEE has it: the same codes and scales on every device.
+        step = tl.div_rn(largest * unit, LIMIT)
+        # Not tl.maximum, which would drop a NaN.
+        step = tl.where(step < TINY, TINY, step)
+        tl.store(row_scale + row, step)
+    unstep = tl.div_rn(1.0, step) * unit
+    for i in tl.static_range(len(GROUPS)):
+        _store(
+            *(stored, values[i], unstep, STARTS[i], K, GROUPS[i]),
+            *(LIMIT, ROTATE, STATIC, EXACT),
+        )

@@ -1,11 +1,13 @@
 """`quantize_rows` in plain torch, on any device."""
 
 import torch
+import torch.nn.functional as F
 from comfy_kitchen.tensor.int8_utils import _build_hadamard
 
 from ..registry import Backend, Needs, register
 from ..rounding import SMALLEST_SCALE
-from . import LIMITS, OP, ROTATION
+from . import LIMITS, NOTHING, OP, ROTATION
+from .prologue import Prologue
 
 
 def rotate(x: torch.Tensor, width: int = ROTATION) -> torch.Tensor:
@@ -14,12 +16,49 @@ def rotate(x: torch.Tensor, width: int = ROTATION) -> torch.Tensor:
     return (x.float().reshape(-1, width) @ matrix).reshape(x.shape)
 
 
-def run(x: torch.Tensor, dtype: torch.dtype, rotated: bool) -> tuple[torch.Tensor, torch.Tensor]:
+def prepare(x: torch.Tensor, prologue: Prologue) -> torch.Tensor:
+    """Return x [M, K] after the steps of `prologue`, in float32."""
+    m, k = x.shape
+    x = x.float()
+    if prologue.norm == "layer":
+        x = F.layer_norm(x, (k,), eps=prologue.eps)
+    elif prologue.norm == "rms":
+        x = x * torch.rsqrt(x.square().mean(dim=1, keepdim=True) + prologue.eps)
+    if prologue.weight is not None:
+        x = x * prologue.weight.float()
+    if prologue.bias is not None:
+        x = x + prologue.bias.float()
+    if prologue.scale is not None:
+        x = x * (1 + _per_token(prologue.scale, m))
+    if prologue.shift is not None:
+        x = x + _per_token(prologue.shift, m)
+    return F.gelu(x, approximate="tanh") if prologue.activation == "gelu_tanh" else x
+
+
+def _per_token(value: torch.Tensor, m: int) -> torch.Tensor:
+    value = value.float().reshape(-1, value.shape[-1])
+    return value.repeat_interleave(m // value.shape[0], dim=0)
+
+
+def run(
+    x: torch.Tensor,
+    dtype: torch.dtype,
+    rotated: bool,
+    prologue: Prologue = NOTHING,
+    input_scale: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Return (stored, scale) as `quantize_rows` describes them."""
-    x = rotate(x) if rotated else x.float()
+    value = x.float() if prologue == NOTHING else prepare(x, prologue)
+    if rotated:
+        value = rotate(value.to(x.dtype))
     limit = LIMITS[dtype]
-    scale = (x.abs().amax(dim=1, keepdim=True) / limit).clamp_min(SMALLEST_SCALE)
-    value = x * (1 / scale)
+    if input_scale is not None:
+        value = value * (1 / input_scale)
+        # Cut off at the limit, Inf would pass for a number.
+        value = torch.where(value.isinf(), torch.nan, value)
+        return value.clamp(-limit, limit).to(dtype), input_scale.reshape(1, 1)
+    scale = (value.abs().amax(dim=1, keepdim=True) / limit).clamp_min(SMALLEST_SCALE)
+    value = value * (1 / scale)
     if dtype == torch.int8:
         # What a NaN becomes as an integer is undefined.
         value = value.nan_to_num(0).round()

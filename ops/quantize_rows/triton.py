@@ -6,30 +6,43 @@ import torch
 
 from ..launch import ALIGNMENT, alignment, launch
 from ..registry import Backend, Needs, register
-from . import LIMITS, OP, ROTATION
+from . import LIMITS, NOTHING, OP, ROTATION
+from .prologue import Prologue
 
-PIECES = 3
+# Powers of two that a row is cut into at most.
+PIECES = 4
 # Columns of the kernel's widest row: the registers of 4 warps hold it.
 K_MAX = 16384
-# (K at most, warps of a program): as few as keep a row in registers. Measured on an H200.
-WARPS = ((2048, 1), (14336, 2), (K_MAX, 4))
+# Rotated or not -> (K at most, warps of a program): as few as keep a row in registers where
+# threads exchange values, more where they do not. Measured on an H200.
+WARPS = {False: ((4096, 2), (K_MAX, 4)), True: ((2048, 1), (14336, 2), (K_MAX, 4))}
 
 
 @functools.cache
-def pieces(k: int) -> tuple[int, ...]:
-    """Return three numbers of 256-column groups, powers of two or zero, that cover k columns."""
+def cover(k: int) -> tuple[tuple[int, ...], tuple[int, ...], bool]:
+    """Return (starts, groups, exact): powers of two of 256-column groups that cover k columns.
+
+    exact: they end where the row ends.
+    """
     left = -(-k // ROTATION)
-    sizes = []
-    for index in range(PIECES):
-        size = 1 << (left.bit_length() - 1) if left else 0
-        if index == PIECES - 1 and left > size:
+    groups: list[int] = []
+    while left > 0:
+        size = 1 << (left.bit_length() - 1)
+        if len(groups) == PIECES - 1 and left > size:
             size *= 2
-        sizes.append(size)
-        left -= min(size, left)
-    return tuple(sizes)
+        groups.append(size)
+        left -= size
+    starts = tuple(sum(groups[:i]) for i in range(len(groups)))
+    return starts, tuple(groups), sum(groups) * ROTATION == k
 
 
-def run(x: torch.Tensor, dtype: torch.dtype, rotated: bool) -> tuple[torch.Tensor, torch.Tensor]:
+def run(
+    x: torch.Tensor,
+    dtype: torch.dtype,
+    rotated: bool,
+    prologue: Prologue = NOTHING,
+    input_scale: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Return (stored, scale) as `quantize_rows` describes them."""
     from .kernel import quantize_rows_kernel
 
@@ -37,16 +50,33 @@ def run(x: torch.Tensor, dtype: torch.dtype, rotated: bool) -> tuple[torch.Tenso
         x = x.contiguous()
     m, k = x.shape
     stored = torch.empty(m, k, dtype=dtype, device=x.device)
-    scale = torch.empty(m, 1, dtype=torch.float32, device=x.device)
-    stride = x.stride(0)
-    constants = (LIMITS[dtype], *pieces(k), rotated, dtype == torch.int8)
-    arguments = (x, stored, scale, k, stride, *constants)
-    key = (x.dtype, alignment(x), k, stride % ALIGNMENT, stride == 1, constants)
-    warps = next(warps for k_max, warps in WARPS if k <= k_max)
+    row_scale = input_scale
+    if input_scale is None:
+        row_scale = torch.empty(m, 1, dtype=torch.float32, device=x.device)
+    p = prologue
+    tensors = (input_scale, p.weight, p.bias, p.scale, p.shift)
+    rows = (_rows(p.scale, m), _rows(p.shift, m))
+    sizes = (k, x.stride(0), rows[0][0], rows[1][0], rows[0][1], rows[1][1])
+    constants = (
+        *(LIMITS[dtype], *cover(k), rotated),
+        *(p != NOTHING, p.norm or "", p.activation == "gelu_tanh"),
+    )
+    arguments = (x, stored, row_scale, *tensors, *sizes, p.eps, *constants)
+    types = tuple(None if t is None else t.dtype for t in tensors)
+    divisible = tuple((size % ALIGNMENT == 0, size == 1) for size in sizes)
+    key = (x.dtype, dtype, alignment(x, *tensors), types, divisible, k, constants)
+    warps = next(warps for k_max, warps in WARPS[rotated] if k <= k_max)
     # A product and a sum rounded as one would round to other codes than the reference's.
     options = {"num_warps": warps, "enable_fp_fusion": False}
     launch(quantize_rows_kernel, m, arguments, options, key, x.device)
-    return stored, scale
+    return stored, row_scale
+
+
+def _rows(value: torch.Tensor | None, m: int) -> tuple[int, int]:
+    """Return (stride of the rows, tokens of a row) of a modulation."""
+    if value is None or value.dim() == 1 or value.shape[0] == 1:
+        return 0, m
+    return value.stride(0), m // value.shape[0]
 
 
 def _register(schemes: set[str], capability: tuple[int, int]) -> None:

@@ -13,8 +13,9 @@ triton = pytest.importorskip("triton", reason="Triton, which compiles the kernel
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
+from lowbit.ops.quantize_rows import LIMITS  # noqa: E402
 from lowbit.ops.quantize_rows.kernel import quantize_rows_kernel  # noqa: E402
-from lowbit.ops.quantize_rows.triton import K_MAX, WARPS, pieces  # noqa: E402
+from lowbit.ops.quantize_rows.triton import K_MAX, WARPS, cover  # noqa: E402
 from lowbit.ops.scaled_mm.kernel import scaled_mm_kernel  # noqa: E402
 from lowbit.ops.scaled_mm.tiles import TABLE, Tile  # noqa: E402
 
@@ -130,18 +131,49 @@ def test_e4m3_times_e5m2_is_one_instruction_on_hopper():
     assert re.search(r"wgmma.*f32.e4m3.e5m2", ptx)
 
 
+def quantizer(k: int, arch: int, dtype: torch.dtype, rotate: bool, prologue: str = ""):
+    """The kernel of a row of k bf16 values; prologue: "layer" with modulation, "gelu" or none."""
+    modulation = {"scale": "*bf16", "shift": "*bf16"} if prologue == "layer" else {}
+    sizes = ("K", "stride_x", "stride_scale", "stride_shift", "tokens_scale", "tokens_shift")
+    types = {
+        **{"x": "*bf16", "stored": f"*{TYPES[dtype]}", "row_scale": "*fp32", "eps": "fp32"},
+        **dict.fromkeys(sizes, "i32"),
+        **modulation,
+    }
+    starts, groups, exact = cover(k)
+    constants = {
+        **{name: None for name in ("input_scale", "weight", "bias")},
+        **{name: None for name in ("scale", "shift") if name not in modulation},
+        **{"LIMIT": LIMITS[dtype], "STARTS": starts, "GROUPS": groups, "EXACT": exact},
+        **{"ROTATE": rotate, "PREPARE": prologue != "", "GELU": prologue == "gelu"},
+        **{"NORM": "layer" if prologue == "layer" else ""},
+    }
+    warps = next(warps for k_max, warps in WARPS[rotate] if k <= k_max)
+    options = {"num_warps": warps, "enable_fp_fusion": False}
+    return compiled(quantize_rows_kernel, types, constants, arch, **options)
+
+
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 @pytest.mark.parametrize("rotate", [True, False])
-@pytest.mark.parametrize("k", [2048, 5120, 14336, K_MAX])
-def test_quantizer_keeps_a_row_in_registers(arch, rotate, k, tmp_path):
-    if arch != HOPPER and k != 5120:
-        pytest.skip("all widths are compiled for one architecture")
-    sizes = dict(zip(("G0", "G1", "G2"), pieces(k), strict=True))
-    types = {"x": "*bf16", "stored": "*i8", "scale": "*fp32", "K": "i32", "stride_x": "i32"}
-    constants = {"LIMIT": 127.0, **sizes, "ROTATE": rotate, "INTEGER": True}
-    warps = next(warps for k_max, warps in WARPS if k <= k_max)
-    kernel = compiled(
-        quantize_rows_kernel, types, constants, arch, num_warps=warps, enable_fp_fusion=False
-    )
+@pytest.mark.parametrize("prologue", ["", "layer", "gelu"])
+def test_quantizer_uses_the_tensor_cores_to_rotate_and_no_local_memory(
+    arch, rotate, prologue, tmp_path
+):
+    kernel = quantizer(5120, arch, torch.int8, rotate, prologue)
     assert spilled_bytes(kernel, tmp_path) == 0
     assert ("mma" in kernel.asm["ptx"]) == rotate
+
+
+@pytest.mark.parametrize("arch", [arch for arch in ARCHITECTURES if arch >= FIRST_WITH_FP8])
+@pytest.mark.parametrize("rotate", [True, False])
+def test_quantizer_to_fp8_compiles(arch, rotate, tmp_path):
+    assert spilled_bytes(quantizer(3072, arch, torch.float8_e4m3fn, rotate), tmp_path) == 0
+
+
+# Wide rows follow a GELU; norms come before narrower ones.
+@pytest.mark.parametrize("k", [2048, 3072, 12288, 13824, 14336, K_MAX])
+@pytest.mark.parametrize("rotate", [True, False])
+@pytest.mark.parametrize("prologue", ["", "gelu"])
+def test_quantizer_keeps_rows_of_every_width_in_registers(k, rotate, prologue, tmp_path):
+    kernel = quantizer(k, HOPPER, torch.int8, rotate, prologue)
+    assert spilled_bytes(kernel, tmp_path) == 0

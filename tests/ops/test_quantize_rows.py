@@ -6,7 +6,7 @@ from comfy_kitchen.tensor.int8_utils import _build_hadamard
 
 from lowbit.ops import registry
 from lowbit.ops.quantize_rows import LIMITS, OP, quantize_rows
-from lowbit.ops.quantize_rows.triton import K_MAX, WARPS, pieces
+from lowbit.ops.quantize_rows.triton import K_MAX, WARPS, cover
 
 DTYPES = tuple(LIMITS)
 TINY = torch.finfo(torch.float32).tiny
@@ -122,10 +122,10 @@ def test_too_wide_a_row_is_a_reason_and_no_crash(monkeypatch):
 
 def test_pieces_cover_every_row_without_much_waste():
     for k in range(1, K_MAX + 1, 37):
-        covered = 256 * sum(pieces(k))
+        covered = 256 * sum(cover(k)[1])
         assert k <= covered <= max(1.25 * k, k + 255)
-        assert all(size & (size - 1) == 0 for size in pieces(k))
-    assert WARPS[-1][0] == K_MAX
+        assert all(size & (size - 1) == 0 for size in cover(k)[1])
+    assert all(row[-1][0] == K_MAX for row in WARPS.values())
 
 
 def test_operation_is_one_step_of_a_graph():

@@ -1,0 +1,110 @@
+"""Activations quantized once, for all the linear layers that read them."""
+
+from dataclasses import dataclass
+
+import torch
+from comfy_kitchen.tensor import QuantizedTensor
+
+from ..quantize_rows import NOTHING, ROTATION, Prologue, quantize_rows
+from ..quantize_rows.reference import prepare, rotate
+
+FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What a weight multiplies: `dtype`, rotated over `rotation` columns at a time (0: not)."""
+
+    dtype: torch.dtype
+    rotation: int
+
+
+@dataclass(frozen=True)
+class QuantizedActivation:
+    """x ≈ stored · scale, after the rotation of its kind.
+
+    stored: [M, K] INT8 or FP8. scale: float32, [M, 1] or one element. shape: of x, [..., K]. dtype:
+    of x and of what linear layers make of it.
+    """
+
+    stored: torch.Tensor
+    scale: torch.Tensor
+    kind: Kind
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.stored.device
+
+    def dequantize(self) -> torch.Tensor:
+        """Return x as it was rounded, [..., K]."""
+        value = self.stored.float() * self.scale
+        if self.kind.rotation:
+            # The matrix is symmetric and its own inverse.
+            value = rotate(value, self.kind.rotation)
+        return value.to(self.dtype).reshape(self.shape)
+
+
+def kind_of(weight: QuantizedTensor) -> Kind | None:
+    """Return the kind of activation that `weight` multiplies in 8 bits, None for other formats."""
+    stored, params = weight._qdata, weight._params
+    if not weight.layout_cls.scheme.startswith(("int8_row", "fp8_")):
+        return None
+    rotation = params.convrot_groupsize if getattr(params, "convrot", False) else 0
+    # An E5M2 weight takes an E4M3 activation, which is the finer of the two.
+    dtype = torch.int8 if stored.dtype == torch.int8 else torch.float8_e4m3fn
+    return Kind(dtype, rotation)
+
+
+def quantize_activation(
+    x: torch.Tensor,
+    weight: QuantizedTensor,
+    *,
+    prologue: Prologue = NOTHING,
+    input_scale: torch.Tensor | None = None,
+    backend: str = "auto",
+) -> QuantizedActivation:
+    """Return x after `prologue`, quantized as `weight` multiplies it, for any number of `linear`.
+
+    x: [..., K] bf16, fp16 or fp32, never written to. prologue, input_scale, backend: as
+    `quantize_rows` has them. Raises ValueError when the weight's format takes no 8-bit activation.
+    """
+    kind = kind_of(weight)
+    if kind is None:
+        raise ValueError(
+            f"quantize_activation: weights of {weight.layout_cls.scheme} take no 8-bit activation; "
+            "give the linear layer x itself"
+        )
+    flat = x.reshape(-1, x.shape[-1])
+    if kind.rotation not in (0, ROTATION):
+        flat = rotate(flat if prologue == NOTHING else prepare(flat, prologue), kind.rotation)
+        prologue = NOTHING
+    stored, scale = quantize_rows(
+        flat,
+        kind.dtype,
+        kind.rotation == ROTATION,
+        backend,
+        prologue=prologue,
+        input_scale=input_scale,
+    )
+    return QuantizedActivation(stored, scale, kind, tuple(x.shape), x.dtype)
+
+
+def from_host(x: QuantizedTensor, weight: QuantizedTensor) -> QuantizedActivation | torch.Tensor:
+    """Return x as `linear` takes it, from the host's own quantization of activations.
+
+    That is FP8 with a static scale, which `weight` may multiply as it is; else x is dequantized.
+    """
+    kind = Kind(x._qdata.dtype, 0)
+    if not fits(kind, kind_of(weight)) or x._params.scale.numel() != 1:
+        return x.dequantize()
+    stored = x._qdata.reshape(-1, x.shape[-1])
+    return QuantizedActivation(stored, x._params.scale, kind, tuple(x.shape), x.dtype)
+
+
+def fits(kind: Kind, wanted: Kind | None) -> bool:
+    """Return whether a weight that multiplies `wanted` multiplies `kind`: both FP8 types do."""
+    if wanted is None or kind.rotation != wanted.rotation:
+        return False
+    return kind.dtype == wanted.dtype or (kind.dtype in FP8 and wanted.dtype in FP8)

@@ -1,0 +1,56 @@
+"""One quantization of an activation that several linear layers read, q, k and v among them.
+
+Whoever knows that the same tensor goes to several layers, unchanged between them, says so with
+`share`; the first layer leaves what it made of it on the tensor, and the last one takes it away.
+"""
+
+from collections.abc import Callable
+
+import torch
+
+from .activation import Kind, QuantizedActivation
+
+ATTRIBUTE = "_lowbit_shared"
+
+
+class Shared:
+    """The quantized forms of one tensor, for as many readers as were announced."""
+
+    def __init__(self, readers: int, version: int | None):
+        self.readers = readers
+        self.version = version
+        self.forms: dict[Kind, QuantizedActivation] = {}
+
+
+def _version(x: torch.Tensor) -> int | None:
+    """Return the count of writes to x; tensors of inference mode have none."""
+    return None if x.is_inference() else x._version
+
+
+def share(x: torch.Tensor, readers: int) -> None:
+    """Announce that `readers` linear layers read x, and that nobody writes to it in between.
+
+    A second announcement while readers are left changes nothing. When torch.compile is at work
+    nothing is kept: the compiler sees equal steps itself.
+    """
+    if torch.compiler.is_compiling() or readers < 2 or type(x) is not torch.Tensor:
+        return
+    shared = getattr(x, ATTRIBUTE, None)
+    if shared is None or shared.version != _version(x):
+        setattr(x, ATTRIBUTE, Shared(readers, _version(x)))
+
+
+def quantized_once(
+    x: torch.Tensor, kind: Kind, quantize: Callable[[], QuantizedActivation]
+) -> QuantizedActivation:
+    """Return `quantize()`, or what it returned to an earlier reader of a shared x."""
+    shared = None if torch.compiler.is_compiling() else getattr(x, ATTRIBUTE, None)
+    if shared is None or shared.version != _version(x):
+        return quantize()
+    if kind not in shared.forms:
+        shared.forms[kind] = quantize()
+    shared.readers -= 1
+    form = shared.forms[kind]
+    if shared.readers <= 0:
+        delattr(x, ATTRIBUTE)
+    return form

@@ -1,0 +1,103 @@
+"""The quantizers of activations on the GPU, against plain torch in float32."""
+
+import pytest
+import torch
+
+from lowbit.ops.linear import linear, quantize_activation, share
+from lowbit.ops.quantize_rows import LIMITS, Prologue, quantize_rows, reference
+from lowbit.quant import formats
+
+pytestmark = pytest.mark.gpu
+FP8 = torch.float8_e4m3fn
+WIDTHS = (256, 1792, 3072, 5120, 8960, 12288, 13824, 14336, 16384)
+# Sums in another order, in TF32, move a value that lies between two codes to the other one.
+MAX_MOVED = 0.05
+
+
+def make(*shape: int, seed: int = 0, dtype=torch.float32) -> torch.Tensor:
+    generator = torch.Generator("cuda").manual_seed(seed)
+    return torch.randn(shape, generator=generator, device="cuda").to(dtype)
+
+
+def prologues(m: int, k: int, dtype: torch.dtype) -> dict[str, Prologue]:
+    scale, shift = make(1, k, seed=1, dtype=dtype), make(m, 2 * k, seed=2)[:, k:]
+    return {
+        "none": Prologue(),
+        "gelu": Prologue(activation="gelu_tanh"),
+        "layer": Prologue("layer", scale=scale, shift=shift),
+        "affine": Prologue("layer", 1e-5, make(k, seed=3), make(k, seed=4, dtype=dtype)),
+        "rms": Prologue("rms", weight=make(k, seed=3), scale=scale, activation="gelu_tanh"),
+    }
+
+
+@pytest.mark.parametrize("k", WIDTHS)
+@pytest.mark.parametrize("name", ["none", "gelu", "layer", "affine", "rms"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_rows_are_those_of_the_reference(k, name, dtype):
+    x = make(33, k, dtype=dtype) + 0.5
+    x[5] = 0
+    before = x.clone()
+    prologue = prologues(33, k, dtype)[name]
+    for stored_dtype in LIMITS:
+        for rotated in (False, True):
+            stored, scale = quantize_rows(x, stored_dtype, rotated, "triton", prologue=prologue)
+            want, unit = reference.run(x, stored_dtype, rotated, prologue)
+            # A rotation multiplies in TF32, and from the dtype of x.
+            loose = 2**-10 if rotated else 2**-18
+            torch.testing.assert_close(scale, unit, rtol=loose, atol=1e-37)
+            got, want = stored.float(), want.float()
+            # One code further at most, and seldom: a step is 1, or E4M3's 3 bits of mantissa.
+            step = 1 if stored_dtype == torch.int8 else want.abs() * 2**-3 + 2**-9
+            assert ((got - want).abs() <= step).all()
+            assert (got != want).float().mean() <= (MAX_MOVED if rotated else MAX_MOVED / 10)
+    assert torch.equal(x, before)
+
+
+@pytest.mark.parametrize("rotated", [False, True])
+def test_static_scale_cuts_off_and_shows_what_is_not_finite(rotated):
+    x = make(9, 512, dtype=torch.bfloat16)
+    x[1, 3], x[2, 3] = torch.nan, torch.inf
+    given = torch.tensor(0.004, device="cuda")
+    stored, scale = quantize_rows(x, FP8, rotated, "triton", input_scale=given)
+    want, _ = reference.run(x, FP8, rotated, input_scale=given)
+    assert scale.item() == given.item()
+    bad = stored.float().isnan().any(1)
+    assert bad.tolist() == [False, True, True] + [False] * 6
+    near = torch.isclose(stored.float(), want.float(), rtol=2**-3, atol=2**-9, equal_nan=True)
+    assert near.all()
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("rotated", [False, True])
+@pytest.mark.parametrize("name", ["none", "layer"])
+def test_scale_shows_a_token_that_is_not_finite(bad, rotated, name):
+    x = make(3, 5120, dtype=torch.bfloat16)
+    x[1, 300] = bad
+    prologue = prologues(3, 5120, torch.bfloat16)[name]
+    _, scale = quantize_rows(x, torch.int8, rotated, "triton", prologue=prologue)
+    assert torch.isfinite(scale).flatten().tolist() == [True, False, True]
+
+
+@pytest.mark.parametrize("name", ["fp8_e4m3", "fp8_e4m3_rowwise", "int8", "int8_convrot"])
+def test_layers_that_share_an_activation_give_what_they_give_alone(name):
+    weights = [formats.get(name).quantize(make(256, 512, seed=i) * 0.02) for i in range(3)]
+    x = make(2, 70, 512, dtype=torch.bfloat16)
+    alone = [linear(x, w, backend="triton") for w in weights]
+    shared = quantize_activation(x, weights[0])
+    together = [linear(shared, w, backend="triton") for w in weights]
+    share(x, 3)
+    announced = [linear(x, w, backend="triton") for w in weights]
+    for a, b, c in zip(alone, together, announced, strict=True):
+        assert torch.equal(a, b) and torch.equal(a, c)
+
+
+@pytest.mark.parametrize("name", ["fp8_e4m3", "int8", "int8_convrot"])
+def test_activation_before_the_layer_is_fused_with_the_quantizer(name):
+    weight = formats.get(name).quantize(make(256, 512) * 0.02)
+    x = make(70, 512, dtype=torch.bfloat16)
+    got = linear(x, weight, backend="triton", input_act="gelu_tanh")
+    gelu = torch.nn.functional.gelu(x.double(), approximate="tanh")
+    want = gelu @ weight.dequantize().double().t()
+    error = (got.double() - want).norm() / want.norm()
+    # After GELU a few values are much larger than the others: twice the error of gaussian rows.
+    assert error <= 2 * formats.get(name).max_error + torch.finfo(torch.bfloat16).eps
