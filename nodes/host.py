@@ -15,8 +15,11 @@ import uuid
 from collections.abc import Iterator
 
 import torch
+import torch.nn.functional as F
 from comfy_kitchen.tensor import QuantizedTensor
 
+from ..ops.linear import linear
+from ..ops.linear.activation import Kind, kind_of
 from ..quant import convert, families, formats, recipe
 from ..quant.checkpoint import Checkpoint, CheckpointWriter
 from ..quant.checkpoint.stored import (
@@ -28,6 +31,7 @@ from ..quant.checkpoint.stored import (
 )
 from ..quant.checkpoint.writer import ENTRY_BYTES
 from ..quant.record import RECORD_KEY, LayerRecord, decode, encode
+from . import fusion
 from .inputs import AS_STORED
 
 logger = logging.getLogger(__name__)
@@ -76,10 +80,13 @@ def load_model(path, format_name, recipe_name, keep=(), disable_dynamic=False):
     if patcher is None:
         raise ValueError(f"{path}: ComfyUI does not recognise the model")
     _check_loaded(patcher, path, records)
+    ours = {}
     for name, module in _linears(patcher):
         fmt = formats_by_layer.get(name) or _format(module)
         if fmt and not module._full_precision_mm_config:
             _show(module, fmt, module.weight)
+            ours[name] = module
+    _fuse(patcher, patcher, ours)
     patcher.cached_patcher_init = (load_model, (path, format_name, recipe_name, tuple(keep)))
     patcher.set_attachments(ATTACHMENT, list(records))
     return patcher
@@ -187,7 +194,55 @@ def _show(module, fmt: formats.Format, weight: QuantizedTensor) -> None:
     module.layout_type = fmt.layout.__name__
     # Where the host would quantize the activation itself, take it as it is: our layouts do that.
     host_format = comfy.quant_ops.QUANT_ALGOS.get(fmt.stand_in or module.quant_format, {})
-    module._full_precision_mm = host_format.get("quantize_input", True)
+    module._full_precision_mm = host_format.get("quantize_input", True) and not _is_static(module)
+
+
+def _is_static(module) -> bool:
+    """Return whether the host quantizes a module's input for us: to FP8, with the file's scale."""
+    scale = getattr(module, "input_scale", None)
+    return scale is not None and kind_of(module.weight) == Kind(torch.float8_e4m3fn, 0)
+
+
+def _fuse(patcher, clone, layers: dict[str, torch.nn.Module]) -> None:
+    """Let `layers`, our own, share what they can in `clone`, which is `patcher` or of its kind."""
+    state = patcher.get_model_object(ROOT).state_dict()
+    family = families.recognise({n: tuple(v.shape) for n, v in state.items()}).family
+    fusion.share_inputs(layers, family)
+    for name, record in fusion.feed_forwards(layers, family):
+        plain = patcher.get_model_object(f"{ROOT}.{name}")
+        clone.add_object_patch(f"{ROOT}.{name}", fusion.fused(plain, record, _run_after_gelu))
+
+
+def _run_after_gelu(module, x: torch.Tensor) -> torch.Tensor:
+    """Return module(gelu(x)) for one of the host's linear layers, in one pass where it is ours.
+
+    What the host itself does to the input or the weight of a layer comes after the GELU.
+    """
+    import comfy.ops
+
+    weight = module.weight
+    ours = isinstance(weight, QuantizedTensor) and hasattr(weight.layout_cls, "scheme")
+    if not ours or _is_static(module) or _is_patched(module):
+        return module(F.gelu(x, approximate="tanh"))
+    comfy.ops.run_every_op()
+    with comfy.ops.CastBiasWeightContext(
+        module,
+        dtype=weight.dtype,
+        device=x.device,
+        bias_dtype=x.dtype,
+        offloadable=True,
+        compute_dtype=x.dtype,
+        want_requant=not module._full_precision_mm,
+    ) as (weight, bias):
+        if isinstance(weight, QuantizedTensor):
+            return linear(x, weight, bias, input_act="gelu_tanh")
+        return F.linear(F.gelu(x, approximate="tanh"), weight.to(x.dtype), bias)
+
+
+def _is_patched(module) -> bool:
+    functions = (*module.weight_function, *module.bias_function)
+    forced = getattr(module, "comfy_force_cast_weights", False)
+    return bool(functions or forced or getattr(module, "pre_quant_scale", None) is not None)
 
 
 def quantize_model(patcher, format_name: str, recipe_name: str = recipe.AUTO, keep=()):
@@ -207,12 +262,14 @@ def quantize_model(patcher, format_name: str, recipe_name: str = recipe.AUTO, ke
     bar, tick = _progress(len(modules))
     known = {r.name: r for r in layer_records(patcher)}
     saved = 0
+    ours = {}
     for name, module in modules.items():
         choice = chosen[name]
         if choice.format:
             new, error = _quantized(patcher, name, module, choice.format, tick)
             new_module = _replacement(module, choice.format, new, scales_too=error is None)
             clone.add_object_patch(f"{ROOT}.{name}", new_module)
+            ours[name] = new_module
             error = known[name].error if error is None else error
             before = known[name].size_bytes
             known[name] = _record(name, new, choice.format, error, choice.reason)
@@ -220,6 +277,7 @@ def quantize_model(patcher, format_name: str, recipe_name: str = recipe.AUTO, ke
         elif choice.reason:
             known[name] = dataclasses.replace(known[name], reason=choice.reason)
         bar.update(1)
+    _fuse(patcher, clone, ours)
     # The clone's layers are others: without a new id the host would not load them.
     clone.patches_uuid = uuid.uuid4()
     clone.size = max(patcher.model_size() - saved, 1)
@@ -297,11 +355,11 @@ def _replacement(module, fmt, weight: QuantizedTensor, scales_too: bool) -> torc
     if module.bias is not None:
         # Another Parameter on the same memory: the host moves Parameters from device to device.
         new.bias = torch.nn.Parameter(module.bias.detach(), requires_grad=False)
-    _show(new, fmt, weight)
     for extra in INPUT_SCALES if scales_too else ():
         value = getattr(module, extra, None)
         if value is not None:
             new.register_parameter(extra, torch.nn.Parameter(value.detach(), requires_grad=False))
+    _show(new, fmt, weight)
     return new.eval()
 
 

@@ -5,7 +5,7 @@ import functools
 import torch
 
 from ..launch import ALIGNMENT, alignment, launch
-from ..registry import Backend, Needs, register
+from ..registry import Backend, Needs, capability, register
 from . import LIMITS, NOTHING, OP, ROTATION
 from .prologue import Prologue
 
@@ -13,9 +13,21 @@ from .prologue import Prologue
 PIECES = 4
 # Columns of the kernel's widest row: the registers of 4 warps hold it.
 K_MAX = 16384
-# Rotated or not -> (K at most, warps of a program): as few as keep a row in registers where
-# threads exchange values, more where they do not. Measured on an H200.
-WARPS = {False: ((4096, 2), (K_MAX, 4)), True: ((2048, 1), (14336, 2), (K_MAX, 4))}
+HOPPER = 9
+# (rotated, with a prologue) -> (K at most, warps of a program): as few as keep a row in registers
+# where threads exchange values, more where they do not. Measured on an H200.
+HOPPER_WARPS = {
+    (False, False): ((4096, 2), (K_MAX, 4)),
+    (False, True): ((4096, 2), (K_MAX, 4)),
+    (True, False): ((6144, 1), (14336, 2), (K_MAX, 4)),
+    (True, True): ((6144, 1), (13824, 2), (K_MAX, 4)),
+}
+# Compiled and tested, not measured: other compilers' code takes more registers.
+WARPS = {
+    (rotated, prepared): ((6144, 2), (K_MAX, 4 if not rotated else 8))
+    for rotated in (False, True)
+    for prepared in (False, True)
+}
 
 
 @functools.cache
@@ -34,6 +46,13 @@ def cover(k: int) -> tuple[tuple[int, ...], tuple[int, ...], bool]:
         left -= size
     starts = tuple(sum(groups[:i]) for i in range(len(groups)))
     return starts, tuple(groups), sum(groups) * ROTATION == k
+
+
+def warps_of(capability: tuple[int, int] | None, k: int, rotated: bool, prepared: bool) -> int:
+    """Return the warps of a program for rows of k columns, with a prologue or not."""
+    hopper = capability is not None and capability[0] == HOPPER
+    rows = (HOPPER_WARPS if hopper else WARPS)[rotated, prepared]
+    return next(warps for k_max, warps in rows if k <= k_max)
 
 
 def run(
@@ -65,7 +84,7 @@ def run(
     types = tuple(None if t is None else t.dtype for t in tensors)
     divisible = tuple((size % ALIGNMENT == 0, size == 1) for size in sizes)
     key = (x.dtype, dtype, alignment(x, *tensors), types, divisible, k, constants)
-    warps = next(warps for k_max, warps in WARPS[rotated] if k <= k_max)
+    warps = warps_of(capability(x.device), k, rotated, p != NOTHING)
     # A product and a sum rounded as one would round to other codes than the reference's.
     options = {"num_warps": warps, "enable_fp_fusion": False}
     launch(quantize_rows_kernel, m, arguments, options, key, x.device)

@@ -39,6 +39,15 @@ class LayerShape:
 
 
 @dataclass(frozen=True)
+class FeedForward:
+    """Two linear layers with GELU (tanh) between them: their names, below that of the whole."""
+
+    name: str
+    first: str
+    second: str
+
+
+@dataclass(frozen=True)
 class Rule:
     """The layers that `pattern` matches (re.search), and why they are treated apart."""
 
@@ -67,6 +76,9 @@ class Family:
     shapes: the layers of the real models, by model size.
     shape_source: matches the layers from whose stored weight the host reads the model's sizes: a
         format may not pad their rows.
+    shared_inputs: layers of a block, by the ends of their names, that read the same tensor one
+        after the other, with no write to it in between.
+    feed_forwards: of a block.
     refused: names of tensors -> why such a file cannot be quantized, or None.
     fallback: takes what no other family recognises; one family has it.
     """
@@ -85,6 +97,8 @@ class Family:
     unsupported: tuple[Rule, ...] = ()
     shapes: Mapping[str, tuple[LayerShape, ...]] = field(default_factory=dict)
     shape_source: re.Pattern[str] | None = None
+    shared_inputs: tuple[tuple[str, ...], ...] = ()
+    feed_forwards: tuple[FeedForward, ...] = ()
     refused: Callable[[Iterable[str]], str | None] | None = None
     fallback: bool = False
 

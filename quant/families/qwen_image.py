@@ -5,7 +5,7 @@ Source: ComfyUI 0.33 comfy/model_detection.py and comfy/ldm/qwen_image/model.py.
 
 import re
 
-from .base import Family, LayerShape, Rule, Shapes
+from .base import Family, FeedForward, LayerShape, Rule, Shapes
 
 # Output rows of Mage-Flow's proj_out; Qwen-Image has 64.
 MAGE_FLOW_OUT = 128
@@ -70,6 +70,14 @@ FAMILY = Family(
             re.compile(r"\.img_mlp\.net\.2$"),
             "the image MLP's output layer is never below 8 bits",
         ),
+    ),
+    shared_inputs=(
+        ("attn.to_q", "attn.to_k", "attn.to_v"),
+        ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
+    ),
+    feed_forwards=(
+        FeedForward("img_mlp", "net.0.proj", "net.2"),
+        FeedForward("txt_mlp", "net.0.proj", "net.2"),
     ),
     shapes={
         "20B": (

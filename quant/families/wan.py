@@ -7,7 +7,7 @@ loaders/single_file_utils.py (its names; renamed here in the other direction).
 
 import re
 
-from .base import Family, LayerShape, Rule, Shapes
+from .base import Family, FeedForward, LayerShape, Rule, Shapes
 
 # (key that only this variant has, variant), in the host's order of detection.
 MARKS = (
@@ -166,6 +166,12 @@ FAMILY = Family(
     renames=RENAMES,
     unsupported=UNSUPPORTED,
     shape_source=re.compile(r"blocks\.0\.ffn\.0"),
+    shared_inputs=(
+        ("self_attn.q", "self_attn.k", "self_attn.v"),
+        ("cross_attn.k", "cross_attn.v"),
+        ("cross_attn.k_img", "cross_attn.v_img"),
+    ),
+    feed_forwards=(FeedForward("ffn", "0", "2"),),
     shapes={
         "14B": _shapes(5120, 13824, TOKENS_480P, TOKENS_720P),
         "5B": _shapes(3072, 14336, TOKENS_5B),

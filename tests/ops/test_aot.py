@@ -15,7 +15,7 @@ from triton.compiler import ASTSource  # noqa: E402
 
 from lowbit.ops.quantize_rows import LIMITS  # noqa: E402
 from lowbit.ops.quantize_rows.kernel import quantize_rows_kernel  # noqa: E402
-from lowbit.ops.quantize_rows.triton import K_MAX, WARPS, cover  # noqa: E402
+from lowbit.ops.quantize_rows.triton import K_MAX, cover, warps_of  # noqa: E402
 from lowbit.ops.scaled_mm.kernel import scaled_mm_kernel  # noqa: E402
 from lowbit.ops.scaled_mm.tiles import TABLE, Tile  # noqa: E402
 
@@ -148,7 +148,7 @@ def quantizer(k: int, arch: int, dtype: torch.dtype, rotate: bool, prologue: str
         **{"ROTATE": rotate, "PREPARE": prologue != "", "GELU": prologue == "gelu"},
         **{"NORM": "layer" if prologue == "layer" else ""},
     }
-    warps = next(warps for k_max, warps in WARPS[rotate] if k <= k_max)
+    warps = warps_of(divmod(arch, 10), k, rotate, prologue != "")
     options = {"num_warps": warps, "enable_fp_fusion": False}
     return compiled(quantize_rows_kernel, types, constants, arch, **options)
 
