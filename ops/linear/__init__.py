@@ -8,7 +8,7 @@ that it extends). Every backend gives the same result up to the rounding of the 
 import torch
 from comfy_kitchen.tensor import QuantizedTensor
 
-from .. import registry
+from .. import registry, tuning
 
 OP = "linear"
 
@@ -30,9 +30,9 @@ def linear(
         raise ValueError(f"linear: input has {x.shape[-1]} features, weight [{n}, {k}] takes {k}")
     if isinstance(x, QuantizedTensor):
         x = x.dequantize()
-    call = registry.Call(weight.layout_cls.scheme, x.device, n, k)
-    run = registry.select(OP, call, backend).run
-    flat = x.reshape(-1, k)
+    flat, scheme = x.reshape(-1, k), weight.layout_cls.scheme
+    m = tuning.bucket_if_tuned(OP, scheme, x.device, n, k, flat.shape[0])
+    run = registry.select(OP, registry.Call(scheme, x.device, n, k, m), backend).run
     if flat.shape[0] == 0:
         return x.new_empty((*x.shape[:-1], n))
     return run(flat, weight, bias).to(x.dtype).reshape(*x.shape[:-1], n)
