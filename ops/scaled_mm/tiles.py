@@ -190,12 +190,13 @@ def choose(
     whose tuned tiles come first; None: the table alone.
     """
     tuned = _tuned(gpu).get((scheme(integer), n, k, tuning.bucket(m))) if gpu else None
-    if tuned and _fits(tuned, wide):
+    if tuned and fits(tuned, wide):
         return tuned
     row = next(row for row in rows_of(capability) if row.fits(m, n, k, integer))
-    tiles = [tile for tile in row.tiles if _fits(tile, wide)]
+    tiles = [tile for tile in row.tiles if fits(tile, wide)]
     return min(tiles, key=lambda tile: _time(tile, m, n, processors))
 
 
-def _fits(tile: Tile, wide: bool) -> bool:
+def fits(tile: Tile, wide: bool) -> bool:
+    """Return whether a tile is one for a float32 result (wide), or for any other."""
     return not wide or tile.block_m * tile.block_n <= WIDE_ELEMENTS

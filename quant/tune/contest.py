@@ -33,6 +33,9 @@ class Contest(Protocol):
     def right(self, name: Name, rows: int) -> bool:
         """Return whether the candidate's result is right. Raises CannotRunError."""
 
+    def serves(self, name: Name) -> bool:
+        """Return whether all that would take it once it won is right. Raises CannotRunError."""
+
     def run(self, name: Name, rows: int) -> Any:
         """Run the candidate as it is to be timed."""
 
@@ -93,7 +96,7 @@ def search(
     outcome.times_ms = {name: _median(rounds, name) for name in (rounds[0] if rounds else {})}
     for name in sorted(challengers, key=outcome.times_ms.__getitem__):
         gain = _gain(rounds, name, outcome.default)
-        if gain > NOISE and all(_holds(contest, name, m, timer, outcome) for m in rows[1:]):
+        if gain > NOISE and _holds(contest, name, rows[1:], timer, outcome):
             outcome.winner, outcome.gain = name, gain
             break
     return outcome
@@ -112,8 +115,13 @@ def _screen(contest, names, rows, timer, expired, outcome: Outcome) -> dict[Name
 
 
 def _is_right(contest: Contest, name: Name, rows: int, outcome: Outcome) -> bool:
+    return _passes(lambda: contest.right(name, rows), name, outcome)
+
+
+def _passes(check: Callable[[], bool], name: Name, outcome: Outcome) -> bool:
+    """Return what `check` returns, False where it cannot run, and note what went wrong."""
     try:
-        right = contest.right(name, rows)
+        right = check()
     except CannotRunError as error:
         outcome.failed[name] = str(error)
         return False
@@ -138,8 +146,15 @@ def _gain(rounds, name: Name, default: Name) -> float:
     return min(r[default] / r[name] - 1 if default in r else math.inf for r in rounds)
 
 
-def _holds(contest: Contest, name: Name, rows: int, timer: Timer, outcome: Outcome) -> bool:
-    """Return whether a candidate is right at another number of rows, and not slower there."""
+def _holds(contest: Contest, name: Name, others, timer: Timer, outcome: Outcome) -> bool:
+    """Return whether a candidate serves all, and does not lose at other numbers of rows."""
+    if not _passes(lambda: contest.serves(name), name, outcome):
+        return False
+    return all(_keeps_up(contest, name, rows, timer, outcome) for rows in others)
+
+
+def _keeps_up(contest: Contest, name: Name, rows: int, timer: Timer, outcome: Outcome) -> bool:
+    """Return whether a candidate is right for so many rows, and not slower than the default."""
     default = contest.default(rows)
     if name == default:
         return True

@@ -46,23 +46,33 @@ class Product:
         self._typical = _typical_operands(rows, n, k, TYPES[scheme], generator)
 
     def right(self, tile: Tile, rows: int) -> bool:
-        """Return whether the product is that of the reference, bit for bit.
+        """Return whether the product is that of the reference, bit for bit."""
+        return self._is_expected(tile, self._out[:rows], self._product)
 
-        INT8 is multiplied with zero points too, in some of the rows: tiles serve both.
+    def serves(self, tile: Tile) -> bool:
+        """Return whether the other products that take the tile are right too, in some rows.
+
+        Those with zero points, and those with a float32 result where `choose` has it for them.
         """
-        if not self._is_expected(tile, rows, False):
-            return False
-        return not self._integer or self._is_expected(tile, min(rows, REFERENCE_ROWS), True)
+        rows = min(self._out.shape[0], REFERENCE_ROWS)
+        if tiles.fits(tile, wide=True):
+            out = self._out.new_empty((rows, self._out.shape[1]), dtype=torch.float32)
+            if not self._is_expected(tile, out, self._reference(0, out_dtype=out.dtype)):
+                return False
+        if not self._integer:
+            return True
+        return self._is_expected(tile, self._out[:rows], self._reference(0, shifted=True), True)
 
-    def _is_expected(self, tile: Tile, rows: int, shifted: bool) -> bool:
-        self._out.fill_(torch.nan)
-        _attempt(lambda: self._launch(tile, rows, self._exact, shifted), self._out.device)
-        wanted = self._shifted_product if shifted else self._product
-        return torch.equal(self._out[:rows], wanted[:rows])
+    def _is_expected(
+        self, tile: Tile, out: torch.Tensor, wanted: torch.Tensor, shifted: bool = False
+    ) -> bool:
+        out.fill_(torch.nan)
+        _attempt(lambda: self._launch(tile, out, self._exact, shifted), out.device)
+        return torch.equal(out, wanted[: out.shape[0]])
 
     def run(self, tile: Tile, rows: int) -> None:
         """Write the product of numbers as weights and activations are, which cost more power."""
-        self._launch(tile, rows, self._typical, False)
+        self._launch(tile, self._out[:rows], self._typical)
 
     def default(self, rows: int) -> Tile:
         """Return the table's tile, without the rate, which is no matter of how it runs."""
@@ -74,9 +84,10 @@ class Product:
         """Return the tile with its loops in other orders."""
         return neighbours(tile, self._out.shape[0])
 
-    def _launch(self, tile: Tile, rows: int, operands: dict, shifted: bool) -> None:
+    def _launch(self, tile: Tile, out: torch.Tensor, operands: dict, shifted: bool = False) -> None:
+        rows = out.shape[0]
         run_tile(
-            out=self._out[:rows],
+            out=out,
             a=operands["a"][:rows],
             b=operands["b"],
             scale_a=operands["scale_a"][:rows],
@@ -92,14 +103,12 @@ class Product:
     def _product(self) -> torch.Tensor:
         """The reference's product, [M, N]."""
         starts = range(0, self._out.shape[0], REFERENCE_ROWS)
-        return torch.cat([self._reference(start, False) for start in starts])
+        return torch.cat([self._reference(start) for start in starts])
 
-    @functools.cached_property
-    def _shifted_product(self) -> torch.Tensor:
-        """The first rows of the reference's product with zero points."""
-        return self._reference(0, True)
-
-    def _reference(self, start: int, shifted: bool) -> torch.Tensor:
+    def _reference(
+        self, start: int, shifted: bool = False, out_dtype: torch.dtype = OUT
+    ) -> torch.Tensor:
+        """Return some rows of the reference's product."""
         x, rows = self._exact, slice(start, start + REFERENCE_ROWS)
         return scaled_mm(
             x["a"][rows],
@@ -109,7 +118,7 @@ class Product:
             x["bias"],
             zero_point=x["zero_point"][rows] if shifted else None,
             column_sum=x["column_sum"] if shifted else None,
-            out_dtype=OUT,
+            out_dtype=out_dtype,
             backend="reference",
         )
 
@@ -220,6 +229,10 @@ class Layer:
         got = _attempt(lambda: self.run(name, rows), x.device)[some].double()
         # Not `>`, which NaN would pass.
         return bool((got - want).norm() <= self._bound * want.norm())
+
+    def serves(self, name: str) -> bool:
+        """Return True: `right` asks all that there is to ask."""
+        return True
 
     def run(self, name: str, rows: int) -> torch.Tensor:
         """Return the layer's result, the quantization of the activation included."""

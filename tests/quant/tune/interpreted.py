@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lowbit.ops import tuning
-from lowbit.ops.scaled_mm import reference
+from lowbit.ops.scaled_mm import scaled_mm
 from lowbit.ops.scaled_mm import triton as backend
 from lowbit.quant.tune import Problem, products, tune
 from tests.quant.tune.bench import GPU, bench, taken
@@ -28,7 +28,7 @@ def test_tile_that_wins_gives_the_right_product(cache, scheme):
     one = torch.ones(1)
     out = torch.full((M, N), torch.nan)
     backend.run_tile(out, a, b, one, one, None, None, None, tile, GPU.processors)
-    want = reference.run(a, b, one, one, None, None, None, torch.float32)
+    want = scaled_mm(a, b, one, one, out_dtype=torch.float32, backend="reference")
     torch.testing.assert_close(out, want)
 
 

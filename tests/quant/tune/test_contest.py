@@ -29,8 +29,8 @@ class Timer:
 class Contest:
     """Names are letters; "d" is the default unless `defaults` has another for the rows."""
 
-    def __init__(self, wrong=(), failing=(), neighbours=None, defaults=None):
-        self._wrong, self._failing = set(wrong), set(failing)
+    def __init__(self, wrong=(), failing=(), neighbours=None, defaults=None, serving=None):
+        self._wrong, self._failing, self._serving = set(wrong), set(failing), serving or {}
         self._neighbours, self._defaults = neighbours or {}, defaults or {}
         self.checked = []
 
@@ -39,6 +39,12 @@ class Contest:
         if name in self._failing or (name, rows) in self._failing:
             raise CannotRunError(f"{name}: out of resource")
         return name not in self._wrong and (name, rows) not in self._wrong
+
+    def serves(self, name):
+        answer = self._serving.get(name, True)
+        if isinstance(answer, str):
+            raise CannotRunError(answer)
+        return answer
 
     def run(self, name, rows):
         assert (name, rows) in self.checked, "timed before it was checked"
@@ -123,6 +129,13 @@ def test_winner_does_not_lose_at_the_ends_of_the_bucket():
     outcome = search(contest, "abc", [512, 400], Timer(a=1, b=2, c=3, d=4))
     assert outcome.winner == "c"
     assert (outcome.wrong, list(outcome.failed)) == (["a"], ["b"])
+
+
+def test_winner_serves_whatever_would_take_it():
+    """`a` is wrong for another call, `b` cannot run one."""
+    contest = Contest(serving={"a": False, "b": "out of resource"})
+    outcome = search(contest, "abc", [512], Timer(a=1, b=2, c=3, d=4))
+    assert (outcome.winner, outcome.wrong, outcome.failed) == ("c", ["a"], {"b": "out of resource"})
 
 
 @pytest.mark.parametrize(

@@ -181,12 +181,27 @@ def test_result_that_is_not_written_is_wrong(product, monkeypatch):
     assert not product.right(Tile(16, 32, 32), 40)
 
 
-def test_zero_points_are_checked_too(product, monkeypatch):
+def test_winner_is_asked_for_zero_points_and_for_float32(product, monkeypatch):
+    tile = Tile(16, 32, 32)
+    assert product.right(tile, 40) and product.serves(tile)
+
     def forgets(*, zero_point, column_sum, **others):
         by_reference(zero_point=None, column_sum=None, **others)
 
     monkeypatch.setattr(products, "run_tile", forgets)
-    assert not product.right(Tile(16, 32, 32), 40)
+    assert product.right(tile, 40) and not product.serves(tile)
+
+    def rounds(*, out, **others):
+        narrow = torch.empty_like(out, dtype=torch.bfloat16)
+        by_reference(out=narrow, **others)
+        out.copy_(narrow)
+
+    monkeypatch.setattr(products, "run_tile", rounds)
+    # Sums that bfloat16 does not hold.
+    product._exact["bias"].fill_(0.375).add_(256)
+    assert not product.serves(tile)
+    # Too large for a float32 result: not asked.
+    assert Product.serves(product, Tile(256, 128, 64))
 
 
 def test_auto_takes_what_was_faster_for_the_layer(cache, caplog):
