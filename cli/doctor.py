@@ -33,6 +33,7 @@ def _print(found) -> None:
             *((f"  {b.name}", b.reason or "on") for b in found.kitchen_backends),
             *((name, version or MISSING) for name, version in found.packages.items()),
             ("ComfyUI", _host(found.host)),
+            ("tuned", _tuned(found.tuned)),
         ],
         indent="",
     )
@@ -66,3 +67,12 @@ def _host(host) -> str:
     if host is None:
         return "not found (COMFYUI_PATH, ~/ComfyUI)"
     return f"{host.version or 'unknown version'} in {host.path}"
+
+
+def _tuned(tuned) -> str:
+    if tuned.problem:
+        return f"ignored: {tuned.problem}"
+    if not tuned.tiles + tuned.backends:
+        return "nothing in use (`lowbit tune` measures what is fastest on a GPU)"
+    counts = (output.several(tuned.tiles, "tile"), output.several(tuned.backends, "backend"))
+    return f"{' and '.join(counts)} in use, from {tuned.path}"

@@ -15,6 +15,8 @@ from dataclasses import dataclass, field
 
 import torch
 
+from . import tuning
+
 logger = logging.getLogger(__name__)
 
 KERNEL = "kernel"
@@ -45,12 +47,16 @@ class Needs:
 
 @dataclass(frozen=True)
 class Call:
-    """What is known of a call before it runs: the weight's scheme and shape [N, K], the device."""
+    """What is known of a call before it runs: the weight's scheme and shape [N, K], the device.
+
+    m: the bucket of its rows where `lowbit tune` measured the weight (`tuning.bucket_if_tuned`).
+    """
 
     scheme: str
     device: torch.device
     n: int
     k: int
+    m: int | None = None
 
 
 @dataclass(frozen=True)
@@ -143,10 +149,31 @@ def _unmeasured(needs: Needs, call: Call) -> str | None:
     return f"not measured on compute capability {has}, runs when named"
 
 
-@functools.cache
+def _log(text: str, *arguments) -> None:
+    # torch.compile does not know how to log.
+    if not torch.compiler.is_compiling():
+        logger.info(text, *arguments)
+
+
+def _measured_fastest(op: str, call: Call) -> Backend | None:
+    """Return the backend that `lowbit tune` found faster than `auto`'s own choice, or None."""
+    if call.m is None:
+        return None
+    key = (call.scheme, call.n, call.k, call.m)
+    entry = tuning.lookup(op, tuning.gpu(call.device)).get(key)
+    for backend in backends(op) if entry else ():
+        if backend.name == entry.choice and unmet(backend.needs, call) is None:
+            text = "%s %s [%d, %d], M up to %d, on %s: %s, measured faster than %s"
+            _log(text, op, *key, call.device, backend.name, entry.instead_of)
+            return backend
+    return None
+
+
+@tuning.cached
 def select(op: str, call: Call, name: str = "auto") -> Backend:
     """Return the backend that runs `call`: the named one, or with `auto` the first that can.
 
+    `auto` takes what `lowbit tune` measured to be faster, where it did and that can run.
     Raises ValueError for an unknown name and NoBackendError when the needs of the named backend,
     or of every backend, do not hold.
     """
@@ -154,13 +181,16 @@ def select(op: str, call: Call, name: str = "auto") -> Backend:
     if not candidates:
         known = sorted({b.name for b in backends(op)})
         raise ValueError(f"{op}: unknown backend {name!r}; known are auto, {', '.join(known)}")
+    fastest = _measured_fastest(op, call) if name == "auto" else None
+    if fastest:
+        return fastest
     reasons = []
     for backend in candidates:
         reason = unmet(backend.needs, call)
         if reason is None and name == "auto":
             reason = _unmeasured(backend.needs, call)
         if reason is None:
-            logger.info("%s %s on %s: %s", op, call.scheme, call.device, backend.name)
+            _log("%s %s on %s: %s", op, call.scheme, call.device, backend.name)
             return backend
         reasons.append(f"{backend.name}: {reason}")
     raise NoBackendError(f"{op} {call.scheme}: no backend fits. " + "; ".join(reasons))

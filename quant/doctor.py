@@ -12,8 +12,9 @@ from pathlib import Path
 import comfy_kitchen
 import torch
 
-from ..ops import registry
+from ..ops import registry, tuning, tuning_file
 from ..ops.linear import OP
+from ..ops.scaled_mm import OP as PRODUCT
 from . import formats
 
 # Packages by module name, with the names under which they are published.
@@ -70,6 +71,16 @@ class FormatSupport:
 
 
 @dataclass(frozen=True)
+class Tuned:
+    """What of `lowbit tune` is in use on the device; problem: why its file is not, or None."""
+
+    path: str
+    problem: str | None
+    tiles: int
+    backends: int
+
+
+@dataclass(frozen=True)
 class Diagnosis:
     """What `diagnose` found. Versions are None where the package is missing."""
 
@@ -83,6 +94,7 @@ class Diagnosis:
     packages: dict[str, str | None]
     host: Host | None
     device: str
+    tuned: Tuned
     formats: tuple[FormatSupport, ...]
 
 
@@ -102,6 +114,7 @@ def diagnose() -> Diagnosis:
         packages={module: _version(module, names) for module, names in PACKAGES.items()},
         host=find_host(),
         device=str(device),
+        tuned=_tuned(device),
         formats=tuple(_support(formats.get(name), device, kitchen) for name in formats.names()),
     )
 
@@ -110,6 +123,12 @@ def _gpus() -> Iterator[Gpu]:
     for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
         found = torch.cuda.get_device_properties(index)
         yield Gpu(found.name, (found.major, found.minor), found.total_memory)
+
+
+def _tuned(device: torch.device) -> Tuned:
+    gpu = tuning.gpu(device)
+    tiles, backends = (len(tuning.lookup(op, gpu)) for op in (PRODUCT, OP))
+    return Tuned(str(tuning_file.path()), tuning.stored()[1], tiles, backends)
 
 
 def _kitchen_backends() -> Iterator[KitchenBackend]:

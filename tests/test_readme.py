@@ -47,8 +47,11 @@ def commands() -> list[str]:
     return re.findall(r"^lowbit .*$", part, re.M)
 
 
-# `demo` has a test of its own and takes a minute.
-@pytest.mark.parametrize("line", [c for c in commands() if not c.startswith("lowbit demo")])
+# `demo` takes a minute and `tune` needs a GPU; both have tests of their own.
+APART = ("lowbit demo", "lowbit tune")
+
+
+@pytest.mark.parametrize("line", [c for c in commands() if not c.startswith(APART)])
 def test_command_runs(line, tmp_path):
     files = {name: tmp_path / f"{name}.safetensors" for name in ("SRC", "FILE", "A", "B")}
     for path in files.values():

@@ -5,11 +5,13 @@ arithmetic that it stands for, say `fp8_tensor`) and `kitchen_layout` (the layou
 that it extends). Every backend gives the same result up to the rounding of the activation.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 from comfy_kitchen.tensor import QuantizedTensor
 
-from .. import registry
+from .. import registry, tuning
 from ..quantize_rows import Prologue
 from .activation import QuantizedActivation, fits, from_host, kind_of, quantize_activation
 from .sharing import quantized_once, share
@@ -39,14 +41,15 @@ def linear(
     n, k = weight.shape
     if x.shape[-1] != k:
         raise ValueError(f"linear: input has {x.shape[-1]} features, weight [{n}, {k}] takes {k}")
-    call = registry.Call(weight.layout_cls.scheme, x.device, n, k)
-    chosen = registry.select(OP, call, backend)
+    scheme, rows = weight.layout_cls.scheme, math.prod(x.shape[:-1])
+    m = tuning.bucket_if_tuned(OP, scheme, x.device, n, k, rows)
+    chosen = registry.select(OP, registry.Call(scheme, x.device, n, k, m), backend)
     if isinstance(x, QuantizedTensor):
         x = from_host(x, weight)
     shape, dtype = (*x.shape[:-1], n), x.dtype
     if isinstance(x, QuantizedActivation):
         _check_kind(x, weight, input_act)
-    elif x.numel() == 0:
+    elif rows == 0:
         return x.new_empty(shape)
     elif chosen.quantizes:
         x = _quantized(x, weight, input_act)

@@ -4,6 +4,7 @@ import functools
 
 import torch
 
+from .. import tuning
 from ..launch import ALIGNMENT, alignment, launch
 from ..registry import Backend, Needs, capability, register
 from . import OP
@@ -20,7 +21,7 @@ def run(a, b, scale_a, scale_b, bias, zero_point, column_sum, out_dtype) -> torc
     (m, k), n = a.shape, b.shape[0]
     processors = _processors(a.device)
     integer, wide = a.dtype == torch.int8, out_dtype == torch.float32
-    tile = choose(capability(a.device), processors, m, n, k, integer, wide)
+    tile = choose(capability(a.device), processors, m, n, k, integer, wide, tuning.gpu(a.device))
     out = torch.empty(m, n, dtype=out_dtype, device=a.device)
     run_tile(out, a, b, scale_a, scale_b, bias, zero_point, column_sum, tile, processors)
     return out

@@ -45,7 +45,7 @@ def test_wrong_command_lines_are_told_in_one_line(lowbit, argv):
     assert err.startswith("lowbit: ") and err.count("\n") == 1
 
 
-@pytest.mark.parametrize("command", sorted({"quantize", "inspect", "compare", "doctor"}))
+@pytest.mark.parametrize("command", sorted({"quantize", "inspect", "compare", "doctor", "tune"}))
 def test_every_command_has_help(lowbit, command):
     code, out, _ = lowbit(command, "--help")
     assert code == 0 and f"lowbit {command}" in out

@@ -106,7 +106,7 @@ def cases() -> list:
             rows = [row for row in TABLE[least] if row.integer in (dtype == torch.int8, None)]
             # Grouping, programs and rate are no matter of the code's registers.
             tiles = {
-                (t.block_m, t.block_n, t.block_k, t.stages, t.flatten): t
+                (t.block_m, t.block_n, t.block_k, t.warps, t.stages, t.flatten, t.tma): t
                 for row in rows
                 for t in row.tiles
             }

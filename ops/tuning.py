@@ -1,0 +1,179 @@
+"""What `lowbit tune` measured here, as operations ask for it.
+
+An entry is for one operation, scheme, weight [N, K] and bucket of M, and there is one only where
+something beat what is taken without it: another tile (`scaled_mm`), another backend (`linear`).
+Entries count on the kind of GPU on which they were measured, with the same versions and the same
+source of our kernels. `tuning_file.py` says where they lie; they are read when first asked for.
+"""
+
+import bisect
+import functools
+import hashlib
+import importlib.metadata
+import logging
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from . import tuning_file
+from .tuning_file import Entry, Key, Mark, Section, UnreadableError
+
+logger = logging.getLogger(__name__)
+
+# A call's M belongs to the least of these that is not below it; beyond the last nothing is tuned.
+# They are so close together that what is best at one end of a bucket may be so at the other.
+BUCKETS = (
+    *(1, 16, 32, 64, 128, 256, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192),
+    *(12288, 16384, 24576, 32768, 49152, 65536, 98304, 131072),
+)
+# Names under which Triton is published.
+TRITON = ("triton", "triton-windows", "pytorch-triton")
+# Our sources that the speed of an operation depends on.
+SOURCES = {
+    "scaled_mm": ("scaled_mm/kernel*.py", "scaled_mm/triton.py"),
+    "linear": ("linear/*.py", "quantize_rows/*.py", "scaled_mm/*.py"),
+}
+# Calls that are remembered; to look one up again costs microseconds.
+REMEMBERED = 4096
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """A kind of GPU: what a measurement is good for. processors: multiprocessors."""
+
+    name: str
+    capability: tuple[int, int]
+    processors: int
+
+
+_CACHES: list[Callable[[], None]] = []
+# What `use` set, which goes before the file; None where there is to be no entry.
+_used: dict[tuple[str, Gpu], dict[Key, Entry | None]] = {}
+
+
+def cached(function: Callable) -> Callable:
+    """Return `function` with its last results remembered until entries change; a decorator."""
+    wrapped = functools.lru_cache(maxsize=REMEMBERED)(function)
+    _CACHES.append(wrapped.cache_clear)
+    return wrapped
+
+
+def forget() -> None:
+    """Forget what follows from entries: the next call reads the file again."""
+    for clear in _CACHES:
+        clear()
+
+
+def bucket(m: int) -> int | None:
+    """Return the bucket of M that `m` rows belong to, None beyond the last."""
+    index = bisect.bisect_left(BUCKETS, m)
+    return BUCKETS[index] if index < len(BUCKETS) else None
+
+
+def bucket_rows(m: int) -> tuple[int, int]:
+    """Return the least and the greatest M of a bucket."""
+    index = BUCKETS.index(m)
+    return (BUCKETS[index - 1] + 1 if index else 1), m
+
+
+@functools.cache
+def gpu(device: torch.device) -> Gpu | None:
+    """Return the kind of GPU that a device is, None for any other device."""
+    if device.type != "cuda":
+        return None
+    found = torch.cuda.get_device_properties(device)
+    return Gpu(found.name, (found.major, found.minor), found.multi_processor_count)
+
+
+def mark(op: str, gpu: Gpu) -> Mark:
+    """Return what marks the section of `op` on a GPU: the GPU, versions, and a hash of sources."""
+    versions = {"triton": _version(TRITON)}
+    if op == "linear":
+        versions |= {"torch": str(torch.__version__), "kitchen": _version(("comfy-kitchen",))}
+    return {
+        "op": op,
+        "gpu": gpu.name,
+        "capability": "{}.{}".format(*gpu.capability),
+        "processors": gpu.processors,
+        **versions,
+        "source": source_hash(op),
+    }
+
+
+def _version(names: Iterable[str]) -> str:
+    for name in names:
+        try:
+            return importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return "missing"
+
+
+@functools.cache
+def source_hash(op: str) -> str:
+    """Return a hash of our sources that the speed of `op` depends on."""
+    here = Path(__file__).parent
+    digest = hashlib.sha256()
+    for file in sorted({file for pattern in SOURCES[op] for file in here.glob(pattern)}):
+        # Git may have given the lines other ends.
+        text = file.read_bytes().replace(b"\r\n", b"\n")
+        digest.update(f"{file.relative_to(here).as_posix()} {len(text)}\n".encode() + text)
+    return digest.hexdigest()[:16]
+
+
+@cached
+def stored() -> tuple[tuple[Section, ...], str | None]:
+    """Return the sections of the file, and why it cannot be used, which is logged, or None."""
+    file = tuning_file.path()
+    try:
+        return tuple(tuning_file.read(file)), None
+    except (UnreadableError, OSError) as error:
+        _warn(f"{file}: {error}. It is ignored; `lowbit tune` puts a new one in its place.")
+        return (), f"{file}: {error}"
+
+
+@functools.cache
+def _warn(text: str) -> None:
+    """Log a warning once."""
+    logger.warning("%s", text)
+
+
+@cached
+def lookup(op: str, gpu: Gpu | None) -> Mapping[Key, Entry]:
+    """Return the entries of `op` that count on a GPU here and now; None: no GPU, no entries."""
+    if gpu is None:
+        return {}
+    sections, _ = stored()
+    wanted = mark(op, gpu) if sections else None
+    found = {e.key: e for part in sections if part.mark == wanted for e in part.entries}
+    found.update(_used.get((op, gpu), {}))
+    return {key: entry for key, entry in found.items() if entry is not None}
+
+
+@cached
+def _weights(op: str, gpu: Gpu | None) -> frozenset[tuple[str, int, int]]:
+    return frozenset(key[:3] for key in lookup(op, gpu))
+
+
+def bucket_if_tuned(
+    op: str, scheme: str, device: torch.device, n: int, k: int, m: int
+) -> int | None:
+    """Return the bucket of `m` where an entry is for this weight, whatever its M; else None.
+
+    Where M makes no difference, neither remembered choices nor compiled graphs are to depend on it.
+    """
+    return bucket(m) if (scheme, n, k) in _weights(op, gpu(device)) else None
+
+
+def use(op: str, gpu: Gpu, changes: Mapping[Key, Entry | None]) -> None:
+    """Have this process take entries as if the file held them; None: as if it held none."""
+    _used.setdefault((op, gpu), {}).update(changes)
+    forget()
+
+
+def save(op: str, gpu: Gpu, changes: Mapping[Key, Entry | None]) -> None:
+    """Write entries to the file, None: remove. Raises OSError when it cannot be written."""
+    tuning_file.update(tuning_file.path(), mark(op, gpu), changes)
+    forget()

@@ -1,0 +1,245 @@
+"""Measuring, on the GPU at hand, which tile and which backend is the fastest for a linear layer.
+
+What wins is kept in a file outside the repository (`ops/tuning.py`), where `scaled_mm` and `auto`
+find it.
+"""
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from ...ops import registry, tuning, tuning_file
+from ...ops.linear import OP as LINEAR
+from ...ops.scaled_mm import OP as PRODUCT
+from ...ops.scaled_mm.candidates import Limits, candidates
+from ...ops.scaled_mm.tiles import Tile, as_choice
+from .. import formats
+from .contest import Outcome, Timer, search
+from .problems import Problem
+from .products import TYPES, Layer, Product
+from .timer import GpuTimer
+
+__all__ = ["Bench", "Problem", "Report", "Result", "gpu_bench", "tune"]
+
+BACKEND = "triton"
+PLAIN = "bf16 F.linear"
+NO_MEMORY = "not enough memory"
+# Of the time that is left, what a step may take, relative to others.
+WEIGHTS = {PRODUCT: 4, LINEAR: 1}
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What is measured with, and on. schemes: of products; formats: of layers, by name."""
+
+    device: torch.device
+    gpu: tuning.Gpu
+    limits: Limits
+    timer: Timer
+    schemes: tuple[str, ...]
+    formats: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Result:
+    """What was measured for one problem. op: `scaled_mm` (tiles) or `linear` (backends).
+
+    m: the bucket, rows: where it was measured. default: what is taken without tuning. winner: what
+    beat it by `gain`, or None; gain is infinite where the default cannot run. times_ms: medians of
+    the race by name, bfloat16 with the weight that was never quantized among them. tried: timed
+    candidates. failed: candidates that cannot run → why. wrong: whose result was wrong. untried:
+    for want of time. note: why nothing was measured, or "".
+    """
+
+    op: str
+    scheme: str
+    m: int
+    rows: int
+    n: int
+    k: int
+    default: str = ""
+    winner: str | None = None
+    gain: float = 0.0
+    times_ms: dict[str, float] = field(default_factory=dict)
+    tried: int = 0
+    failed: dict[str, str] = field(default_factory=dict)
+    wrong: tuple[str, ...] = ()
+    untried: int = 0
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `tune` did. unreached: steps for which there was no time left."""
+
+    gpu: tuning.Gpu
+    path: str
+    stored: bool
+    seconds: float
+    results: tuple[Result, ...]
+    unreached: int
+
+
+def gpu_bench(index: int = 0) -> Bench:
+    """Return the bench of a GPU. Raises ValueError where there is none."""
+    if not torch.cuda.is_available():
+        raise ValueError(
+            "tune: torch sees no GPU here, and there is nothing to measure without one"
+        )
+    if not 0 <= index < torch.cuda.device_count():
+        raise ValueError(f"tune: no GPU {index}; torch sees {torch.cuda.device_count()}")
+    device = torch.device("cuda", index)
+    found = torch.cuda.get_device_properties(device)
+    program = getattr(found, "shared_memory_per_block_optin", found.shared_memory_per_block)
+    return Bench(
+        device,
+        tuning.gpu(device),
+        Limits(program, found.shared_memory_per_multiprocessor),
+        GpuTimer(device),
+        tuple(name for name in TYPES if BACKEND in _able(f"{name}_row", device)),
+        tuple(_format_names(device)),
+    )
+
+
+def _able(scheme: str, device: torch.device) -> set[str]:
+    """Return the backends of `linear` that can run a scheme on a device, if the shape fits them."""
+    call = registry.Call(scheme, device, 0, 0)
+    return {b.name for b in registry.backends(LINEAR) if registry.unmet(b.needs, call) is None}
+
+
+def _format_names(device: torch.device) -> Iterator[str]:
+    """Yield the first format of each scheme of our kernels for which a device leaves a choice."""
+    left = {s for b in registry.backends(LINEAR) if b.name == BACKEND for s in b.needs.schemes}
+    for name in formats.names():
+        scheme = formats.get(name).layout.scheme
+        if scheme in left and len(_able(scheme, device)) > 1:
+            left.remove(scheme)
+            yield name
+
+
+def tune(
+    problems: Sequence[Problem],
+    bench: Bench,
+    *,
+    store: bool = True,
+    max_seconds: float = math.inf,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+    clock: Callable[[], float] = time.monotonic,
+) -> Report:
+    """Measure the problems, take up what wins, and return what was found.
+
+    store: whether to write it to the file, after each step; else it counts in this process alone.
+    max_seconds: shared among the steps; those for which none is left are counted. Raises OSError
+    when the file cannot be written.
+    """
+    start = clock()
+    steps = [step for problem in problems for step in _steps(problem, bench)]
+    left = total = sum(WEIGHTS[op] for op, _, _ in steps)
+    results, unreached = [], 0
+    for op, name, problem in steps:
+        now = clock()
+        share = (start + max_seconds - now) * WEIGHTS[op] / left
+        if share > 0:
+            deadline = now + share
+            result = _step(op, name, problem, bench, store, lambda end=deadline: clock() >= end)
+            results.append(result)
+        else:
+            unreached += 1
+        left -= WEIGHTS[op]
+        progress(total - left, total)
+    return Report(
+        bench.gpu,
+        str(tuning_file.path()),
+        store,
+        clock() - start,
+        tuple(results),
+        unreached,
+    )
+
+
+def _steps(problem: Problem, bench: Bench) -> Iterator[tuple[str, str, Problem]]:
+    """Yield (operation, scheme or format, problem): tiles first, which layers then run with."""
+    for scheme in bench.schemes:
+        yield PRODUCT, scheme, problem
+    for name in bench.formats:
+        if formats.get(name).unfit((problem.n, problem.k)) is None:
+            yield LINEAR, name, problem
+
+
+def _step(
+    op: str, name: str, problem: Problem, bench: Bench, store: bool, expired: Callable[[], bool]
+) -> Result:
+    m = tuning.bucket(problem.m)
+    # At the ends of the bucket a winner must not lose.
+    rows = tuple(dict.fromkeys((problem.m, *tuning.bucket_rows(m))))
+    run, scheme = (_product, name) if op == PRODUCT else (_layer, formats.get(name).layout.scheme)
+    result = Result(op, scheme, m, problem.m, problem.n, problem.k)
+    try:
+        outcome = run(name, problem, rows, bench, expired)
+    except torch.OutOfMemoryError:
+        return dataclasses.replace(result, note=NO_MEMORY)
+    finally:
+        if bench.device.type == "cuda":
+            torch.cuda.empty_cache()
+    if outcome.tried:
+        _take_up(op, bench.gpu, _entry(result, outcome), result, store)
+    return _with_outcome(result, outcome)
+
+
+def _product(scheme: str, problem: Problem, rows, bench: Bench, expired) -> Outcome:
+    contest = Product(scheme, max(rows), problem.n, problem.k, bench.gpu, bench.device)
+    capability, integer = bench.gpu.capability, scheme == "int8"
+    tried = candidates(capability, bench.limits, problem.m, integer)
+    return search(contest, tried, rows, bench.timer, expired)
+
+
+def _layer(name: str, problem: Problem, rows, bench: Bench, expired) -> Outcome:
+    contest = Layer(formats.get(name), max(rows), problem.n, problem.k, bench.device)
+    beside = {PLAIN: lambda: contest.plain(problem.m)}
+    return search(contest, contest.names(), rows, bench.timer, expired, beside)
+
+
+def _entry(result: Result, outcome: Outcome) -> tuning.Entry | None:
+    """Return what is to be stored, None where nothing won."""
+    if outcome.winner is None:
+        return None
+    times, default = outcome.times_ms, outcome.default
+    return tuning.Entry(
+        *(result.scheme, result.n, result.k, result.m, result.rows),
+        choice=_choice(outcome.winner),
+        ms=times[outcome.winner],
+        instead_of=_choice(default),
+        instead_ms=times.get(default),
+    )
+
+
+def _choice(name: Tile | str) -> Any:
+    return as_choice(name) if isinstance(name, Tile) else name
+
+
+def _take_up(op, gpu: tuning.Gpu, entry: tuning.Entry | None, result: Result, store: bool) -> None:
+    key = (result.scheme, result.n, result.k, result.m)
+    before = tuning.lookup(op, gpu).get(key)
+    if entry != before:
+        tuning.use(op, gpu, {key: entry})
+        if store:
+            tuning.save(op, gpu, {key: entry})
+
+
+def _with_outcome(result: Result, outcome: Outcome) -> Result:
+    return dataclasses.replace(
+        result,
+        default=str(outcome.default),
+        winner=None if outcome.winner is None else str(outcome.winner),
+        gain=outcome.gain,
+        times_ms={str(name): ms for name, ms in outcome.times_ms.items()},
+        tried=outcome.tried,
+        failed={str(name): why for name, why in outcome.failed.items()},
+        wrong=tuple(str(name) for name in outcome.wrong),
+        untried=outcome.untried,
+    )

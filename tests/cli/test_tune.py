@@ -1,0 +1,207 @@
+import dataclasses
+import json
+
+import pytest
+import torch
+
+from lowbit.ops import tuning, tuning_file
+from lowbit.ops.tuning import Entry, Gpu
+from lowbit.quant import tune
+from lowbit.quant.tune import Problem, Report, Result
+from tests.quant.tune import bench as fake
+
+GPU = Gpu("NVIDIA H200", (9, 0), 132)
+ENTRY = Entry("int8_row", 48, 64, 512, 512, "reference", 0.5, "triton", 0.75)
+WON = Result(
+    *("scaled_mm", "int8", 512, 512, 3072, 3072, "64x64x128 w4", "128x64x128 w4", 0.25),
+    times_ms={"64x64x128 w4": 0.025, "128x64x128 w4": 0.02},
+    tried=30,
+    failed={"256x128x128 w4": "out of resource: shared memory"},
+    untried=2,
+)
+LAYER = Result(
+    *("linear", "int8_row", 512, 512, 3072, 3072, "triton"),
+    times_ms={"triton": 0.03, tune.PLAIN: 0.02, "reference": 0.05},
+    tried=2,
+)
+
+
+@pytest.fixture(autouse=True)
+def cache(monkeypatch, tmp_path):
+    monkeypatch.setenv("LOWBIT_CACHE", str(tmp_path))
+    tuning.forget()
+    tuning._warn.cache_clear()
+    yield tmp_path
+    tuning.forget()
+
+
+@pytest.fixture
+def measured(monkeypatch, cache):
+    """Return a function that sets what `tune` reports, and a list of what it was called with."""
+    calls = []
+
+    def report(*results, unreached=0):
+        def fake(problems, bench, *, store, max_seconds, progress=None):
+            calls.append((problems, store, max_seconds))
+            path = str(tuning_file.path())
+            return Report(GPU, path, store, 12.0, results, unreached)
+
+        bench = tune.Bench(torch.device("cpu"), GPU, None, None, (), ())
+        monkeypatch.setattr(tune, "gpu_bench", lambda index: bench)
+        monkeypatch.setattr(tune, "tune", fake)
+        return calls
+
+    return report
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="is about a machine without a GPU")
+@pytest.mark.parametrize("argv", [[], ["--shape", "512,64,64"], ["--dry-run"], ["--json"]])
+def test_without_a_gpu_it_says_so(lowbit, argv):
+    code, out, err = lowbit("tune", *argv)
+    assert (code, out) == (2, "")
+    assert (
+        err == "lowbit: tune: torch sees no GPU here, and there is nothing to measure without one\n"
+    )
+
+
+def test_report_names_winners_and_what_stayed_slower_than_bf16(lowbit, measured):
+    measured(WON, LAYER, unreached=3)
+    code, out, _ = lowbit("tune", "--shape", "512,3072,3072")
+    assert code == 0
+    lines = out.splitlines()
+    won = next(line for line in lines if "25% faster" in line)
+    assert "int8 512 x 3072 x 3072" in won and "20.0 us" in won and "25.0 us" in won
+    assert "32 candidates timed, 1 could not run, 0 gave wrong results, 2 not reached" in out
+    assert "no time was left for 3 measurements" in out
+    assert any("int8_row" in line and "30.0 us, bf16 20.0 us" in line for line in lines)
+    assert lines[-1] == f"remembered in {tuning_file.path()}"
+
+
+def test_dry_run_says_that_nothing_is_kept(lowbit, measured):
+    calls = measured(WON)
+    _, out, _ = lowbit("tune", "--shape", "512,3072,3072", "--dry-run", "--max-seconds", "5")
+    assert calls == [([Problem(512, 3072, 3072)], False, 5.0)]
+    assert out.splitlines()[-1] == "not remembered: --dry-run"
+
+
+def test_wrong_result_is_bad_news(lowbit, measured):
+    measured(dataclasses.replace(WON, wrong=("64x64x128 w4",)))
+    code, out, _ = lowbit("tune", "--shape", "512,3072,3072")
+    assert code == 1
+    assert "WRONG RESULT, please report: int8 512 x 3072 x 3072: 64x64x128 w4" in out
+
+
+def test_tile_that_replaces_one_that_cannot_run(lowbit, measured):
+    measured(
+        dataclasses.replace(WON, gain=float("inf"), times_ms={"128x64x128 w4": 0.02}),
+        dataclasses.replace(LAYER, times_ms={}, note="not enough memory"),
+    )
+    _, out, _ = lowbit("tune", "--shape", "512,3072,3072")
+    assert "cannot run" in out
+    assert "not measured: int8_row 512 x 3072 x 3072: not enough memory" in out
+
+
+def test_json_is_one_object(lowbit_json, measured):
+    measured(WON, LAYER)
+    code, found = lowbit_json("tune", "--shape", "512,3072,3072")
+    assert code == 0 and found["gpu"]["name"] == GPU.name
+    assert [r["winner"] for r in found["results"]] == ["128x64x128 w4", None]
+
+
+def test_without_arguments_it_measures_the_families(lowbit, measured):
+    calls = measured()
+    lowbit("tune")
+    assert calls[0][0] == tune.problems.of_families() and calls[0][1:] == (True, 1800)
+
+
+def test_model_and_rows_say_what_is_measured(lowbit, measured, wan):
+    calls = measured()
+    lowbit("tune", "--model", wan, "--rows", "7,5000")
+    assert {p.m for p in calls[0][0]} == {7, 5000}
+    assert {(p.n, p.k) for p in calls[0][0]} == {(256, 256), (512, 256), (256, 512)}
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--shape", "512,64"], "three whole numbers M,N,K are wanted"),
+        (["--rows", "1,x"], "whole numbers M,M,... are wanted"),
+        (["--rows", "0"], "1 to 131072 rows can be tuned"),
+        (["--rows", "1", "--shape", "1,64,64"], "--shape names the rows itself"),
+        (["--max-seconds", "0"], "it must be above zero"),
+        (["--max-seconds", "nan"], "it must be above zero"),
+        (["--model", "none.safetensors"], "none.safetensors"),
+        (["--show", "--clear"], "not allowed with argument"),
+    ],
+)
+def test_wrong_arguments_are_told_in_one_line(lowbit, measured, argv, message):
+    measured()
+    code, out, err = lowbit("tune", *argv)
+    assert (code, out) == (2, "")
+    assert message in err and err.count("\n") == 1
+
+
+def test_show_tells_what_is_remembered_and_that_it_is_not_for_here(lowbit, lowbit_json):
+    tuning.save("linear", GPU, {ENTRY.key: ENTRY})
+    code, out, _ = lowbit("tune", "--show")
+    assert code == 0
+    assert f"{tuning_file.path()}: 1 result\n" in out
+    assert "not in use here: op linear, gpu NVIDIA H200, capability 9.0" in out
+    assert "int8_row 48 x 64" in out and "reference" in out and "instead of triton" in out
+    _, found = lowbit_json("tune", "--show")
+    assert found["count"] == 1 and found["sections"][0]["entries"][0]["choice"] == "reference"
+
+
+def test_show_of_nothing_is_nothing(lowbit):
+    assert lowbit("tune", "--show") == (0, f"{tuning_file.path()}: 0 results\n", "")
+
+
+def test_show_tells_why_a_file_is_ignored(lowbit):
+    tuning_file.path().write_text(json.dumps({"schema": 7, "sections": []}))
+    code, out, _ = lowbit("tune", "--show")
+    assert code == 0 and "schema 7" in out
+
+
+def test_clear_forgets_everything(lowbit):
+    tuning.save("linear", GPU, {ENTRY.key: ENTRY})
+    assert lowbit("tune", "--clear") == (0, f"{tuning_file.path()}: 1 result removed\n", "")
+    assert not tuning_file.path().exists()
+    assert lowbit("tune", "--clear")[1] == f"{tuning_file.path()}: 0 results removed\n"
+
+
+def test_doctor_tells_what_is_in_use(lowbit, lowbit_json, monkeypatch):
+    assert "tuned" in lowbit("doctor")[1] and "nothing in use" in lowbit("doctor")[1]
+    monkeypatch.setattr(tuning, "gpu", lambda device: GPU)
+    tuning.save("linear", GPU, {ENTRY.key: ENTRY})
+    assert f"0 tiles and 1 backend in use, from {tuning_file.path()}" in lowbit("doctor")[1]
+    assert lowbit_json("doctor")[1]["tuned"] == {
+        "path": str(tuning_file.path()),
+        "problem": None,
+        "tiles": 0,
+        "backends": 1,
+    }
+
+
+def test_doctor_tells_why_nothing_is_in_use(lowbit, monkeypatch):
+    tuning_file.path().write_text("{")
+    monkeypatch.setattr(tuning, "gpu", lambda device: GPU)
+    code, out, _ = lowbit("doctor")
+    assert code == 0 and f"ignored: {tuning_file.path()}: it is no file of `lowbit tune`" in out
+
+
+def test_from_the_command_to_the_file(lowbit, monkeypatch):
+    """On a CPU that passes for a GPU: the reference in the kernel's place, and made-up times."""
+    pytest.importorskip("triton", reason="Triton, whose errors tuning knows, is missing")
+    monkeypatch.setattr(tune, "gpu_bench", lambda index: fake.bench(formats=("int8",)))
+    monkeypatch.setattr(tune.products, "run_tile", fake.by_reference)
+    monkeypatch.setattr(tuning, "gpu", lambda device: fake.GPU)
+    monkeypatch.setattr(tuning, "_used", {})
+    code, out, err = lowbit("tune", "--shape", "20,48,256", "--shape", "512,64,256")
+    assert code == 0, err
+    assert "tune 100%" in err
+    assert "6 measurements" in out and "6 beat the built-in choice, 0 did not" in out
+    assert "int8_row 20 x 48 x 256" in out and "built in: kitchen" in out
+    _, out, _ = lowbit("tune", "--show")
+    assert f"{tuning_file.path()}: 6 results\n" in out
+    assert f" {fake.taken('int8', 20, 48, 256)} " in out and "{" not in out
+    assert "4 tiles and 2 backends in use" in lowbit("doctor")[1]
