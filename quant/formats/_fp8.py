@@ -8,6 +8,7 @@ import torch
 from comfy_kitchen.tensor import TensorCoreFP8Layout, register_layout_op
 from comfy_kitchen.tensor.base import dequantize_args
 
+from ...ops.quantize_rows import LIMITS, quantize_rows
 from ...ops.rounding import SMALLEST_SCALE, round_stochastic
 from .base import LowBitLayout
 
@@ -42,7 +43,14 @@ class FP8Layout(LowBitLayout, TensorCoreFP8Layout):
 
     @classmethod
     def round_nearest(cls, tensor: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-        """Return tensor / scale rounded to nearest, by comfy-kitchen's kernel, in float32."""
+        """Return tensor / scale rounded to nearest, in float32.
+
+        An activation [M, K] of 16 bits, which the host quantizes with a file's static scale, takes
+        our kernel, which reads it as it is; the rest comfy-kitchen's.
+        """
+        if tensor.is_cuda and tensor.dtype.itemsize == 2 and cls.dtype in LIMITS:
+            flat = tensor.reshape(-1, tensor.shape[-1])
+            return quantize_rows(flat, cls.dtype, input_scale=scale)[0].reshape(tensor.shape)
         return comfy_kitchen.quantize_per_tensor_fp8(tensor.float(), scale, cls.dtype)
 
     @classmethod

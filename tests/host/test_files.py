@@ -166,3 +166,30 @@ def test_as_stored_on_a_plain_model_says_so(comfy, wan):
     graphs.save(graph, graphs.sample(graph, model, "wan"))
     with pytest.raises(PromptError, match="no quantized layers"):
         comfy.run(graph)
+
+
+@pytest.mark.parametrize("later", [False, True])
+def test_static_input_scale_is_used(sample, put, quantized, plain, later):
+    """A scale so small that most activations are cut off shows that it is used at all.
+
+    later: the file is loaded by the stock loader, and its layers become ours afterwards.
+    """
+    tensors, latents = quantized("fp8_e4m3"), {}
+    for scale in (None, 0.5, 0.001):
+        added = {
+            f"{key.removesuffix('.weight_scale')}.input_scale": torch.tensor(scale)
+            for key in tensors
+            if scale is not None and key.endswith(".weight_scale")
+        }
+        file = put(f"static_{scale}.safetensors", {**tensors, **added})
+        latents[scale] = sample(
+            lambda graph, file=file: (
+                graphs.quantize(graph, graphs.load(graph, file), "as_stored")
+                if later
+                else graphs.load_lowbit(graph, file, "as_stored")
+            )
+        )
+    fine = difference(latents[0.5], plain)
+    assert 0 < fine < 2 * tolerance("fp8_e4m3")
+    assert difference(latents[0.5], latents[None]) > 0
+    assert difference(latents[0.001], plain) > 2 * fine
