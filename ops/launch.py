@@ -5,9 +5,12 @@ says what the code depends on, and the compiled kernel is called directly.
 """
 
 import contextlib
+import functools
 from collections.abc import Hashable
 
 import torch
+
+from .registry import capability
 
 # Triton compiles another kernel for a pointer that is aligned to this many bytes.
 ALIGNMENT = 16
@@ -19,11 +22,28 @@ def alignment(*tensors: torch.Tensor | None) -> tuple[bool | None, ...]:
     return tuple(None if t is None else t.data_ptr() % ALIGNMENT == 0 for t in tensors)
 
 
+@functools.cache
+def dependent(device: torch.device) -> dict[str, bool]:
+    """Return the option of `launch` with which a kernel need not await the end of the one before.
+
+    That kernel must wait itself (`gdc_wait`) before it touches memory. Empty where the GPU (before
+    SM90) or Triton (before 3.5) has no such launch.
+    """
+    has = capability(device)
+    if has is None or has < (9, 0) or torch.version.hip:
+        return {}
+    from triton.backends.nvidia.compiler import CUDAOptions
+    from triton.language.extra import cuda
+
+    known = "launch_pdl" in CUDAOptions.__dataclass_fields__ and hasattr(cuda, "gdc_wait")
+    return {"launch_pdl": True} if known else {}
+
+
 def launch(
     kernel,
     programs: int,
     arguments: tuple,
-    options: dict[str, int],
+    options: dict[str, int | bool],
     key: Hashable,
     device: torch.device,
 ) -> None:

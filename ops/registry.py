@@ -192,5 +192,8 @@ def select(op: str, call: Call, name: str = "auto") -> Backend:
         if reason is None:
             _log("%s %s on %s: %s", op, call.scheme, call.device, backend.name)
             return backend
-        reasons.append(f"{backend.name}: {reason}")
+        # A backend registers once for each set of needs, of which many may not know the scheme.
+        text = f"{backend.name}: {reason}"
+        if text not in reasons:
+            reasons.append(text)
     raise NoBackendError(f"{op} {call.scheme}: no backend fits. " + "; ".join(reasons))

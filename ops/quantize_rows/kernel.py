@@ -194,6 +194,19 @@ def _store(
 
 
 @triton.jit
+def _step(largest, row_scale, input_scale, LIMIT: tl.constexpr, STATIC: tl.constexpr):
+    """Return the scale of a row: the static one, or its own, which is stored."""
+    if STATIC:
+        return tl.load(input_scale)
+    # Division rounded as IEEE has it: the same codes and scales on every device.
+    step = tl.div_rn(largest, LIMIT)
+    # Not tl.maximum, which would drop a NaN.
+    step = tl.where(step < TINY, TINY, step)
+    tl.store(row_scale, step)
+    return step
+
+
+@triton.jit
 def quantize_rows_kernel(
     x,
     stored,
@@ -218,6 +231,7 @@ def quantize_rows_kernel(
     PREPARE: tl.constexpr,
     NORM: tl.constexpr,
     GELU: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """stored, row_scale = the prepared row of `program_id(0)` over its largest magnitude.
 
@@ -228,6 +242,11 @@ def quantize_rows_kernel(
     a block of Triton's is a power of two wide, and one alone would compute up to twice the row.
     EXACT: they end where the row ends.
     """
+    if PDL:
+        # As in scaled_mm's kernel: nothing is touched before what came before has ended; the
+        # product that follows may start its programs as soon as all of these have begun.
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     row = tl.program_id(0).to(tl.int64)
     x += row * stride_x
     stored += row * K
@@ -257,16 +276,9 @@ def quantize_rows_kernel(
         value = value.to(tl.float32)
         largest = _larger(largest, _largest(value))
         values = values + (value,)
-    unit = UNIT if ROTATE else 1.0
     STATIC: tl.constexpr = input_scale is not None
-    if STATIC:
-        step = tl.load(input_scale)
-    else:
-        # Division rounded as IEEE has it: the same codes and scales on every device.
-        step = tl.div_rn(largest * unit, LIMIT)
-        # Not tl.maximum, which would drop a NaN.
-        step = tl.where(step < TINY, TINY, step)
-        tl.store(row_scale + row, step)
+    unit = UNIT if ROTATE else 1.0
+    step = _step(largest * unit, row_scale + row, input_scale, LIMIT, STATIC)
     unstep = tl.div_rn(1.0, step) * unit
     for i in tl.static_range(len(GROUPS)):
         _store(

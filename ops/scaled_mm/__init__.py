@@ -4,7 +4,7 @@ import torch
 
 from .. import registry
 from ..custom_op import custom_op
-from .check import check
+from .check import check, scheme
 
 OP = "scaled_mm"
 
@@ -18,39 +18,52 @@ def scaled_mm(
     *,
     zero_point: torch.Tensor | None = None,
     column_sum: torch.Tensor | None = None,
+    activation: str | None = None,
+    gate: torch.Tensor | None = None,
+    residual: torch.Tensor | None = None,
     out_dtype: torch.dtype = torch.bfloat16,
     backend: str = "auto",
 ) -> torch.Tensor:
-    """Return scale_a · scale_b · (a·bᵀ − zero_point · column_sum) + bias, [M, N].
+    """Return residual + gate · activation(scale_a · scale_b · (a·bᵀ − point) + bias), [M, N].
 
     a: [M, K], b: [N, K], both INT8 (summed in INT32) or both FP8 (summed in FP32), K-contiguous,
-    K % 16 = 0. scale_a: float32, one or [M, 1]; scale_b: float32, one or [N, 1]. bias: [N].
-    zero_point: [M] int32, of a; column_sum: [N] int32, the sums of b along K. out_dtype: bfloat16,
-    float16 or float32. The epilogue is float32, in the order of the formula.
+    K % 16 = 0. Scales are float32: scale_a one or [M, 1] with scale_b one or [N, 1]; or one per
+    block, scale_a [M, ⌈K/128⌉] of any strides with scale_b [⌈N/128⌉, ⌈K/128⌉], where each 128
+    columns of K are summed, scaled and added up in float32.
+    zero_point: [M] int32, of a; column_sum: [N] int32, the sums of b along K; INT8 without blocks
+    only; the point in the formula is zero_point · column_sum. bias: [N]. activation: None or
+    `gelu_tanh`. gate: [R, N], R divides M: row i takes gate[i // (M / R)]. residual: [M, N], never
+    written to. Bias, gate and residual: bfloat16, float16 or float32, as is out_dtype. Everything
+    after the sums is float32, in the order of the formula, rounded once at the end.
     Raises TypeError or ValueError when arguments do not fit (`check.py`), NoBackendError when no
     backend can run them.
     """
-    check(a, b, scale_a, scale_b, bias, zero_point, column_sum, out_dtype)
-    return _OP(a, b, scale_a, scale_b, bias, zero_point, column_sum, out_dtype, backend)
+    arguments = (a, b, scale_a, scale_b, bias, zero_point, column_sum, activation, gate, residual)
+    check(*arguments, out_dtype)
+    return _OP(*arguments, out_dtype, backend)
 
 
-def _run(a, b, scale_a, scale_b, bias, zero_point, column_sum, out_dtype, backend):
-    scheme = "int8" if a.dtype == torch.int8 else "fp8"
-    call = registry.Call(scheme, a.device, b.shape[0], b.shape[1])
+def _run(
+    a, b, scale_a, scale_b, bias, point, column_sum, activation, gate, residual, out_dtype, backend
+):
+    call = registry.Call(scheme(a, b, scale_a, scale_b), a.device, b.shape[0], b.shape[1])
     run = registry.select(OP, call, backend).run
     if a.shape[0] == 0 or b.shape[0] == 0:
-        return _empty(a, b, *[None] * 5, out_dtype, backend)
-    return run(a, b, scale_a, scale_b, bias, zero_point, column_sum, out_dtype)
+        return _empty(a, b, out_dtype)
+    rest = (bias, point, column_sum, activation, gate, residual, out_dtype)
+    return run(a, b, scale_a, scale_b, *rest)
 
 
-def _empty(a, b, scale_a, scale_b, bias, zero_point, column_sum, out_dtype, backend):
-    return torch.empty(a.shape[0], b.shape[0], dtype=out_dtype, device=a.device)
+def _empty(a, b, out_dtype):
+    return a.new_empty(a.shape[0], b.shape[0], dtype=out_dtype)
 
 
 _OP = custom_op(
     "scaled_mm(Tensor a, Tensor b, Tensor scale_a, Tensor scale_b, Tensor? bias, "
-    "Tensor? zero_point, Tensor? column_sum, ScalarType out_dtype, str backend) -> Tensor",
+    "Tensor? zero_point, Tensor? column_sum, str? activation, Tensor? gate, Tensor? residual, "
+    "ScalarType out_dtype, str backend) -> Tensor",
     _run,
-    _empty,
+    lambda a, b, *rest: _empty(a, b, rest[-2]),
 )
+# From here on, `torch` is this package's backend of that name.
 registry.discover(__name__)

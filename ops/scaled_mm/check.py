@@ -4,35 +4,83 @@ import torch
 
 FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 OUTPUTS = (torch.bfloat16, torch.float16, torch.float32)
+ACTIVATIONS = ("gelu_tanh",)
 # Bytes that a TMA descriptor's rows, and the widest loads, are aligned to.
 K_MULTIPLE = 16
+GIVEN = ("b", "scale_a", "scale_b", "bias", "zero_point", "column_sum", "gate", "residual")
+# Side of the blocks that share a scale: 1 x BLOCK of a, BLOCK x BLOCK of b.
+BLOCK = 128
 
 
-def check(a, b, scale_a, scale_b, bias, zero_point, column_sum, out_dtype) -> None:
+def granularity(a, b, scale_a, scale_b) -> str:
+    """Return what shares a scale: `tensor` (of both operands), `row` (of one at least) or `block`.
+
+    Where K and N are one block, a scale per block is a scale per row of a and one of b: `row`.
+    """
+    both = scale_a.dim() == 2 and scale_b.dim() == 2
+    # The first comparison alone, which rows of more than a block fail, is what most calls pay for.
+    if both and scale_b.shape[1] == -(-a.shape[1] // BLOCK):
+        of_a, of_b = _blocks(a, b)
+        if tuple(scale_a.shape) == of_a and tuple(scale_b.shape) == of_b != (1, 1):
+            return "block"
+    return "tensor" if scale_a.numel() == 1 and scale_b.numel() == 1 else "row"
+
+
+def scheme(a, b, scale_a, scale_b) -> str:
+    """Return the name under which backends register what they can do: operands, then scales.
+
+    Operands: `int8`, `fp8` (E4M3), `fp8_mixed` (one is E5M2) or `fp8_e5m2` (both are). Scales:
+    `tensor`, `row` or `block`. What follows the sums is left out: every backend does all of it.
+    """
+    operands = "int8"
+    if a.dtype != torch.int8:
+        operands = ("fp8", "fp8_mixed", "fp8_e5m2")[FP8.index(a.dtype) + FP8.index(b.dtype)]
+    return f"{operands}_{granularity(a, b, scale_a, scale_b)}"
+
+
+def _blocks(a, b) -> tuple[tuple[int, int], tuple[int, int]]:
+    columns = -(-a.shape[1] // BLOCK)
+    return (a.shape[0], columns), (-(-b.shape[0] // BLOCK), columns)
+
+
+def check(
+    a,
+    b,
+    scale_a,
+    scale_b,
+    bias,
+    zero_point,
+    column_sum,
+    activation,
+    gate,
+    residual,
+    out_dtype,
+) -> None:
     """Raise TypeError or ValueError when arguments of `scaled_mm` do not fit together."""
     _check_operands(a, b)
     m, n = a.shape[0], b.shape[0]
-    _check_scale("scale_a", scale_a, m, "row of a")
-    _check_scale("scale_b", scale_b, n, "row of b")
-    if bias is not None and tuple(bias.shape) != (n,):
-        raise ValueError(f"scaled_mm: bias is {list(bias.shape)}; [{n}] is wanted, one per output")
-    if bias is not None and bias.dtype not in OUTPUTS:
-        raise TypeError(f"scaled_mm: bias is {bias.dtype}; cast it to {_names(OUTPUTS)}")
-    _check_zero_point(a, zero_point, column_sum, m, n)
+    _check_scales(a, b, scale_a, scale_b)
+    if bias is not None:
+        _check_values("bias", bias, (n,), "one per output")
+        _check_contiguous("bias", bias)
+    _check_zero_point(a, b, scale_a, scale_b, zero_point, column_sum)
+    if activation is not None and activation not in ACTIVATIONS:
+        raise ValueError(
+            f"scaled_mm: activation is {activation!r}; None and {', '.join(ACTIVATIONS)} are known"
+        )
+    if gate is not None:
+        _check_gate(gate, m, n)
+    if residual is not None:
+        _check_values("residual", residual, (m, n), "the shape of the result")
+        _check_rows("residual", residual)
     if out_dtype not in OUTPUTS:
         raise TypeError(f"scaled_mm: out_dtype is {out_dtype}; {_names(OUTPUTS)} are known")
-    given = {
-        "b": b,
-        "scale_a": scale_a,
-        "scale_b": scale_b,
-        "bias": bias,
-        "zero_point": zero_point,
-        "column_sum": column_sum,
-    }
-    for name, tensor in given.items():
-        if tensor is not None and tensor.device != a.device:
+    device = a.device
+    given = (b, scale_a, scale_b, bias, zero_point, column_sum, gate, residual)
+    for name, tensor in zip(GIVEN, given, strict=True):
+        if tensor is not None and tensor.device != device:
             raise ValueError(
-                f"scaled_mm: {name} is on {tensor.device}, a on {a.device}; move both to one device"
+                f"scaled_mm: {name} is on {tensor.device}, a on {device}; move both to one device"
             )
 
 
@@ -72,28 +120,74 @@ def _check_operands(a: torch.Tensor, b: torch.Tensor) -> None:
             )
 
 
-def _check_scale(name: str, scale: torch.Tensor, rows: int, what: str) -> None:
-    if scale.dtype != torch.float32:
-        raise TypeError(f"scaled_mm: {name} is {scale.dtype}; torch.float32 is wanted")
-    if scale.numel() != 1 and tuple(scale.shape) not in ((rows,), (rows, 1), (1, rows)):
-        raise ValueError(
-            f"scaled_mm: {name} is {list(scale.shape)}; one scale, or [{rows}, 1] with one per "
-            f"{what}, is wanted"
-        )
-    if scale.numel() > 1 and not scale.is_contiguous():
+def _check_scales(a, b, scale_a, scale_b) -> None:
+    blocks = granularity(a, b, scale_a, scale_b) == "block"
+    for name, scale, x in (("scale_a", scale_a, a), ("scale_b", scale_b, b)):
+        if scale.dtype != torch.float32:
+            raise TypeError(f"scaled_mm: {name} is {scale.dtype}; torch.float32 is wanted")
+        rows = x.shape[0]
+        if scale.numel() == 1 or blocks:
+            continue
+        if tuple(scale.shape) not in ((rows, 1), (rows,), (1, rows)):
+            of_a, of_b = _blocks(a, b)
+            raise ValueError(
+                f"scaled_mm: {name} is {list(scale.shape)}; one scale, or [{rows}, 1] with one per "
+                f"row of {name[-1]}, is wanted, or one per block of both: scale_a {list(of_a)} for "
+                f"1x{BLOCK} and scale_b {list(of_b)} for {BLOCK}x{BLOCK}"
+            )
+        _check_contiguous(name, scale)
+    # Of a's blocks, any strides: some quantizers write the scales of a column side by side.
+    if blocks:
+        _check_contiguous("scale_b", scale_b)
+
+
+def _check_contiguous(name: str, x: torch.Tensor) -> None:
+    if not x.is_contiguous():
         raise ValueError(f"scaled_mm: {name} is not contiguous; call .contiguous() on it before")
 
 
-def _check_zero_point(a, zero_point, column_sum, m: int, n: int) -> None:
+def _check_values(name: str, x: torch.Tensor, shape: tuple[int, ...], what: str) -> None:
+    if tuple(x.shape) != shape:
+        raise ValueError(f"scaled_mm: {name} is {list(x.shape)}; {list(shape)} is wanted, {what}")
+    if x.dtype not in OUTPUTS:
+        raise TypeError(f"scaled_mm: {name} is {x.dtype}; cast it to {_names(OUTPUTS)}")
+
+
+def _check_rows(name: str, x: torch.Tensor) -> None:
+    if x.shape[1] > 1 and x.stride(1) != 1:
+        raise ValueError(
+            f"scaled_mm: {name} has strides {tuple(x.stride())}; contiguous rows are wanted: call "
+            ".contiguous() on it before"
+        )
+
+
+def _check_gate(gate: torch.Tensor, m: int, n: int) -> None:
+    rows = gate.shape[0] if gate.dim() == 2 else 0
+    if m % rows if rows else m or gate.dim() != 2:
+        raise ValueError(
+            f"scaled_mm: gate is {list(gate.shape)}; [R, {n}] is wanted, whose R divides M={m}: "
+            "one row, or one for each of the M / R rows of a that follow each other"
+        )
+    _check_values("gate", gate, (rows, n), "one per output")
+    _check_rows("gate", gate)
+
+
+def _check_zero_point(a, b, scale_a, scale_b, zero_point, column_sum) -> None:
     if (zero_point is None) != (column_sum is None):
         raise ValueError("scaled_mm: zero_point and column_sum are given together or not at all")
     if zero_point is None:
         return
     if a.dtype != torch.int8:
         raise TypeError(f"scaled_mm: a zero point needs INT8 operands, a is {a.dtype}")
-    for name, x, rows in (("zero_point", zero_point, m), ("column_sum", column_sum, n)):
-        if x.dtype != torch.int32 or tuple(x.shape) != (rows,) or not x.is_contiguous():
+    if granularity(a, b, scale_a, scale_b) == "block":
+        raise ValueError(
+            "scaled_mm: a zero point with one scale per block; give one scale per row, or none"
+            " of zero_point and column_sum"
+        )
+    rows = {"zero_point": (zero_point, a.shape[0]), "column_sum": (column_sum, b.shape[0])}
+    for name, (x, count) in rows.items():
+        if x.dtype != torch.int32 or tuple(x.shape) != (count,) or not x.is_contiguous():
             raise ValueError(
-                f"scaled_mm: {name} is {x.dtype} {list(x.shape)}; contiguous torch.int32 [{rows}] "
+                f"scaled_mm: {name} is {x.dtype} {list(x.shape)}; contiguous torch.int32 [{count}] "
                 "is wanted"
             )

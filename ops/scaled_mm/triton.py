@@ -5,10 +5,29 @@ import functools
 import torch
 
 from .. import tuning
-from ..launch import ALIGNMENT, alignment, launch
+from ..launch import ALIGNMENT, alignment, dependent, launch
 from ..registry import Backend, Needs, capability, register
 from . import OP
-from .tiles import Tile, choose
+from .check import granularity
+from .tiles import Row, Tile, choose
+
+WARP_SIZE = 32
+# For one scale per block of 128 x 128: BLOCK_K is 128, BLOCK_N divides it. The sum of a block
+# stands in registers beside the sum of all: large tiles have twice the warps. Compiled and tested,
+# not measured.
+BLOCKS_MMA_SYNC = (
+    Row((Tile(32, 64, 128, stages=4, per_sm=2),), m_max=32),
+    Row((Tile(64, 64, 128, stages=3, per_sm=2),), m_max=128),
+    Row((Tile(128, 128, 128, warps=8, stages=3),)),
+)
+BLOCKS_HOPPER = (
+    Row((Tile(16, 32, 128, stages=6, per_sm=4),), m_max=16),
+    Row((Tile(32, 32, 128, stages=6, per_sm=3),), m_max=32),
+    Row((Tile(64, 128, 128, stages=4, tma=True, per_sm=2),), m_max=512),
+    Row((Tile(128, 128, 128, warps=8, stages=4, tma=True),)),
+)
+# Least compute capability -> rows, in the order in which they are tried.
+BLOCK_TABLE = {(8, 0): BLOCKS_MMA_SYNC, (9, 0): BLOCKS_HOPPER, (10, 0): BLOCKS_MMA_SYNC}
 
 
 @functools.cache
@@ -16,62 +35,130 @@ def _processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def run(a, b, scale_a, scale_b, bias, zero_point, column_sum, out_dtype) -> torch.Tensor:
+def choose_for_blocks(has: tuple[int, int], m: int, n: int, k: int, integer: bool) -> Tile:
+    """Return the tile for [m, k] times [n, k], one scale per block, on a compute capability."""
+    rows = BLOCK_TABLE[max(known for known in BLOCK_TABLE if known <= has)]
+    return next(row for row in rows if row.fits(m, n, k, integer)).tiles[0]
+
+
+def run(
+    a, b, scale_a, scale_b, bias, zero_point, column_sum, activation, gate, residual, out_dtype
+) -> torch.Tensor:
     """Return the product as `scaled_mm` describes it, cut as `tiles.py` says."""
     (m, k), n = a.shape, b.shape[0]
-    processors = _processors(a.device)
-    integer, wide = a.dtype == torch.int8, out_dtype == torch.float32
-    tile = choose(capability(a.device), processors, m, n, k, integer, wide, tuning.gpu(a.device))
+    has, processors, integer = capability(a.device), _processors(a.device), a.dtype == torch.int8
+    if granularity(a, b, scale_a, scale_b) == "block":
+        tile = choose_for_blocks(has, m, n, k, integer)
+    else:
+        # A gate and a residual take registers with which tiles are not tuned.
+        known = tuning.gpu(a.device) if gate is None and residual is None else None
+        tile = choose(has, processors, m, n, k, integer, out_dtype == torch.float32, known)
     out = torch.empty(m, n, dtype=out_dtype, device=a.device)
-    run_tile(out, a, b, scale_a, scale_b, bias, zero_point, column_sum, tile, processors)
+    operands = (a, b, scale_a, scale_b, bias, zero_point, column_sum)
+    run_tile(out, *operands, tile, processors, activation, gate, residual)
     return out
 
 
-def run_tile(
-    out, a, b, scale_a, scale_b, bias, zero_point, column_sum, tile: Tile, processors: int
-) -> None:
-    """Write the product to `out` [M, N], contiguous, cut into `tile` on so many processors."""
+def parts(tile: Tile, activation: str | None, gate_rows: str | None, has_residual: bool) -> int:
+    """Return into how many parts a tile is cut for its epilogue.
+
+    A gate per row and a residual are tiles of their own, for which the registers have no room
+    beside the sums, and an activation takes some; not so where a thread holds few sums.
+    """
+    if tile.block_m * tile.block_n <= 32 * WARP_SIZE * tile.warps:
+        return 1
+    loaded = (gate_rows == "many") + has_residual
+    return (4 if activation else 1, 4, 8)[loaded]
+
+
+@functools.cache
+def _imports():
+    """Return what needs Triton: the kernel, and the function that describes an operand for TMA."""
     from triton.tools.tensor_descriptor import TensorDescriptor
 
     from .kernel import scaled_mm_kernel
 
+    return scaled_mm_kernel, TensorDescriptor.from_tensor
+
+
+def _class(number: int | None) -> tuple[bool, bool] | None:
+    """Return what Triton compiles for, of a number: whether it is 1, and a multiple of 16."""
+    return None if number is None else (number == 1, number % ALIGNMENT == 0)
+
+
+def _dtype(tensor: torch.Tensor | None) -> torch.dtype | None:
+    return None if tensor is None else tensor.dtype
+
+
+def run_tile(
+    out,
+    a,
+    b,
+    scale_a,
+    scale_b,
+    bias,
+    zero_point,
+    column_sum,
+    tile: Tile,
+    processors: int,
+    activation: str | None = None,
+    gate: torch.Tensor | None = None,
+    residual: torch.Tensor | None = None,
+) -> None:
+    """Write the product to `out` [M, N], contiguous, cut into `tile` on so many processors."""
+    kernel, describe = _imports()
     (m, k), n = a.shape, b.shape[0]
-    aligned = alignment(a, b, scale_a, scale_b, bias, zero_point, column_sum)
+    tensors = (scale_a, scale_b, bias, zero_point, column_sum, gate, residual)
+    aligned = alignment(a, b, *tensors)
     # A weight that is mapped from a file may start anywhere.
     tma = tile.tma and aligned[0] and aligned[1]
+    early = dependent(a.device)
+    blocks = granularity(a, b, scale_a, scale_b) == "block"
+    gate_rows = None if gate is None else "one" if gate.shape[0] == 1 else "many"
+    stride_scale = scale_a.stride(0) if blocks else None
+    stride_gate = None if gate is None else gate.stride(0)
+    stride_residual = None if residual is None else residual.stride(0)
     constants = (
         *(tile.block_m, tile.block_n, tile.block_k, tile.group_m),
         tma,
         a.dtype == torch.int8,
-        scale_a.numel() > 1,
-        scale_b.numel() > 1,
+        "block" if blocks else "one" if scale_a.numel() == 1 else "row",
+        "block" if blocks else "one" if scale_b.numel() == 1 else "row",
         bias is not None,
         zero_point is not None,
+        activation,
+        gate_rows,
+        residual is not None,
         tile.flatten,
+        parts(tile, activation, gate_rows, residual is not None),
+        bool(early),
     )
     arguments = (
-        TensorDescriptor.from_tensor(a, [tile.block_m, tile.block_k]) if tma else a,
-        TensorDescriptor.from_tensor(b, [tile.block_n, tile.block_k]) if tma else b,
-        *(out, scale_a, scale_b, bias, zero_point, column_sum),
+        describe(a, [tile.block_m, tile.block_k]) if tma else a,
+        describe(b, [tile.block_n, tile.block_k]) if tma else b,
+        *(out, *tensors),
         *(m, n, k, a.stride(0), b.stride(0)),
+        scale_a.stride(1) if blocks else None,
+        None if gate is None else m // gate.shape[0],
+        *(stride_scale, stride_gate, stride_residual),
         *constants,
     )
-    types = (a.dtype, b.dtype, out.dtype, None if bias is None else bias.dtype)
-    key = (*constants, aligned, types, n % ALIGNMENT, n == 1)
+    types = (a.dtype, b.dtype, out.dtype, _dtype(bias), _dtype(gate), _dtype(residual))
+    strides = (_class(stride_scale), _class(stride_gate), _class(stride_residual))
     tiles = -(-m // tile.block_m) * -(-n // tile.block_n)
     launch(
-        scaled_mm_kernel,
+        kernel,
         min(tiles, processors * tile.per_sm),
         arguments,
-        {"num_warps": tile.warps, "num_stages": tile.stages},
-        key,
+        {"num_warps": tile.warps, "num_stages": tile.stages, **early},
+        (constants, aligned, types, _class(n), strides),
         a.device,
     )
 
 
-def _register(scheme: str, least: tuple[int, int]) -> None:
+def _register(operands: set[str], least: tuple[int, int]) -> None:
     needs = Needs(
-        frozenset({scheme}),
+        frozenset(f"{x}_{scales}" for x in operands for scales in ("tensor", "row", "block")),
         devices=frozenset({"cuda"}),
         capability=least,
         package="triton.tools.tensor_descriptor",
@@ -79,6 +166,6 @@ def _register(scheme: str, least: tuple[int, int]) -> None:
     register(Backend(OP, "triton", 10, needs, run))
 
 
-_register("int8", (8, 0))
+_register({"int8"}, (8, 0))
 # Triton has no FP8 types below.
-_register("fp8", (8, 9))
+_register({"fp8", "fp8_mixed", "fp8_e5m2"}, (8, 9))

@@ -13,6 +13,7 @@ from lowbit.ops.scaled_mm import triton as mm_triton
 from lowbit.ops.scaled_mm.tiles import Tile
 
 FP8 = torch.float8_e4m3fn
+BLOCK_TILES = [Tile(16, 32, 128), Tile(32, 128, 128, tma=True, warps=1, flatten=True)]
 TILES = [Tile(16, 32, 32), Tile(16, 32, 32, tma=True), Tile(32, 16, 64, group_m=1, flatten=True)]
 
 
@@ -25,11 +26,17 @@ def integers(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randint(-128, 128, shape, generator=generator, dtype=torch.int8)
 
 
-def product(a, b, scale_a, scale_b, bias=None, zero_point=None, total=None, *, tile, out):
+def product(a, b, scale_a, scale_b, bias=None, zero_point=None, total=None, *rest, tile, out):
     """The kernel's result, of a buffer poisoned with NaN, on three processors."""
     got = torch.full((a.shape[0], b.shape[0]), torch.nan, dtype=out)
-    mm_triton.run_tile(got, a, b, scale_a, scale_b, bias, zero_point, total, tile, 3)
+    mm_triton.run_tile(got, a, b, scale_a, scale_b, bias, zero_point, total, tile, 3, *rest)
     return got
+
+
+def wanted(a, b, scale_a, scale_b, bias=None, zero_point=None, total=None, *rest, out):
+    """The reference's result; rest: activation, gate and residual."""
+    rest = rest or (None, None, None)
+    return mm_reference.run(a, b, scale_a, scale_b, bias, zero_point, total, *rest, out)
 
 
 @pytest.mark.parametrize("tile", TILES, ids=str)
@@ -40,7 +47,7 @@ def test_int8_product_is_that_of_the_reference(tile, shape, out):
     a, b = integers(m, k), integers(n, k, seed=1)
     scales = (make(m, 1).abs() * 1e-3, make(n, 1, seed=1).abs() * 1e-2)
     bias = make(n, seed=2)
-    want = mm_reference.run(a, b, *scales, bias, None, None, out)
+    want = wanted(a, b, *scales, bias, out=out)
     # The last bit may differ: a product and a sum are rounded as one.
     torch.testing.assert_close(product(a, b, *scales, bias, tile=tile, out=out), want)
 
@@ -49,7 +56,7 @@ def test_zero_point_and_scalar_scales_are_those_of_the_reference():
     a, b, one = integers(9, 32), integers(11, 32, seed=1), torch.tensor(0.25)
     zero_point = torch.arange(9, dtype=torch.int32)
     total = b.sum(1, dtype=torch.int32)
-    want = mm_reference.run(a, b, one, one, None, zero_point, total, torch.float32)
+    want = wanted(a, b, one, one, None, zero_point, total, out=torch.float32)
     got = product(a, b, one, one, None, zero_point, total, tile=TILES[0], out=torch.float32)
     assert torch.equal(got, want)
 
@@ -57,15 +64,88 @@ def test_zero_point_and_scalar_scales_are_those_of_the_reference():
 def test_rows_that_lie_apart_and_start_anywhere():
     a = integers(1 + 20 * 48)[1:].reshape(20, 48)[:, :32]
     b, one = integers(8, 32), torch.ones(1)
-    want = mm_reference.run(a, b, one, one, None, None, None, torch.float32)
+    want = wanted(a, b, one, one, out=torch.float32)
     assert torch.equal(product(a, b, one, one, tile=TILES[1], out=torch.float32), want)
 
 
 @pytest.mark.parametrize("dtype_b", [FP8, torch.float8_e5m2])
 def test_fp8_product_is_that_of_the_reference(dtype_b):
     a, b, one = make(20, 64).to(FP8), make(8, 64, seed=1).to(dtype_b), torch.ones(1)
-    want = mm_reference.run(a, b, one, one, None, None, None, torch.float32)
+    want = wanted(a, b, one, one, out=torch.float32)
     torch.testing.assert_close(product(a, b, one, one, tile=TILES[1], out=torch.float32), want)
+
+
+def blocks(m, n, k):
+    """Scales for blocks; those of a in columns side by side, as some quantizers write them."""
+    columns, rows = -(-k // 128), -(-n // 128)
+    return make(columns, m).abs().t() * 1e-2, make(rows, columns, seed=1).abs()
+
+
+@pytest.mark.parametrize("tile", BLOCK_TILES, ids=str)
+@pytest.mark.parametrize("shape", [(1, 1, 144), (20, 130, 272), (33, 50, 128)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.int8, FP8])
+def test_product_with_scales_of_blocks_is_that_of_the_reference(tile, shape, dtype):
+    m, n, k = shape
+    a, b = integers(m, k), integers(n, k, seed=1)
+    if dtype == FP8:
+        a, b = make(m, k).to(FP8), make(n, k, seed=1).to(FP8)
+    scales = blocks(m, n, k)
+    want = wanted(a, b, *scales, make(n), out=torch.float32)
+    got = product(a, b, *scales, make(n), tile=tile, out=torch.float32)
+    # Float32 sums of K / 128 terms, any of which may be as large as the largest result.
+    torch.testing.assert_close(got, want, rtol=0, atol=2**-21 * want.abs().max().item())
+
+
+@pytest.mark.parametrize("parts", [1, 8])
+@pytest.mark.parametrize("activation", [None, "gelu_tanh"])
+@pytest.mark.parametrize("gates", [0, 1, 2, 18])
+@pytest.mark.parametrize("kept", [None, torch.float16])
+def test_what_follows_the_sums_is_that_of_the_reference(
+    parts, activation, gates, kept, monkeypatch
+):
+    """However many parts a tile is cut into; gate and residual lie apart, and stay as they are."""
+    monkeypatch.setattr(mm_triton, "parts", lambda *_: parts)
+    m, n, k = 18, 40, 32
+    a, b = integers(m, k), integers(n, k, seed=1)
+    scales = (make(m, 1).abs() * 1e-3, make(n, 1, seed=1).abs() * 1e-1)
+    gate = make(gates, 2 * n, seed=3)[:, n:] if gates else None
+    residual = None if kept is None else make(m, n + 8, seed=4).to(kept)[:, 3 : n + 3]
+    before = None if kept is None else residual.clone()
+    operands = (a, b, *scales, make(n, seed=2), None, None, activation, gate, residual)
+    tile = Tile(16, 32, 32)
+    want = wanted(*operands, out=torch.float32)
+    torch.testing.assert_close(product(*operands, tile=tile, out=torch.float32), want)
+    assert kept is None or torch.equal(residual, before)
+
+
+def test_gelu_is_that_of_float64_and_hides_nothing():
+    """The sums are 1, so that what is put in is the scale of a row."""
+    x = torch.cat((torch.linspace(-13, 13, 400), torch.tensor([1e4, 1e20, -1e20, 0.0, 1e-30])))
+    x = torch.cat((x, torch.tensor([torch.nan, torch.inf, -torch.inf]))).reshape(-1, 1)
+    a, b = torch.zeros(len(x), 16, dtype=torch.int8), torch.ones(1, 16, dtype=torch.int8)
+    a[:, 0] = 1
+    rest = (None, None, None, "gelu_tanh")
+    got = product(a, b, x, torch.ones(1), *rest, tile=Tile(64, 16, 16), out=torch.float32)
+    want = torch.nn.functional.gelu(x.double(), approximate="tanh").float()
+    # 1 + tanh in float64 has no digits left below.
+    normal = ~(x < -5)
+    # exp2 of up to 24, itself rounded to 2^-24 of that, three times over.
+    torch.testing.assert_close(got[normal], want[normal], rtol=5e-6, atol=0, equal_nan=True)
+    tail = torch.isfinite(x) & (x < -5)
+    assert (got[tail].abs() < 3e-7).all() and (got[tail] <= 0).all()
+    assert torch.isnan(got[-1])
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_what_is_not_finite_shows_in_its_row_and_no_other(bad):
+    a, b = integers(20, 256), integers(9, 256, seed=1)
+    scale_a, scale_b = blocks(20, 9, 256)
+    clean = product(a, b, scale_a, scale_b, tile=BLOCK_TILES[0], out=torch.float32)
+    scale_a[7, 1] = bad
+    got = product(a, b, scale_a, scale_b, tile=BLOCK_TILES[0], out=torch.float32)
+    assert not torch.isfinite(got[7]).any()
+    got[7] = clean[7]
+    assert torch.equal(got, clean)
 
 
 @pytest.mark.parametrize("source", [torch.float16, torch.float32])

@@ -18,6 +18,7 @@ from lowbit.ops.quantize_rows.kernel import quantize_rows_kernel  # noqa: E402
 from lowbit.ops.quantize_rows.triton import K_MAX, cover, warps_of  # noqa: E402
 from lowbit.ops.scaled_mm.kernel import scaled_mm_kernel  # noqa: E402
 from lowbit.ops.scaled_mm.tiles import TABLE, Tile  # noqa: E402
+from lowbit.ops.scaled_mm.triton import BLOCK_TABLE, parts  # noqa: E402
 
 WARP_SIZE = 32
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
@@ -59,24 +60,38 @@ def spilled_bytes(kernel, tmp_path: Path) -> int:
     return int(stack) + int(local)
 
 
-def product(tile: Tile, arch: int, a: torch.dtype, b: torch.dtype):
+def product(tile: Tile, arch: int, a: torch.dtype, b: torch.dtype, scales="row", **given):
+    """The product's kernel; given: types of the optional pointers, and constants that differ."""
     pointers = {"a": f"*{TYPES[a]}", "b": f"*{TYPES[b]}"}
     if tile.tma:
         pointers = {
             "a": f"tensordesc<{TYPES[a]}[{tile.block_m}, {tile.block_k}]>",
             "b": f"tensordesc<{TYPES[b]}[{tile.block_n}, {tile.block_k}]>",
         }
+    optional = ("bias", "zero_point", "column_sum", "gate", "residual")
     types = {
         **pointers,
-        **{"c": "*bf16", "scale_a": "*fp32", "scale_b": "*fp32", "bias": "*bf16"},
+        **{"c": "*bf16", "scale_a": "*fp32", "scale_b": "*fp32"},
+        **{name: given[name] for name in optional if name in given},
         **{name: "i32" for name in ("M", "N", "K", "stride_a", "stride_b")},
     }
+    sizes = {
+        **{"stride_scale_a": scales == "block", "step_scale_a": scales == "block"},
+        **{"gate_tokens": "gate" in given, "stride_gate": "gate" in given},
+        "stride_residual": "residual" in given,
+    }
+    types.update({name: "i32" for name, there in sizes.items() if there})
+    activation, gate_rows = given.get("ACTIVATION"), given.get("GATE_ROWS")
     constants = {
-        **{"zero_point": None, "column_sum": None},
+        **{name: None for name in (*optional, *sizes) if name not in types},
         **{"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k},
         **{"GROUP_M": tile.group_m, "USE_TMA": tile.tma, "FLATTEN": tile.flatten},
-        **{"INTEGER": a == torch.int8, "ROW_SCALE_A": True, "ROW_SCALE_B": True},
-        **{"HAS_BIAS": True, "HAS_ZERO_POINT": False},
+        **{"INTEGER": a == torch.int8, "SCALE_A": scales, "SCALE_B": scales},
+        **{"HAS_BIAS": "bias" in given, "HAS_ZERO_POINT": "zero_point" in given},
+        **{"ACTIVATION": activation, "GATE_ROWS": gate_rows},
+        "HAS_RESIDUAL": "residual" in given,
+        "PARTS": parts(tile, activation, gate_rows, "residual" in given),
+        "PDL": arch >= HOPPER,
     }
     options = {"num_warps": tile.warps, "num_stages": tile.stages}
     return compiled(scaled_mm_kernel, types, constants, arch, **options)
@@ -93,33 +108,61 @@ def instruction(tile: Tile, arch: int, integer: bool) -> str:
         # Triton turns FP8 to FP16 here; so few rows wait for the weight in any case.
         return r"mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32"
     kind = "s32.s8.s8.s32" if integer else "f32.e4m3.e4m3.f32"
-    return rf"mma.sync.aligned.m16n8k32.row.col.*{kind}"
+    older = rf"mma.sync.aligned.m16n8k32.row.col.*{kind}"
+    # Triton 3.9 has the tensor cores' own there.
+    return rf"{older}|tcgen05.mma.*kind::i8" if arch == 100 else older
+
+
+def tiles(table: dict, arch: int, integer: bool) -> list[Tile]:
+    """Tiles of the table for an architecture, that differ in more than what no register sees."""
+    least = max(known for known in table if known[0] * 10 + known[1] <= arch)
+    rows = [row for row in table[least] if row.integer in (integer, None)]
+    found = {
+        (t.block_m, t.block_n, t.block_k, t.warps, t.stages, t.flatten, t.tma): t
+        for row in rows
+        for t in row.tiles
+    }
+    return list(found.values())
+
+
+# What follows the sums: types of what is given, and constants.
+PLAIN = {"bias": "*bf16"}
+GELU = {"bias": "*bf16", "ACTIVATION": "gelu_tanh"}
+GATED = {"bias": "*bf16", "gate": "*fp32", "GATE_ROWS": "one", "residual": "*bf16"}
+ALL = {**GELU, "gate": "*fp32", "GATE_ROWS": "many", "residual": "*fp32"}
+POINT = {"zero_point": "*i32", "column_sum": "*i32"}
 
 
 def cases() -> list:
+    """(tile, architecture, dtype, scales, what follows): every tile, then the largest with more.
+
+    The largest has the fewest registers to spare.
+    """
     found = []
     for arch in ARCHITECTURES:
-        least = max(known for known in TABLE if known[0] * 10 + known[1] <= arch)
         for dtype in (torch.int8, torch.float8_e4m3fn):
-            if dtype != torch.int8 and arch < FIRST_WITH_FP8:
+            integer = dtype == torch.int8
+            if not integer and arch < FIRST_WITH_FP8:
                 continue
-            rows = [row for row in TABLE[least] if row.integer in (dtype == torch.int8, None)]
-            # Grouping, programs and rate are no matter of the code's registers.
-            tiles = {
-                (t.block_m, t.block_n, t.block_k, t.warps, t.stages, t.flatten, t.tma): t
-                for row in rows
-                for t in row.tiles
-            }
+            by_row, by_block = (tiles(table, arch, integer) for table in (TABLE, BLOCK_TABLE))
+            every = {**ALL, **POINT} if integer else ALL
+            todo = [(tile, "row", "plain", PLAIN) for tile in by_row]
+            todo += [(by_row[-1], "row", "all", every), (by_block[-1], "block", "all", ALL)]
+            if arch == HOPPER:
+                todo += [(tile, "block", "plain", PLAIN) for tile in by_block]
+                todo += [(by_row[-1], "row", "gelu", GELU), (by_row[-1], "row", "gated", GATED)]
             found += [
-                pytest.param(tile, arch, dtype, id=f"{arch}-{dtype}-{name}")
-                for name, tile in tiles.items()
+                pytest.param(tile, arch, dtype, scales, given, id=f"{arch}-{dtype}-{scales}-{what}")
+                for tile, scales, what, given in todo
             ]
     return found
 
 
-@pytest.mark.parametrize(("tile", "arch", "dtype"), cases())
-def test_product_uses_the_tensor_cores_and_no_local_memory(tile, arch, dtype, tmp_path):
-    kernel = product(tile, arch, dtype, dtype)
+@pytest.mark.parametrize(("tile", "arch", "dtype", "scales", "given"), cases())
+def test_product_uses_the_tensor_cores_and_no_local_memory(
+    tile, arch, dtype, scales, given, tmp_path
+):
+    kernel = product(tile, arch, dtype, dtype, scales, **given)
     assert re.search(instruction(tile, arch, dtype == torch.int8), kernel.asm["ptx"])
     assert kernel.metadata.shared <= SHARED_KIB[arch] * 1024
     assert spilled_bytes(kernel, tmp_path) == 0
@@ -127,8 +170,19 @@ def test_product_uses_the_tensor_cores_and_no_local_memory(tile, arch, dtype, tm
 
 def test_e4m3_times_e5m2_is_one_instruction_on_hopper():
     tile = TABLE[9, 0][-1].tiles[0]
-    ptx = product(tile, HOPPER, torch.float8_e4m3fn, torch.float8_e5m2).asm["ptx"]
+    ptx = product(tile, HOPPER, torch.float8_e4m3fn, torch.float8_e5m2, **PLAIN).asm["ptx"]
     assert re.search(r"wgmma.*f32.e4m3.e5m2", ptx)
+
+
+@pytest.mark.parametrize("arch", [a for a in ARCHITECTURES if a >= HOPPER])
+@pytest.mark.parametrize("which", [0, -1])
+def test_early_start_touches_no_memory_before_the_wait(arch, which):
+    tile = tiles(TABLE, arch, True)[which]
+    ptx = product(tile, arch, torch.int8, torch.int8, **PLAIN).asm["ptx"]
+    memory = re.compile(r"\b(ld|st|red|atom)\.[\w.:]*global|\bcp\.async|\bst\.global")
+    wait = ptx.index("griddepcontrol.wait")
+    assert memory.search(ptx).start() > wait
+    assert ptx.index("griddepcontrol.launch_dependents") > wait
 
 
 def quantizer(k: int, arch: int, dtype: torch.dtype, rotate: bool, prologue: str = ""):
@@ -146,10 +200,12 @@ def quantizer(k: int, arch: int, dtype: torch.dtype, rotate: bool, prologue: str
         **{name: None for name in ("scale", "shift") if name not in modulation},
         **{"LIMIT": LIMITS[dtype], "STARTS": starts, "GROUPS": groups, "EXACT": exact},
         **{"ROTATE": rotate, "PREPARE": prologue != "", "GELU": prologue == "gelu"},
-        **{"NORM": "layer" if prologue == "layer" else ""},
+        **{"NORM": "layer" if prologue == "layer" else "", "PDL": arch >= HOPPER},
     }
     warps = warps_of(divmod(arch, 10), k, rotate, prologue != "")
     options = {"num_warps": warps, "enable_fp_fusion": False}
+    if arch >= HOPPER:
+        options["launch_pdl"] = True
     return compiled(quantize_rows_kernel, types, constants, arch, **options)
 
 

@@ -96,6 +96,10 @@ def test_rows_may_lie_apart():
 
 A, B = integers(6, 32), integers(8, 32)
 INT32 = torch.zeros(6, dtype=torch.int32)
+# K of two blocks, N of two: the scales' shapes are [6, 2] and [2, 2].
+WIDE_A, WIDE_B = integers(6, 160), integers(130, 160)
+BLOCKS = {"a": WIDE_A, "b": WIDE_B, "scale_a": ones(6, 2), "scale_b": ones(2, 2)}
+POINT = {"zero_point": INT32, "column_sum": torch.zeros(130, dtype=torch.int32)}
 REFUSED = [
     (TypeError, {"a": A.float()}, r"a is torch.float32; torch.int8 or .* is wanted: quantize"),
     (TypeError, {"b": B.short()}, r"b is torch.int16"),
@@ -119,6 +123,36 @@ REFUSED = [
     (TypeError, {"bias": ones(8).double()}, r"bias is torch.float64; cast it to"),
     (ValueError, {"zero_point": INT32}, r"zero_point and column_sum are given together"),
     (ValueError, {"zero_point": INT32, "column_sum": INT32}, r"column_sum is torch.int32 \[6\]"),
+    (
+        ValueError,
+        {**BLOCKS, "scale_b": ones(130, 1)},
+        r"scale_a is \[6, 2\]; one scale, or \[6, 1\].*or one per block of both: scale_a \[6, 2\] "
+        r"for 1x128 and scale_b \[2, 2\] for 128x128",
+    ),
+    (
+        ValueError,
+        {**BLOCKS, "scale_a": ones(6, 1)},
+        r"scale_b is \[2, 2\]; one scale, or \[130, 1\]",
+    ),
+    (ValueError, {**BLOCKS, "scale_a": ones(6, 3)}, r"scale_a is \[6, 3\]"),
+    (ValueError, {**BLOCKS, "scale_b": ones(2, 2).t()}, r"scale_b is not contiguous"),
+    (TypeError, {**BLOCKS, "scale_b": ones(2, 2).half()}, r"scale_b is torch.float16"),
+    (ValueError, {**BLOCKS, **POINT}, r"a zero point with one scale per block; give one scale per"),
+    (ValueError, {"bias": ones(16)[::2]}, r"bias is not contiguous"),
+    (ValueError, {"activation": "silu"}, r"activation is 'silu'; None and gelu_tanh are known"),
+    (ValueError, {"residual": ones(8, 6)}, r"residual is \[8, 6\]; \[6, 8\] is wanted, the shape"),
+    (ValueError, {"residual": ones(8, 6).t()}, r"residual has strides \(1, 6\); contiguous rows"),
+    (TypeError, {"residual": A[:, :8]}, r"residual is torch.int8; cast it to torch.bfloat16"),
+    (
+        ValueError,
+        {"gate": ones(4, 8)},
+        r"gate is \[4, 8\]; \[R, 8\] is wanted, whose R divides M=6",
+    ),
+    (ValueError, {"gate": ones(8)}, r"gate is \[8\]; \[R, 8\] is wanted"),
+    (ValueError, {"gate": ones(0, 8)}, r"gate is \[0, 8\]; \[R, 8\] is wanted"),
+    (ValueError, {"gate": ones(2, 6)}, r"gate is \[2, 6\]; \[2, 8\] is wanted, one per output"),
+    (ValueError, {"gate": ones(8, 2).t()}, r"gate has strides \(1, 2\); contiguous rows"),
+    (ValueError, {"gate": ones(1, 8).to("meta")}, r"gate is on meta, a on cpu; move both"),
     (TypeError, {"out_dtype": torch.int32}, r"out_dtype is torch.int32; torch.bfloat16"),
     (ValueError, {"scale_a": ones(6, 1).to("meta")}, r"scale_a is on meta, a on cpu; move both"),
     (ValueError, {"backend": "cutlass"}, r"unknown backend 'cutlass'"),
@@ -140,17 +174,57 @@ def test_zero_point_of_fp8_is_refused():
         scaled_mm(a, b, ones(1), ones(1), zero_point=INT32, column_sum=total)
 
 
-def test_operation_is_one_step_of_a_graph():
-    @torch.compile(fullgraph=True, backend="aot_eager")
-    def run(a, b):
-        return scaled_mm(a, b, ones(6, 1), ones(8, 1)) + 1
+@pytest.mark.parametrize(
+    "given",
+    [
+        {},
+        {"activation": "gelu_tanh", "gate": floats(2, 8), "residual": floats(6, 8)},
+        {**BLOCKS, "bias": floats(130), "residual": floats(6, 130)},
+    ],
+    ids=["plain", "epilogue", "blocks"],
+)
+def test_operation_is_one_step_of_a_graph(given):
+    graphs = []
 
-    assert torch.equal(run(A, B), scaled_mm(A, B, ones(6, 1), ones(8, 1)) + 1)
+    def count(module, inputs):
+        graphs.append(module)
+        return module
+
+    @torch.compile(fullgraph=True, backend=count)
+    def run(given):
+        return scaled_mm(**given) + 1
+
+    given = {"a": A, "b": B, "scale_a": ones(6, 1), "scale_b": ones(8, 1), **given}
+    assert torch.equal(run(given), scaled_mm(**given) + 1)
+    assert len(graphs) == 1
+
+
+def test_number_of_tokens_does_not_compile_again():
+    """With a gate for each half of them, and scales of blocks."""
+    graphs = []
+
+    def count(module, inputs):
+        graphs.append(module)
+        return module
+
+    @torch.compile(fullgraph=True, dynamic=True, backend=count)
+    def run(a, scale_a, residual):
+        rest = {"gate": gate, "residual": residual, "activation": "gelu_tanh"}
+        return scaled_mm(a, WIDE_B, scale_a, ones(2, 2), **rest)
+
+    gate = floats(2, 130)
+    for m in (6, 10, 64):
+        a, scale, residual = integers(m, 160), floats(m, 2).abs(), floats(m, 130)
+        got = run(a, scale, residual)
+        rest = {"gate": gate, "residual": residual, "activation": "gelu_tanh"}
+        assert torch.equal(got, scaled_mm(a, WIDE_B, scale, ones(2, 2), **rest))
+    assert len(graphs) == 1
 
 
 def test_operands_on_the_meta_device_give_shape_and_dtype():
     a, b, scale = (x.to("meta") for x in (A, B, ones(1)))
-    got = scaled_mm(a, b, scale, scale, out_dtype=torch.float16)
+    rest = {"gate": ones(3, 8).to("meta"), "residual": ones(6, 8).to("meta")}
+    got = scaled_mm(a, b, scale, scale, **rest, out_dtype=torch.float16)
     assert (got.shape, got.dtype, got.device.type) == ((6, 8), torch.float16, "meta")
 
 

@@ -1,0 +1,47 @@
+"""comfy-kitchen's products: `mm_int8`, and `scaled_mm_v2` for FP8 with one scale per tensor.
+
+Both give the sums; torch's operations do the rest, or `scaled_mm_v2` where it can.
+"""
+
+import torch
+from comfy_kitchen import mm_int8
+from comfy_kitchen.scaled_mm_v2 import scaled_mm_v2
+
+from ..registry import Backend, Needs, register
+from . import OP
+from .reference import finished, scaled
+from .self_test import self_test
+from .torch import CUDA, FP8_MULTIPLE, aligned, can_fuse
+
+
+def run_int8(
+    a, b, scale_a, scale_b, bias, zero_point, column_sum, activation, gate, residual, out_dtype
+) -> torch.Tensor:
+    """Return the product of INT8 operands as `scaled_mm` describes it."""
+    value = scaled(mm_int8(aligned(a), aligned(b).t()), scale_a, scale_b, zero_point, column_sum)
+    return finished(value, bias, activation, gate, residual, out_dtype)
+
+
+def run_fp8(
+    a, b, scale_a, scale_b, bias, zero_point, column_sum, activation, gate, residual, out_dtype
+) -> torch.Tensor:
+    """Return the product of FP8 operands, one scale each, as `scaled_mm` describes it."""
+    rest = (bias, activation, gate, residual, out_dtype)
+    a, b = aligned(a), aligned(b)
+    if can_fuse("tensor", *rest):
+        bias = None if bias is None else aligned(bias)
+        return scaled_mm_v2(a, b.t(), scale_a, scale_b, bias, out_dtype)
+    one = scale_a.new_ones(())
+    total = scaled_mm_v2(a, b.t(), one, one, None, torch.float32)
+    return finished(scaled(total, scale_a, scale_b, None, None), *rest)
+
+
+def _register(what: str, run, schemes: tuple[str, ...], least: tuple[int, int], **needs) -> None:
+    operands, scales = schemes[0].split("_")
+    test = self_test(what, run, operands, scales)
+    needs = Needs(frozenset(schemes), CUDA, capability=least, self_test=test, **needs)
+    register(Backend(OP, "kitchen", 20, needs, run))
+
+
+_register("comfy_kitchen.mm_int8", run_int8, ("int8_row", "int8_tensor"), (7, 5))
+_register("comfy_kitchen.scaled_mm_v2", run_fp8, ("fp8_tensor",), (8, 9), n_multiple=FP8_MULTIPLE)
