@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from lowbit import NODE_CLASS_MAPPINGS
 from lowbit.quant import support
@@ -40,6 +41,20 @@ def test_every_node_is_named():
 def test_make_targets_exist():
     targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.M))
     assert set(re.findall(r"^make (\w+)$", README, re.M)) <= targets
+
+
+def test_python_example_runs_and_leaves_the_model_as_it_was():
+    (code,) = re.findall(r"```python\n(.*?)```", README, re.S)
+    model = torch.nn.Sequential(torch.nn.Linear(32, 32), torch.nn.Linear(32, 5)).bfloat16()
+    weight = model.requires_grad_(False)[0].weight.to(torch.float8_e4m3fn)
+    model[0].weight = torch.nn.Parameter(weight, requires_grad=False)
+    before, x = list(model), torch.ones(3, 32, dtype=torch.bfloat16)
+    given = {"model": model, "x": x, "scales": {"0.scale_weight": torch.tensor(2.0)}}
+    exec(code, given)
+    want = model[1](2 * x @ weight.bfloat16().t() + model[0].bias)
+    # Both layers round to bf16, here and there.
+    assert (given["output"] - want).norm() <= 4 * torch.finfo(torch.bfloat16).eps * want.norm()
+    assert list(model) == before
 
 
 def commands() -> list[str]:

@@ -16,6 +16,15 @@ from ..quantize_rows import Prologue
 from .activation import QuantizedActivation, fits, from_host, kind_of, quantize_activation
 from .sharing import quantized_once, share
 
+__all__ = [
+    "OP",
+    "Conversion",
+    "convert_fp4_linear",
+    "convert_fp8_linear",
+    "fp8_linear_forward",
+    "linear",
+]
+
 OP = "linear"
 
 __all__ = ["QuantizedActivation", "linear", "quantize_activation", "share"]
@@ -84,3 +93,7 @@ def _check_kind(x: QuantizedActivation, weight: QuantizedTensor, input_act: str 
 
 
 registry.discover(__name__)
+
+# Last, for they are made of `linear`.
+from .convert import Conversion, convert_fp4_linear, convert_fp8_linear  # noqa: E402
+from .fp8 import fp8_linear_forward  # noqa: E402

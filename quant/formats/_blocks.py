@@ -5,7 +5,6 @@ cuBLAS wants ("32×4×4"); rows are padded to 128 and columns of scales to 4.
 """
 
 import torch
-from comfy_kitchen.registry import registry
 
 ROWS = 128
 COLUMNS = 4
@@ -26,12 +25,3 @@ def misfit(shape: tuple[int, int], scale: torch.Tensor, group: int) -> str | Non
         f"weight_scale has {scale.numel()} elements, {want} are wanted for [{n}, {k}] with one "
         f"scale per {group}"
     )
-
-
-def kitchen_eager():
-    """Return a context in which comfy-kitchen computes in plain torch.
-
-    Its CUDA kernels for block-scaled formats take only 16-bit input; weights are quantized in
-    float32, to the same bytes on every device.
-    """
-    return registry.use_backend("eager")

@@ -7,8 +7,9 @@ import torch
 from comfy_kitchen.float_utils import e8m0_to_f32, from_blocked
 from comfy_kitchen.tensor import TensorCoreMXFP8Layout
 
+from ...ops.kitchen import kitchen_eager
 from ...ops.rounding import round_stochastic
-from ._blocks import kitchen_eager, misfit
+from ._blocks import misfit
 from .base import Format, LowBitLayout, register_layout
 
 GROUP = 32

@@ -6,30 +6,24 @@ On disk two elements share a byte, the even column in the high nibble; block sca
 from collections.abc import Mapping
 from typing import Any
 
-import comfy_kitchen
 import torch
 from comfy_kitchen.float_utils import _f32_to_floatx_unpacked, from_blocked, pack_uint4
-from comfy_kitchen.tensor import TensorCoreNVFP4Layout
 
-from ...ops.rounding import SMALLEST_SCALE, round_stochastic
-from ._blocks import kitchen_eager, misfit
+from ...ops.linear.nvfp4 import E2M1_MAX, NVFP4Layout
+from ...ops.rounding import round_stochastic
+from ._blocks import misfit
 from .base import Format, LowBitLayout, register_layout
 
 GROUP = 16
-E2M1_MAX = 6.0
-E4M3_MAX = torch.finfo(torch.float8_e4m3fn).max
 
 
 @register_layout
-class LowBitNVFP4Layout(LowBitLayout, TensorCoreNVFP4Layout):
+class LowBitNVFP4Layout(LowBitLayout, NVFP4Layout):
     """Packed E2M1 payload [N, K/2], scalar scale, swizzled block scales; pads N and K to 16."""
-
-    scheme = "nvfp4"
-    kitchen_layout = "TensorCoreNVFP4Layout"
 
     @classmethod
     def whole_tensor(cls, weight: torch.Tensor, largest: torch.Tensor) -> dict[str, Any]:
-        return {"scale": (largest / (E4M3_MAX * E2M1_MAX)).clamp_min(SMALLEST_SCALE)}
+        return {"scale": cls.tensor_scale(largest)}
 
     @classmethod
     def quantize(cls, tensor, scale=None, stochastic_rounding=0, **kwargs):
@@ -38,11 +32,10 @@ class LowBitNVFP4Layout(LowBitLayout, TensorCoreNVFP4Layout):
             scale = cls.whole_tensor(tensor, tensor.abs().amax().float())["scale"]
         scale = scale.to(device=tensor.device, dtype=torch.float32)
         shape = tuple(tensor.shape)
-        n, k = cls.get_padded_shape(shape)
-        values = torch.nn.functional.pad(tensor.float(), (0, k - shape[1], 0, n - shape[0]))
-        with kitchen_eager():
-            packed, block_scale = comfy_kitchen.quantize_nvfp4(values, scale)
+        packed, block_scale = cls.pack(tensor, scale)
         if stochastic_rounding:
+            n, k = cls.get_padded_shape(shape)
+            values = torch.nn.functional.pad(tensor.float(), (0, k - shape[1], 0, n - shape[0]))
             step = from_blocked(block_scale, num_rows=n, num_cols=k // GROUP).float() * scale
             step = torch.where(step == 0, torch.inf, step).repeat_interleave(GROUP, dim=1)
             codes = round_stochastic(values / step, "e2m1", stochastic_rounding)
@@ -51,17 +44,6 @@ class LowBitNVFP4Layout(LowBitLayout, TensorCoreNVFP4Layout):
             scale=scale, orig_dtype=tensor.dtype, orig_shape=shape, block_scale=block_scale
         )
         return packed, params
-
-    @classmethod
-    def dequantize(cls, qdata, params):
-        """Return the values, multiplied in float32 and rounded once to the logical dtype.
-
-        The scale of the tensor alone is often too small for float16.
-        """
-        values = comfy_kitchen.dequantize_nvfp4(
-            qdata, params.scale, params.block_scale, torch.float32
-        )
-        return values.to(params.orig_dtype)
 
     @classmethod
     def misfit(cls, shape: tuple[int, int], values: Mapping[str, torch.Tensor]) -> str | None:

@@ -1,0 +1,188 @@
+"""`fp8_linear_forward`: the product of any `nn.Linear` whose weight is stored in FP8.
+
+A weight stays as files have it, [N, K] and K-contiguous: its `.t()` is the column-major operand
+that FP8 tensor cores want, and copying that again would make it row-major, which cuBLASLt refuses.
+"""
+
+import torch
+import torch.nn.functional as F
+from comfy_kitchen.tensor import QuantizedTensor, TensorCoreFP8Layout, register_layout_class
+from torch import nn
+
+from ..custom_op import custom_op
+from ..quantize_rows import INPUTS, LIMITS
+from ..scaled_mm import scaled_mm
+from ..scaled_mm.check import FP8, K_MULTIPLE, OUTPUTS
+from . import linear
+
+E4M3 = torch.float8_e4m3fn
+
+
+class FP8TensorLayout(TensorCoreFP8Layout):
+    """FP8 payload [N, K] and one float32 scale, as backends are handed them."""
+
+    scheme = "fp8_tensor"
+    kitchen_layout = "TensorCoreFP8Layout"
+
+    @classmethod
+    def dequantize(cls, qdata, params):
+        """Return stored · scale, multiplied in float32 and rounded once to the logical dtype."""
+        return (qdata.float() * params.scale).to(params.orig_dtype)
+
+
+class FP8RowLayout(FP8TensorLayout):
+    """FP8 payload [N, K] and float32 scales [N, 1]."""
+
+    scheme = "fp8_row"
+
+
+LAYOUTS = {f"LowBitLinear{layout.__name__}": layout for layout in (FP8TensorLayout, FP8RowLayout)}
+TENSOR, ROW = LAYOUTS
+for _name, _layout in LAYOUTS.items():
+    register_layout_class(_name, _layout)
+
+
+def fp8_linear_forward(
+    module: nn.Linear, base_dtype: torch.dtype, input: torch.Tensor
+) -> torch.Tensor:
+    """Return the output of `module` for `input`, [..., N], multiplied in 8 bits.
+
+    module: its weight is [N, K] FP8, E4M3 or E5M2, on any device; real = stored · `scale_weight`,
+    an attribute of one element or of N, 1 where it is absent or None. An attribute `scale_input`
+    of one element is the activation's scale from a calibration; without one each token has its
+    own, from its largest value. Any other weight: the forward of the module's class, unchanged.
+    base_dtype: bf16, fp16 or fp32, of the output. input: [..., K] bf16, fp16 or fp32, one
+    dimension or more, any strides, never written to. K and N that are no multiple of 16 are padded
+    with zeros. NaN and Inf show in their token. There are no gradients: inference only.
+    Raises TypeError or ValueError when dtypes or shapes do not fit.
+    """
+    weight = module.weight
+    if isinstance(weight, QuantizedTensor) or weight.dtype not in FP8:
+        return type(module).forward(module, input)
+    check_base_dtype(base_dtype)
+    if isinstance(input, QuantizedTensor):
+        input = input.dequantize()
+    check_input(input, weight)
+    scale_weight = getattr(module, "scale_weight", None)
+    scale_input = getattr(module, "scale_input", None)
+    return _OP(input, weight, scale_weight, module.bias, scale_input, base_dtype)
+
+
+def check_base_dtype(base_dtype: torch.dtype) -> None:
+    """Raise TypeError for a dtype that no product gives."""
+    if base_dtype not in OUTPUTS:
+        raise TypeError(f"base_dtype is {base_dtype}; {', '.join(map(str, OUTPUTS))} are known")
+
+
+def check_input(x: torch.Tensor, weight: torch.Tensor) -> None:
+    """Raise TypeError or ValueError when x is no activation [..., K] for weight [N, K]."""
+    n, k = weight.shape
+    if x.dtype not in INPUTS:
+        raise TypeError(f"linear: input is {x.dtype}; cast it to {', '.join(map(str, INPUTS))}")
+    if x.dim() == 0 or x.shape[-1] != k:
+        raise ValueError(f"linear: input is {list(x.shape)}, weight [{n}, {k}] takes [..., {k}]")
+
+
+def check_scale(name: str, scale: torch.Tensor, sizes: tuple[int, ...]) -> None:
+    """Raise ValueError when a scale has another number of elements than one of `sizes`."""
+    if scale.numel() not in sizes:
+        wanted = " or ".join(map(str, sizes))
+        raise ValueError(f"{name} is {list(scale.shape)}; {wanted} elements are wanted")
+
+
+def dtype_between(given: torch.dtype, wanted: torch.dtype) -> torch.dtype:
+    """Return the dtype to compute in: the wider of both, but bf16, which holds all, where wanted.
+
+    A float32 result, written to be rounded to bf16, would be the largest tensor of all.
+    """
+    return wanted if wanted == torch.bfloat16 else torch.promote_types(given, wanted)
+
+
+def quantize_static(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """Return x / scale rounded to E4M3, saturated at its largest value; NaN and Inf give NaN.
+
+    x: [M, K] float. scale: float32, one element.
+    """
+    limit = LIMITS[E4M3]
+    value = (x.float() / scale).clamp(-limit, limit)
+    return torch.where(x.isinf(), torch.nan, value).to(E4M3)
+
+
+def round_up(value: int) -> int:
+    """Return the smallest multiple of 16, at least 16, that is not below `value`."""
+    return max(-(-value // K_MULTIPLE), 1) * K_MULTIPLE
+
+
+def _padded(x: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
+    """Return x [M, K] with zeros added up to [rows, columns]; x itself where nothing is missing."""
+    missing = (0, columns - x.shape[1], 0, rows - x.shape[0])
+    if not any(missing):
+        return x
+    if x.dtype in FP8:
+        return F.pad(x.view(torch.uint8), missing).view(x.dtype)
+    return F.pad(x, missing)
+
+
+def _operand(weight: torch.Tensor) -> torch.Tensor:
+    """Return weight [N, K] K-contiguous, rows a multiple of 16 apart, padded to multiples of 16."""
+    if weight.stride(1) != 1 or weight.stride(0) % K_MULTIPLE or weight.stride(0) < weight.shape[1]:
+        weight = weight.contiguous()
+    return _padded(weight, *map(round_up, weight.shape))
+
+
+def _run(x, weight, scale_weight, bias, scale_input, out_dtype):
+    (n, k), device = weight.shape, x.device
+    weight = _operand(weight.to(device))
+    rows = x.reshape(-1, k)
+    # What is rounded element by element has the strides of what it was rounded from.
+    rows = rows if rows.stride(1) == 1 else rows.contiguous()
+    rows = _padded(rows, rows.shape[0], weight.shape[1])
+    scale = torch.ones(1, device=device) if scale_weight is None else scale_weight
+    check_scale("scale_weight", scale, (1, n))
+    scale = scale.to(device, torch.float32).reshape(-1)
+    if bias is not None:
+        bias = bias.to(device, bias.dtype if bias.dtype in OUTPUTS else out_dtype)
+        bias = F.pad(bias, (0, weight.shape[0] - n))
+    if scale.numel() > 1:
+        scale = F.pad(scale, (0, weight.shape[0] - n))
+    if scale_input is None:
+        out = _dynamic(rows.to(dtype_between(x.dtype, out_dtype)), weight, scale, bias)
+    else:
+        check_scale("scale_input", scale_input, (1,))
+        step = scale_input.to(device, torch.float32).reshape(1)
+        stored = quantize_static(rows, step)
+        out = scaled_mm(stored, weight, step, scale, bias, out_dtype=out_dtype)
+    return out[:, :n].to(out_dtype).reshape(*x.shape[:-1], n)
+
+
+def _dynamic(rows, weight, scale, bias):
+    """Return rows · (weight · scale)ᵀ + bias by the backend that is right for the device.
+
+    E4M3 goes by rows, one scale per token and channel. Where torch does the product, rows are not
+    known for E5M2: it has one scale, and scales of channels follow the product.
+    """
+    if weight.dtype == E4M3:
+        return linear(rows, _wrap(ROW, weight, scale.expand(weight.shape[0]), rows.dtype), bias)
+    if scale.numel() == 1:
+        return linear(rows, _wrap(TENSOR, weight, scale, rows.dtype), bias)
+    one = torch.ones(1, device=scale.device)
+    out = linear(rows.float(), _wrap(TENSOR, weight, one, torch.float32)) * scale
+    return out if bias is None else out + bias
+
+
+def _wrap(name: str, weight: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype):
+    scale = scale.reshape(-1, 1).contiguous() if name == ROW else scale.reshape(())
+    params = LAYOUTS[name].Params(scale=scale, orig_dtype=dtype, orig_shape=tuple(weight.shape))
+    return QuantizedTensor(weight, name, params)
+
+
+def _empty(x, weight, scale_weight, bias, scale_input, out_dtype):
+    return x.new_empty((*x.shape[:-1], weight.shape[0]), dtype=out_dtype)
+
+
+_OP = custom_op(
+    "fp8_linear(Tensor x, Tensor weight, Tensor? scale_weight, Tensor? bias, Tensor? scale_input, "
+    "ScalarType out_dtype) -> Tensor",
+    _run,
+    _empty,
+)
