@@ -10,7 +10,7 @@ from comfy_kitchen.tensor import QuantizedTensor, TensorCoreFP8Layout, register_
 from torch import nn
 
 from ..custom_op import custom_op
-from ..quantize_rows import INPUTS, LIMITS
+from ..quantize_rows import INPUTS, quantize_rows
 from ..scaled_mm import scaled_mm
 from ..scaled_mm.check import FP8, K_MULTIPLE, OUTPUTS
 from . import linear
@@ -98,16 +98,6 @@ def dtype_between(given: torch.dtype, wanted: torch.dtype) -> torch.dtype:
     return wanted if wanted == torch.bfloat16 else torch.promote_types(given, wanted)
 
 
-def quantize_static(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """Return x / scale rounded to E4M3, saturated at its largest value; NaN and Inf give NaN.
-
-    x: [M, K] float. scale: float32, one element.
-    """
-    limit = LIMITS[E4M3]
-    value = (x.float() / scale).clamp(-limit, limit)
-    return torch.where(x.isinf(), torch.nan, value).to(E4M3)
-
-
 def round_up(value: int) -> int:
     """Return the smallest multiple of 16, at least 16, that is not below `value`."""
     return max(-(-value // K_MULTIPLE), 1) * K_MULTIPLE
@@ -150,7 +140,7 @@ def _run(x, weight, scale_weight, bias, scale_input, out_dtype):
     else:
         check_scale("scale_input", scale_input, (1,))
         step = scale_input.to(device, torch.float32).reshape(1)
-        stored = quantize_static(rows, step)
+        stored, _ = quantize_rows(rows, E4M3, input_scale=step)
         out = scaled_mm(stored, weight, step, scale, bias, out_dtype=out_dtype)
     return out[:, :n].to(out_dtype).reshape(*x.shape[:-1], n)
 
