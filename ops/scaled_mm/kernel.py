@@ -26,6 +26,14 @@ def _tile(tile, num_m, num_n, GROUP_M: tl.constexpr):
 
 
 @triton.jit
+def _load(x, rows, inside, step, K, stride, BLOCK_K: tl.constexpr):
+    """Return BLOCK_K columns of the rows of x, zero outside."""
+    columns = step * BLOCK_K + tl.arange(0, BLOCK_K)
+    at = x + rows.to(tl.int64)[:, None] * stride + columns[None, :]
+    return tl.load(at, mask=inside[:, None] & (columns < K)[None, :], other=0.0)
+
+
+@triton.jit
 def _scaled(
     acc,
     scale_a,
@@ -198,12 +206,8 @@ def scaled_mm_kernel(
                 x = a.load([start_m, step * BLOCK_K])
                 w = b.load([start_n, step * BLOCK_K])
             else:
-                inner = step * BLOCK_K + tl.arange(0, BLOCK_K)
-                valid = inner[None, :] < K
-                x_at = a + rows.to(tl.int64)[:, None] * stride_a + inner[None, :]
-                w_at = b + columns.to(tl.int64)[:, None] * stride_b + inner[None, :]
-                x = tl.load(x_at, mask=valid & in_m[:, None], other=0.0)
-                w = tl.load(w_at, mask=valid & in_n[:, None], other=0.0)
+                x = _load(a, rows, in_m, step, K, stride_a, BLOCK_K)
+                w = _load(b, columns, in_n, step, K, stride_b, BLOCK_K)
             if BLOCKS:
                 at = rows.to(tl.int64) * stride_scale_a + step * step_scale_a
                 scale = tl.load(scale_a + at, mask=in_m, other=0.0)
