@@ -48,7 +48,8 @@ def run(
     input_scale: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return (stored, scale) as `quantize_rows` describes them."""
-    value = x.float() if prologue == NOTHING else prepare(x, prologue)
+    # Rows of the result lie one after the other, whatever those of x do.
+    value = (x.float() if prologue == NOTHING else prepare(x, prologue)).contiguous()
     if rotated:
         value = rotate(value.to(x.dtype))
     limit = LIMITS[dtype]

@@ -1,18 +1,18 @@
 """Linear layers of real models in 8 bits: ours, comfy-kitchen's and bf16, side by side.
 
-Run on a GPU: `python tests/bench/bench_linear.py`. Quantization of the activation is included
+Run on a GPU: `python -m tests.bench.bench_linear`. Quantization of the activation is included
 everywhere. Prints a table and appends it to docs/results/linear.jsonl.
 """
 
 import argparse
 from collections.abc import Iterator
 
-import runner
 import torch
 import torch.nn.functional as F
 
 from lowbit.ops.linear import linear
 from lowbit.quant import families, formats
+from tests.bench import runner
 
 # Our format, and the peer's that holds the same kind of weight.
 PAIRS = (

@@ -93,6 +93,7 @@ def test_strides_do_not_matter_and_the_input_is_kept():
         quantize_rows(x, torch.int8, True), quantize_rows(before, torch.int8, True), strict=True
     ):
         assert torch.equal(got, want)
+        assert got.is_contiguous()
     assert torch.equal(x, before)
 
 
