@@ -16,18 +16,18 @@ from ..quantize_rows import Prologue
 from .activation import QuantizedActivation, fits, from_host, kind_of, quantize_activation
 from .sharing import quantized_once, share
 
+OP = "linear"
+
 __all__ = [
-    "OP",
     "Conversion",
+    "QuantizedActivation",
     "convert_fp4_linear",
     "convert_fp8_linear",
     "fp8_linear_forward",
     "linear",
+    "quantize_activation",
+    "share",
 ]
-
-OP = "linear"
-
-__all__ = ["QuantizedActivation", "linear", "quantize_activation", "share"]
 
 
 def linear(

@@ -10,10 +10,10 @@ from comfy_kitchen.tensor import QuantizedTensor, TensorCoreFP8Layout, register_
 from torch import nn
 
 from ..custom_op import custom_op
-from ..quantize_rows import INPUTS, quantize_rows
-from ..scaled_mm import scaled_mm
+from ..quantize_rows import INPUTS
 from ..scaled_mm.check import FP8, K_MULTIPLE, OUTPUTS
 from . import linear
+from .activation import quantize_activation
 
 E4M3 = torch.float8_e4m3fn
 
@@ -103,66 +103,62 @@ def round_up(value: int) -> int:
     return max(-(-value // K_MULTIPLE), 1) * K_MULTIPLE
 
 
-def _padded(x: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
-    """Return x [M, K] with zeros added up to [rows, columns]; x itself where nothing is missing."""
-    missing = (0, columns - x.shape[1], 0, rows - x.shape[0])
-    if not any(missing):
-        return x
-    if x.dtype in FP8:
-        return F.pad(x.view(torch.uint8), missing).view(x.dtype)
-    return F.pad(x, missing)
-
-
 def _operand(weight: torch.Tensor) -> torch.Tensor:
-    """Return weight [N, K] K-contiguous, rows a multiple of 16 apart, padded to multiples of 16."""
+    """Return weight [N, K] K-contiguous, its rows and their distances padded to multiples of 16."""
     if weight.stride(1) != 1 or weight.stride(0) % K_MULTIPLE or weight.stride(0) < weight.shape[1]:
         weight = weight.contiguous()
-    return _padded(weight, *map(round_up, weight.shape))
+    n, k = weight.shape
+    missing = (0, round_up(k) - k, 0, round_up(n) - n)
+    if not any(missing):
+        return weight
+    return F.pad(weight.view(torch.uint8), missing).view(weight.dtype)
 
 
 def _run(x, weight, scale_weight, bias, scale_input, out_dtype):
     (n, k), device = weight.shape, x.device
     weight = _operand(weight.to(device))
-    rows = x.reshape(-1, k)
-    # What is rounded element by element has the strides of what it was rounded from.
-    rows = rows if rows.stride(1) == 1 else rows.contiguous()
-    rows = _padded(rows, rows.shape[0], weight.shape[1])
+    rows, columns = weight.shape
     scale = torch.ones(1, device=device) if scale_weight is None else scale_weight
     check_scale("scale_weight", scale, (1, n))
     scale = scale.to(device, torch.float32).reshape(-1)
+    # Tensors that fit go on as they are, what layers share of them included.
+    x = x.to(dtype_between(x.dtype, out_dtype))
+    x = x if x.stride(-1) == 1 else x.contiguous()
+    x = x if columns == k else F.pad(x, (0, columns - k))
     if bias is not None:
         bias = bias.to(device, bias.dtype if bias.dtype in OUTPUTS else out_dtype)
-        bias = F.pad(bias, (0, weight.shape[0] - n))
-    if scale.numel() > 1:
-        scale = F.pad(scale, (0, weight.shape[0] - n))
-    if scale_input is None:
-        out = _dynamic(rows.to(dtype_between(x.dtype, out_dtype)), weight, scale, bias)
-    else:
+    if rows > n:
+        bias = None if bias is None else F.pad(bias, (0, rows - n))
+        scale = scale if scale.numel() == 1 else F.pad(scale, (0, rows - n))
+    if scale_input is not None:
         check_scale("scale_input", scale_input, (1,))
-        step = scale_input.to(device, torch.float32).reshape(1)
-        stored, _ = quantize_rows(rows, E4M3, input_scale=step)
-        out = scaled_mm(stored, weight, step, scale, bias, out_dtype=out_dtype)
-    return out[:, :n].to(out_dtype).reshape(*x.shape[:-1], n)
+        scale_input = scale_input.to(device, torch.float32).reshape(1)
+    out = _product(x, weight, scale, bias, scale_input)
+    return out[..., :n].to(out_dtype).contiguous()
 
 
-def _dynamic(rows, weight, scale, bias):
-    """Return rows · (weight · scale)ᵀ + bias by the backend that is right for the device.
+def _product(x, weight, scale, bias, scale_input):
+    """Return x · (weight · scale)ᵀ + bias by the backend that is right for the device.
 
-    E4M3 goes by rows, one scale per token and channel. Where torch does the product, rows are not
-    known for E5M2: it has one scale, and scales of channels follow the product.
+    Without a static scale E4M3 goes by rows: one scale per token, and channel. Where torch does the
+    product, rows are not known for E5M2: it has one scale, and scales of channels follow it.
     """
-    if weight.dtype == E4M3:
-        return linear(rows, _wrap(ROW, weight, scale.expand(weight.shape[0]), rows.dtype), bias)
-    if scale.numel() == 1:
-        return linear(rows, _wrap(TENSOR, weight, scale, rows.dtype), bias)
-    one = torch.ones(1, device=scale.device)
-    out = linear(rows.float(), _wrap(TENSOR, weight, one, torch.float32)) * scale
-    return out if bias is None else out + bias
+    if weight.dtype != E4M3 and scale.numel() > 1:
+        out = _product(x.float(), weight, torch.ones(1, device=x.device), None, scale_input) * scale
+        return out if bias is None else out + bias
+    if scale.numel() > 1 or (weight.dtype == E4M3 and scale_input is None):
+        payload = _wrap(ROW, weight, scale.expand(weight.shape[0]).reshape(-1, 1), x.dtype)
+    else:
+        payload = _wrap(TENSOR, weight, scale.reshape(()), x.dtype)
+    if scale_input is not None:
+        x = quantize_activation(x, payload, input_scale=scale_input)
+    return linear(x, payload, bias)
 
 
 def _wrap(name: str, weight: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype):
-    scale = scale.reshape(-1, 1).contiguous() if name == ROW else scale.reshape(())
-    params = LAYOUTS[name].Params(scale=scale, orig_dtype=dtype, orig_shape=tuple(weight.shape))
+    params = LAYOUTS[name].Params(
+        scale=scale.contiguous(), orig_dtype=dtype, orig_shape=tuple(weight.shape)
+    )
     return QuantizedTensor(weight, name, params)
 
 

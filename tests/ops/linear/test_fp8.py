@@ -5,9 +5,15 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lowbit.ops.linear import fp8, fp8_linear_forward
+from lowbit.ops.linear import (
+    QuantizedActivation,
+    fp8,
+    fp8_linear_forward,
+    quantize_activation,
+    share,
+    sharing,
+)
 from lowbit.ops.linear import triton as kernels
-from lowbit.ops.quantize_rows import quantize_rows
 from lowbit.quant import formats
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
@@ -51,18 +57,19 @@ def bound(x: torch.Tensor, base_dtype: torch.dtype, rounds: bool) -> float:
     return eps + (ROUNDING if rounds else 0) + 1e-6
 
 
+def by_kernels(x, weight, bias=None):
+    """`linear` by our kernels, with their reference in their place."""
+    if not isinstance(x, QuantizedActivation):
+        x = quantize_activation(x, weight, backend="reference")
+    out = kernels.run_quantized(x, weight, bias, "reference")
+    return out.reshape(*x.shape[:-1], weight.shape[0])
+
+
 @pytest.fixture(params=["chosen", "kernels"])
 def rounds(request, monkeypatch) -> bool:
-    """Whether the activation is rounded: not by the backend that a CPU takes, but by our kernels.
-
-    The latter, with their reference in their place, are put where `linear` is called.
-    """
+    """Whether the activation is rounded: by our kernels, not by the backend that a CPU takes."""
     if request.param == "kernels":
-
-        def linear(x, weight, bias=None):
-            return kernels.run(x, weight, bias, "reference")
-
-        monkeypatch.setattr(fp8, "linear", linear)
+        monkeypatch.setattr(fp8, "linear", by_kernels)
     return request.param == "kernels"
 
 
@@ -112,14 +119,13 @@ def test_empty_batch_gives_an_empty_output(lead, scale_input, k):
 def test_sizes_are_padded_with_zeros(n, k, stored, scale, scale_input, rounds, monkeypatch):
     module = module_of(n, k, stored, torch.float32, scale, scale_input)
     x, seen = make(100, k, seed=1), []
-    for name in ("linear", "scaled_mm"):
-        run = getattr(fp8, name)
+    run = fp8.linear
 
-        def record(a, b, *args, run=run, **kwargs):
-            seen.append((*a.shape, *b.shape))
-            return run(a, b, *args, **kwargs)
+    def record(a, b, *args):
+        seen.append((*a.shape, *b.shape))
+        return run(a, b, *args)
 
-        monkeypatch.setattr(fp8, name, record)
+    monkeypatch.setattr(fp8, "linear", record)
     got = fp8_linear_forward(module, torch.float32, x)
     rounds = rounds or scale_input is not None
     assert got.shape == (100, n)
@@ -190,9 +196,9 @@ def test_every_layout_reaches_the_product_as_cublas_wants_it(
     seen = []
 
     def linear(x, weight, bias=None):
-        rows = quantize_rows(x, E4M3)[0]
-        seen.append(raw(rows.to("meta"), weight._qdata.to("meta").t()))
-        return kernels.run(x, weight, bias, "reference")
+        x = quantize_activation(x, weight)
+        seen.append(raw(x.stored.to("meta"), weight._qdata.to("meta").t()))
+        return by_kernels(x, weight, bias)
 
     monkeypatch.setattr(fp8, "linear", linear)
     got = fp8_linear_forward(module, torch.float32, x)
@@ -247,6 +253,19 @@ def test_tokens_of_very_different_norm_keep_their_precision(rounds):
     got, want = fp8_linear_forward(module, torch.float32, x), want_of(module, x)
     for part in (slice(0, None, 2), slice(1, None, 2)):
         assert error(got[part], want[part]) <= bound(x, torch.float32, rounds)
+
+
+def test_input_that_layers_share_is_seen_as_shared(monkeypatch):
+    module, x, seen = module_of(), make(2, 3, K), []
+
+    def linear(x, weight, bias=None):
+        seen.append(hasattr(x, sharing.ATTRIBUTE))
+        return by_kernels(x, weight, bias)
+
+    monkeypatch.setattr(fp8, "linear", linear)
+    share(x, 2)
+    fp8_linear_forward(module, torch.float32, x)
+    assert seen == [True]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
