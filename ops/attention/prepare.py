@@ -16,8 +16,14 @@ Q_ROWS = 64
 CHUNK_KEYS = 512
 LOG2E = math.log2(math.e)
 MIN_WIDTH = 64
-# A product and a sum rounded as one would round to other codes than the reference's.
-OPTIONS = {"num_warps": 8, "enable_fp_fusion": False}
+
+
+def options(warps: int) -> dict[str, int]:
+    """Return Triton's options for a kernel of so many warps.
+
+    A product and a sum rounded as one would round to other codes than the reference's.
+    """
+    return {"num_warps": warps, "enable_fp_fusion": False}
 
 
 @dataclass(frozen=True)
@@ -69,12 +75,12 @@ def prepare(
     scale: of the softmax. groups: scales of 128 keys, 4 (of keys whose (key % 8) / 2 is the same)
     or 1. swizzled: as the Hopper kernel reads them. shift: also what the log-sum-exp needs.
     """
-    k_mean, v_mean, v_scale = _statistics(k, v, mode)
+    k_mean, _ = _statistics(k, None)
     *queries, shifts = _queries(q, k_mean, scale, k.shape[1], swizzled, shift)
     keys = _keys(k, k_mean, groups, swizzled)
     values = (None, None, None, None)
     if mode.storage is not None:
-        values = _values(v, v_mean, v_scale, mode, swizzled)
+        values = _values(v, *_statistics(v, mode.limit), mode, swizzled)
     return Prepared(*queries, *keys, *values, shifts)
 
 
@@ -82,35 +88,34 @@ def _empty(x: torch.Tensor, *shape: int, dtype: torch.dtype = torch.float32) -> 
     return torch.empty(shape, dtype=dtype, device=x.device)
 
 
-def _statistics(k, v, mode: Mode) -> tuple[torch.Tensor, ...]:
-    """Return the mean key, the mean value and V's scales, each [B · Hkv, W]; V's only if stored."""
+def _statistics(x, limit: float | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Return the mean token of x and, with a limit, each channel's scale, [B · Hkv, W]."""
     from .kernels.prepare import gather_kernel, statistics_kernel
 
-    b, heads, keys, d = k.shape
+    b, heads, keys, d = x.shape
     bh, w, chunks = b * heads, width(d), -(-keys // CHUNK_KEYS)
-    with_v = mode.storage is not None
-    partial, k_mean = _empty(k, bh, chunks, 4, w), _empty(k, bh, w)
-    v_mean, v_scale = (_empty(k, bh, w), _empty(k, bh, w)) if with_v else (k_mean, k_mean)
-    sizes = (b, heads, keys, d, *k.stride(), *v.stride(), chunks)
-    constants = (CHUNK_KEYS, w, with_v)
+    partial, mean = _empty(x, bh, chunks, 3, w), _empty(x, bh, w)
+    scale = None if limit is None else _empty(x, bh, w)
+    sizes = (heads, keys, d, *x.stride(), chunks)
+    constants = (CHUNK_KEYS, w, limit is not None)
     launch(
         statistics_kernel,
         bh * chunks,
-        (k, v, partial, *sizes, *constants),
-        OPTIONS,
-        (k.dtype, v.dtype, alignment(k, v), _key(*sizes), constants),
-        k.device,
+        (x, partial, *sizes, *constants),
+        options(8),
+        (x.dtype, alignment(x), _key(*sizes), constants),
+        x.device,
     )
-    constants = (mode.limit, w, with_v)
+    constants = (limit, w, limit is not None)
     launch(
         gather_kernel,
         bh,
-        (partial, k_mean, v_mean, v_scale, keys, chunks, *constants),
-        OPTIONS,
+        (partial, mean, scale, keys, chunks, *constants),
+        options(4),
         (_key(keys, chunks), constants),
-        k.device,
+        x.device,
     )
-    return k_mean, v_mean, v_scale
+    return mean, scale
 
 
 def _queries(q, k_mean, scale: float, heads: int, swizzled: bool, shift: bool) -> tuple:
@@ -128,7 +133,7 @@ def _queries(q, k_mean, scale: float, heads: int, swizzled: bool, shift: bool) -
         quantize_q_kernel,
         b * h * tiles * (TILE // Q_ROWS),
         (q, k_mean, stored, scales, bound, shifts, scale * LOG2E, *sizes, *constants),
-        OPTIONS,
+        options(8),
         (q.dtype, alignment(q), _key(*sizes), constants),
         q.device,
     )
@@ -149,7 +154,7 @@ def _keys(k, k_mean, groups: int, swizzled: bool) -> tuple[torch.Tensor, ...]:
         quantize_k_kernel,
         bh * blocks,
         (k, k_mean, stored, scale, bound, *sizes, *constants),
-        OPTIONS,
+        options(4),
         (k.dtype, alignment(k), _key(*sizes), constants),
         k.device,
     )
@@ -175,7 +180,7 @@ def _values(v, mean, scale, mode: Mode, swizzled: bool) -> tuple[torch.Tensor, .
         quantize_v_kernel,
         bh * blocks,
         (v, mean, scale, stored, sums, *sizes, *constants),
-        OPTIONS,
+        options(4),
         (v.dtype, alignment(v), _key(*sizes), constants),
         v.device,
     )

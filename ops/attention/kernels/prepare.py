@@ -78,100 +78,82 @@ def _spread(x, GROUPS: tl.constexpr):
 
 @triton.jit
 def statistics_kernel(
-    k,
-    v,
+    x,
     partial,
-    B,
     H,
     KEYS,
     D,
-    k_b,
-    k_h,
-    k_l,
-    k_d,
-    v_b,
-    v_h,
-    v_l,
-    v_d,
+    x_b,
+    x_h,
+    x_l,
+    x_d,
     CHUNKS,
     ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
-    WITH_V: tl.constexpr,
+    RANGE: tl.constexpr,
 ):
-    """partial[bh, chunk] = sums over ROWS keys of K; and of V, with its largest and least.
+    """partial[bh, chunk] = the sum over ROWS keys of x; RANGE: also the largest and the least.
 
-    partial: [B·H, CHUNKS, 4, WIDTH] float32.
+    partial: [B·H, CHUNKS, 3, WIDTH] float32.
     """
     chunk = tl.program_id(0) % CHUNKS
     bh = (tl.program_id(0) // CHUNKS).to(tl.int64)
-    b, h = bh // H, bh % H
     column = tl.arange(0, WIDTH)
-    inside = column < D
     rows = tl.arange(0, STEP)
-    k += b * k_b + h * k_h
-    v += b * v_b + h * v_h
-    k_sum = tl.zeros((STEP, WIDTH), tl.float32)
-    v_sum = tl.zeros((STEP, WIDTH), tl.float32)
+    x += bh // H * x_b + bh % H * x_h
+    total = tl.zeros((STEP, WIDTH), tl.float32)
     high = tl.full((STEP, WIDTH), float("-inf"), tl.float32)
     low = tl.full((STEP, WIDTH), float("inf"), tl.float32)
     for start in range(0, ROWS, STEP):
         key = chunk * ROWS + start + rows
-        valid = (key < KEYS)[:, None] & inside[None, :]
-        at = key.to(tl.int64)[:, None]
-        x = tl.load(k + at * k_l + column[None, :] * k_d, mask=valid, other=0.0)
-        k_sum += x.to(tl.float32)
-        if WITH_V:
-            x = tl.load(v + at * v_l + column[None, :] * v_d, mask=valid, other=0.0)
-            x = x.to(tl.float32)
-            v_sum += x
-            high = tl.maximum(high, tl.where(valid, x, float("-inf")))
-            low = tl.minimum(low, tl.where(valid, x, float("inf")))
-    at = partial + (bh * CHUNKS + chunk) * 4 * WIDTH + column
-    tl.store(at, tl.sum(k_sum, axis=0))
-    if WITH_V:
-        tl.store(at + WIDTH, tl.sum(v_sum, axis=0))
-        tl.store(at + 2 * WIDTH, tl.max(high, axis=0))
-        tl.store(at + 3 * WIDTH, tl.min(low, axis=0))
+        valid = (key < KEYS)[:, None] & (column < D)[None, :]
+        at = x + key.to(tl.int64)[:, None] * x_l + column[None, :] * x_d
+        value = tl.load(at, mask=valid, other=0.0).to(tl.float32)
+        total += value
+        if RANGE:
+            high = tl.maximum(high, tl.where(valid, value, float("-inf")))
+            low = tl.minimum(low, tl.where(valid, value, float("inf")))
+    at = partial + (bh * CHUNKS + chunk) * 3 * WIDTH + column
+    tl.store(at, tl.sum(total, axis=0))
+    if RANGE:
+        tl.store(at + WIDTH, tl.max(high, axis=0))
+        tl.store(at + 2 * WIDTH, tl.min(low, axis=0))
 
 
 @triton.jit
 def gather_kernel(
     partial,
-    k_mean,
-    v_mean,
-    v_scale,
+    mean,
+    scale,
     KEYS,
     CHUNKS,
     LIMIT: tl.constexpr,
     WIDTH: tl.constexpr,
-    WITH_V: tl.constexpr,
+    RANGE: tl.constexpr,
 ):
-    """k_mean, v_mean, v_scale [B·H, WIDTH] = what `partial` adds up to, one program for each bh.
+    """mean, scale [B·H, WIDTH] = what `partial` adds up to, one program for each bh.
 
-    v_scale: the largest distance from the mean, over LIMIT. A NaN stays: sums carry it.
+    scale: with RANGE, the largest distance from the mean over LIMIT. A NaN stays: sums carry it.
     """
     bh = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, WIDTH)
-    k_sum = tl.zeros((WIDTH,), tl.float32)
-    v_sum = tl.zeros((WIDTH,), tl.float32)
+    total = tl.zeros((WIDTH,), tl.float32)
     high = tl.full((WIDTH,), float("-inf"), tl.float32)
     low = tl.full((WIDTH,), float("inf"), tl.float32)
-    at = partial + bh * CHUNKS * 4 * WIDTH + column
+    at = partial + bh * CHUNKS * 3 * WIDTH + column
     for _ in range(0, CHUNKS):
-        k_sum += tl.load(at)
-        if WITH_V:
-            v_sum += tl.load(at + WIDTH)
-            high = tl.maximum(high, tl.load(at + 2 * WIDTH))
-            low = tl.minimum(low, tl.load(at + 3 * WIDTH))
-        at += 4 * WIDTH
-    tl.store(k_mean + bh * WIDTH + column, k_sum / KEYS)
-    if WITH_V:
-        mean = v_sum / KEYS
-        scale = tl.maximum(high - mean, mean - low) / LIMIT
+        total += tl.load(at)
+        if RANGE:
+            high = tl.maximum(high, tl.load(at + WIDTH))
+            low = tl.minimum(low, tl.load(at + 2 * WIDTH))
+        at += 3 * WIDTH
+    middle = total / KEYS
+    tl.store(mean + bh * WIDTH + column, middle)
+    if RANGE:
+        step = tl.maximum(high - middle, middle - low) / LIMIT
         # A difference with NaN or Inf in it is neither above nor below.
-        scale = tl.where(mean - mean == 0, scale, mean - mean)
-        tl.store(v_mean + bh * WIDTH + column, mean)
-        tl.store(v_scale + bh * WIDTH + column, tl.where(scale < TINY, TINY, scale))
+        step = tl.where(middle - middle == 0, step, middle - middle)
+        tl.store(scale + bh * WIDTH + column, tl.where(step < TINY, TINY, step))
 
 
 @triton.jit

@@ -28,14 +28,14 @@ ALIGNED = [["tt.divisibility", 16]]
 TOOLS = Path(importlib.util.find_spec("triton").origin).parent / "backends" / "nvidia" / "bin"
 TYPES = {torch.int8: "i8", torch.float8_e4m3fn: "fp8e4nv", None: "bf16"}
 POINTERS = {
-    **dict.fromkeys(("q", "k", "v", "out"), "*bf16"),
+    **dict.fromkeys(("q", "k", "v", "x", "out"), "*bf16"),
     **dict.fromkeys(("q_scale", "k_scale", "v_scale", "v_offset", "v_sum", "lse"), "*fp32"),
     **dict.fromkeys(("partial", "k_mean", "v_mean", "scale", "bound", "shift", "sums"), "*fp32"),
     **{"factor": "fp32", "mask": "*i1"},
 }
 # Lengths, and strides of one element: of no known divisor, or one.
 ODD = ("ROWS", "KEYS", "LENGTH", "TILES", "BLOCKS", "CHUNKS", "H", "GROUP", "B")
-UNIT = ("v_d", "k_d", "q_d", "out_d", "mask_k")
+UNIT = ("v_d", "k_d", "q_d", "x_d", "out_d", "mask_k")
 
 
 def compiled(kernel, constants: dict, arch: int, **options):
@@ -125,20 +125,21 @@ def test_masked_kernel_fits(mode, arch):
 @pytest.mark.parametrize("swizzled", [True, False])
 def test_quantizers_keep_a_tile_in_registers(arch, swizzled, tmp_path):
     shared = {"WIDTH": 128, "SWIZZLED": swizzled, "D": 128}
-    rows, chunk = prepare_module.Q_ROWS, prepare_module.CHUNK_KEYS
-    stored = {"types": {"stored": "*i8"}, **prepare_module.OPTIONS}
-    kernels = (
-        compiled(
-            prepare.quantize_q_kernel, {**shared, "ROWS": rows, "SHIFT": True}, arch, **stored
-        ),
-        compiled(
-            prepare.quantize_k_kernel, {**shared, "GROUPS": 4 if swizzled else 1}, arch, **stored
-        ),
-        compiled(prepare.quantize_v_kernel, {**shared, "INTEGER": True}, arch, **stored),
-        compiled(
-            prepare.statistics_kernel, {"ROWS": chunk, "WIDTH": 128, "WITH_V": True, "D": 128}, arch
-        ),
-    )
-    for kernel in kernels:
-        assert spilled_bytes(kernel, tmp_path) == 0
-        assert re.search(r"ld.global\S*\.v4\.b32", kernel.asm["ptx"])
+    groups = 4 if swizzled else 1
+    q = {**shared, "ROWS": prepare_module.Q_ROWS, "SHIFT": True}
+    statistics = {"ROWS": prepare_module.CHUNK_KEYS, "WIDTH": 128, "RANGE": True, "D": 128}
+    cases = [
+        (prepare.quantize_q_kernel, q, 8, "i8"),
+        (prepare.quantize_k_kernel, {**shared, "GROUPS": groups}, 4, "i8"),
+        (prepare.quantize_v_kernel, {**shared, "INTEGER": True}, 4, "i8"),
+        (prepare.statistics_kernel, statistics, 8, "i8"),
+    ]
+    if arch >= 89:
+        cases.append((prepare.quantize_v_kernel, {**shared, "INTEGER": False}, 4, "fp8e4nv"))
+    for kernel, constants, warps, stored in cases:
+        options = {"types": {"stored": f"*{stored}"}, **prepare_module.options(warps)}
+        done = compiled(kernel, constants, arch, **options)
+        assert spilled_bytes(done, tmp_path) == 0
+        assert re.search(r"ld.global\S*\.v4\.b32", done.asm["ptx"])
+        # A cast from FP8 is what ptxas compiles wrongly.
+        assert "cvt.rn.f16x2.e4m3x2" not in done.asm["ptx"]
