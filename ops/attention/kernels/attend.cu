@@ -20,7 +20,8 @@ struct Ring {
     }
 };
 
-__device__ __forceinline__ void produce(const Params& args, const TensorMap* map, const Shared& at) {
+__device__ __forceinline__ void produce(const Params& args, const TensorMap* map,
+                                        const Shared& at) {
     int bh = q_head();
     int kv = kv_head(args);
     barrier_expect(at.q_full, Q_BYTES);
@@ -49,7 +50,8 @@ __device__ __forceinline__ void produce(const Params& args, const TensorMap* map
     }
 }
 
-// What a warpgroup works with. o: P·V summed. acc: where P·V of a tile goes; INT8 adds it up apart.
+// What a warpgroup works with, and where it is. Beside it: o, P·V summed; acc, where P·V of a tile
+// goes, which is o itself but for INT8, which adds its integers up apart (FOLD).
 struct Work {
     const Params& args;
     const Shared& at;
@@ -154,7 +156,9 @@ __device__ __forceinline__ void consume(Work& work, float (&o)[64], u32 (&p)[P_R
     FOLD();
 }
 
-__device__ __forceinline__ void finish(const Params& args, const float (&o)[64], Rows& rows, int row) {
+// Divides by the sums, and stores rows `row` and `row` + 8.
+__device__ __forceinline__ void finish(const Params& args, const float (&o)[64], Rows& rows,
+                                       int row) {
     int bh = q_head();
     int column = 2 * (threadIdx.x % 4);
 #pragma unroll
@@ -188,7 +192,8 @@ __device__ __forceinline__ void finish(const Params& args, const float (&o)[64],
     }
 }
 
-// Whether no logit of a thread's rows can be 2^SAFE times the first tile's maximum (Cauchy-Schwarz).
+// Whether no logit of a warpgroup's rows can be SAFE above the first tile's maximum: by the norms
+// of query and key (Cauchy-Schwarz).
 __device__ __forceinline__ bool is_bounded(const Params& args, const Rows& rows, int row,
                                            float* scratch) {
     float k = 0.0f;
@@ -204,9 +209,9 @@ __device__ __forceinline__ bool is_bounded(const Params& args, const Rows& rows,
 #pragma unroll
     for (int i = 0; i < 4; ++i) k = fmaxf(k, scratch[group * 4 + i]);
     const float* q = args.q_bound + u64(q_head()) * args.tiles * M + row;
-    // 16-bit P of FP16 has a narrow range too.
-    bool holds = !(PV == PV_EXACT && FP16) && q[0] * k - rows.top[0] <= SAFE && q[8] * k - rows.top[1] <= SAFE;
-    return all_of_group(3 + group, holds);
+    bool holds = q[0] * k - rows.top[0] <= SAFE && q[8] * k - rows.top[1] <= SAFE;
+    // P in FP16 has a narrow range itself.
+    return all_of_group(3 + group, holds && !(PV == PV_EXACT && FP16));
 }
 
 extern "C" __global__ void __launch_bounds__(384, 1)
