@@ -19,7 +19,8 @@ GROUPS = 4
 SOURCES = ("machine.cu", "softmax.cu", "attend.cu")
 FOLDER = Path(__file__).with_name("kernels")
 OPTIONS = ("--gpu-architecture=sm_90a", "--std=c++17", "-default-device")
-# The fastest of what was measured on an H200, by mode: `attend.cu` says what they mean.
+# The fastest of what was measured on an H200, by mode; `machine.cu` says what the names mean. INT8
+# spills with more registers than these take.
 VARIANTS = {
     "exact": {"STAGES": 3, "PINGPONG": 0, "DOUBLE": 1, "Q_IN_REGISTERS": 1},
     "fp8": {"STAGES": 4, "PINGPONG": 1, "DOUBLE": 1, "Q_IN_REGISTERS": 0},
