@@ -1,0 +1,83 @@
+"""Attention in 8 bits: INT8 Q·Kᵀ with the mean key taken off, and P·V in 16 bits, FP8 or INT8.
+
+`modes.py` says what each mode computes and how exactly, `prepare.py` what the kernels read.
+"""
+
+import torch
+
+from .. import registry
+from ..custom_op import custom_op
+from .check import check
+from .modes import MODES
+
+OP = "attention"
+
+
+def attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mode: str = "exact",
+    *,
+    mask: torch.Tensor | None = None,
+    causal: bool = False,
+    scale: float | None = None,
+    return_lse: bool = False,
+    backend: str = "auto",
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """Return softmax(scale · q·kᵀ + mask) · v, [B, H, Lq, D], in the dtype of q.
+
+    q: [B, H, Lq, D]; k, v: [B, Hkv, Lk, D] with H % Hkv = 0, all bf16 or fp16, any strides (a
+    [B, L, H, D] tensor is given transposed), never written to; the result lies in memory as q does.
+    mode: a key of MODES. mask: bool (True: the key counts) or added to the logits, broadcast to
+    [B, H, Lq, Lk]. causal: a query sees the keys up to its own index. scale: positive; None is
+    D**-0.5. return_lse: also the natural log-sum-exp of the logits, [B, H, Lq] float32.
+    A row for which no key counts gives zeros, and -inf. NaN in a row of q reaches that row; NaN in
+    k or v reaches the rows or channels of its head.
+    Raises ValueError or TypeError on other inputs, NoBackendError when no backend can run them.
+    """
+    check(q, k, v, mode, mask, scale)
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    out, lse = _OP(q, k, v, mask, mode, causal, scale, return_lse, backend)
+    return (out, lse) if return_lse else out
+
+
+def scheme(mode: str, masked: bool) -> str:
+    """Return the name under which backends register what they can do."""
+    return f"{mode}_masked" if masked else mode
+
+
+def empty_out(q: torch.Tensor) -> torch.Tensor:
+    """Return an empty tensor like q whose tokens and heads lie in memory in q's order."""
+    b, h, length, d = q.shape
+    if q.stride(1) < q.stride(2):
+        return q.new_empty(b, length, h, d).transpose(1, 2)
+    return q.new_empty(b, h, length, d)
+
+
+def _run(q, k, v, mask, mode, causal, scale, return_lse, backend):
+    masked = mask is not None or causal
+    # Any number of keys: a call is remembered, and lengths vary.
+    call = registry.Call(scheme(mode, masked), q.device, 0, q.shape[-1])
+    run = registry.select(OP, call, backend).run
+    out, lse = _empty(q, k, v, mask, mode, causal, scale, return_lse, backend)
+    if q.numel() == 0 or k.numel() == 0:
+        return out.zero_(), lse.fill_(-torch.inf)
+    if mask is not None:
+        mask = mask.expand(*q.shape[:3], k.shape[2])
+    run(out, lse if return_lse else None, q, k, v, MODES[mode], mask, causal, scale)
+    return out, lse
+
+
+def _empty(q, k, v, mask, mode, causal, scale, return_lse, backend):
+    shape = q.shape[:3] if return_lse else (0,)
+    return empty_out(q), torch.empty(shape, dtype=torch.float32, device=q.device)
+
+
+_OP = custom_op(
+    "attention(Tensor q, Tensor k, Tensor v, Tensor? mask, str mode, bool causal, float scale, "
+    "bool return_lse, str backend) -> (Tensor, Tensor)",
+    _run,
+    _empty,
+)
+registry.discover(__name__)

@@ -1,0 +1,149 @@
+"""The Hopper backend of `attention`: CUDA C++, compiled by torch's NVRTC when first called."""
+
+import ctypes
+import functools
+from pathlib import Path
+
+import torch
+
+from ..registry import Backend, Needs, capability, register
+from . import OP, nvrtc, scheme
+from .modes import MODES, Mode
+from .prepare import TILE, prepare
+
+HOPPER = (9, 0)
+D = 128
+THREADS = 384
+# Scales of 128 keys: each thread of four holds the keys of one.
+GROUPS = 4
+SOURCES = ("machine.cu", "softmax.cu", "attend.cu")
+FOLDER = Path(__file__).with_name("kernels")
+OPTIONS = ("--gpu-architecture=sm_90a", "--std=c++17", "-default-device")
+# The fastest of what was measured on an H200, by mode; `machine.cu` says what the names mean. INT8
+# spills with more registers than these take.
+VARIANTS = {
+    "exact": {"STAGES": 3, "PINGPONG": 0, "DOUBLE": 1, "Q_IN_REGISTERS": 1},
+    "fp8": {"STAGES": 4, "PINGPONG": 1, "DOUBLE": 1, "Q_IN_REGISTERS": 0},
+    "int8": {"STAGES": 4, "PINGPONG": 1, "DOUBLE": 0, "Q_IN_REGISTERS": 0},
+}
+# CUtensorMap's data types, swizzle of 128 bytes, promotion to 256 bytes in the L2 cache.
+MAP_DTYPES = {torch.float16: 6, torch.bfloat16: 9}
+MAP_SWIZZLE_128 = 3
+MAP_PROMOTE_256 = 3
+MAP_BYTES = 128
+MAP_ALIGNMENT = 64
+# Elements of a row of 128 bytes.
+BOX_COLUMNS = 64
+
+
+class Params(ctypes.Structure):
+    """The kernel's first parameter, `struct Params` in machine.cu."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("q", "k", "v", "q_scale", "k_scale", "v_scale")),
+        *((name, ctypes.c_void_p) for name in ("v_offset", "q_bound", "k_bound", "out", "lse")),
+        *((name, ctypes.c_longlong) for name in ("out_b", "out_h", "out_l")),
+        *((name, ctypes.c_int) for name in ("group", "rows", "keys", "tiles", "blocks")),
+    )
+
+
+class TensorMap(ctypes.Structure):
+    """CUtensorMap; made by `_aligned_map`, as it has to start at a multiple of 64 bytes."""
+
+    _fields_ = (("bytes", ctypes.c_char * MAP_BYTES),)
+
+
+def _aligned_map() -> TensorMap:
+    memory = ctypes.create_string_buffer(MAP_BYTES + MAP_ALIGNMENT)
+    return TensorMap.from_buffer(memory, -ctypes.addressof(memory) % MAP_ALIGNMENT)
+
+
+def _map_of(v: torch.Tensor) -> TensorMap:
+    """Return the map by which boxes of 128 keys and 64 channels of v [B, Hkv, Lk, 128] come."""
+    b, h, length, d = v.shape
+    size = v.element_size()
+    strides = [v.stride(i) * size for i in (2, 1, 0)]
+    tensor_map = _aligned_map()
+    encode = nvrtc.driver().cuTensorMapEncodeTiled
+    result = encode(
+        *(ctypes.byref(tensor_map), MAP_DTYPES[v.dtype], 4, ctypes.c_void_p(v.data_ptr())),
+        *((ctypes.c_uint64 * 4)(d, length, h, b), (ctypes.c_uint64 * 3)(*strides)),
+        *((ctypes.c_uint32 * 4)(BOX_COLUMNS, TILE, 1, 1), (ctypes.c_uint32 * 4)(1, 1, 1, 1)),
+        *(0, MAP_SWIZZLE_128, MAP_PROMOTE_256, 0),
+    )
+    nvrtc.check(result, "cuTensorMapEncodeTiled")
+    return tensor_map
+
+
+def _readable(v: torch.Tensor) -> torch.Tensor:
+    """Return v, or a copy where its strides or start are none that a map can have."""
+    unit = 16 // v.element_size()
+    aligned = v.data_ptr() % 16 == 0 and v.stride(3) == 1
+    if aligned and all(s > 0 and s % unit == 0 for s in v.stride()[:3]):
+        return v
+    return v.clone(memory_format=torch.contiguous_format)
+
+
+def source() -> str:
+    """Return the CUDA C++ source, of all its files."""
+    return "\n".join((FOLDER / name).read_text(encoding="utf-8") for name in SOURCES)
+
+
+def options(mode: Mode, dtype: torch.dtype) -> tuple[str, ...]:
+    """Return NVRTC's options for one mode and dtype."""
+    defined = {"PV": mode.code, "FP16": int(dtype == torch.float16), **VARIANTS[mode.name]}
+    return (*OPTIONS, *(f"-D{name}={value}" for name, value in defined.items()))
+
+
+def shared_bytes(mode: Mode) -> int:
+    """Return the shared memory of a block: Q, and so many stages of K and V, aligned to 1 KiB."""
+    v_bytes = 2 if mode.storage is None else 1
+    return 1024 + TILE * D * (1 + VARIANTS[mode.name]["STAGES"] * (1 + v_bytes))
+
+
+@functools.cache
+def _kernel(mode: Mode, dtype: torch.dtype, device: int) -> nvrtc.Kernel:
+    code = nvrtc.compile_source(source(), options(mode, dtype))
+    return nvrtc.Kernel(code, "attention", shared_bytes(mode))
+
+
+def run(out, lse, q, k, v, mode: Mode, mask, causal: bool, scale: float) -> None:
+    """Write to out and lse what `attention` describes; there is no mask, and causal is False."""
+    ready = prepare(q, k, v, scale, mode, groups=GROUPS, swizzled=True, shift=lse is not None)
+    (b, h, length, _), (heads, keys) = q.shape, k.shape[1:3]
+    # Held until the launch: the map has its address.
+    v = _readable(v)
+    tiles, blocks = ready.q.shape[1], ready.k.shape[1]
+    tensors = (
+        *(ready.q, ready.k, ready.v, ready.q_scale, ready.k_scale, ready.v_scale),
+        *(ready.v_offset, ready.q_bound, ready.k_bound, out, lse),
+    )
+    pointers = (None if t is None else t.data_ptr() for t in tensors)
+    sizes = (h // heads, length, keys, tiles, blocks)
+    params = Params(*pointers, *out.stride()[:3], *sizes)
+    with torch.cuda.device(q.device):
+        tensor_map = _map_of(v) if ready.v is None else _aligned_map()
+        stream = torch.cuda.current_stream(q.device).cuda_stream
+        kernel = _kernel(mode, q.dtype, q.device.index)
+        kernel.launch((tiles, h, b), THREADS, (params, tensor_map), stream)
+    if lse is not None:
+        lse += ready.shift.view_as(lse)
+
+
+def _missing(device: torch.device) -> str | None:
+    """Return why the kernel cannot run on `device`, or None."""
+    if device.type == "cuda" and capability(device) != HOPPER:
+        return f"needs compute capability {HOPPER}, got {capability(device)}"
+    return nvrtc.missing()
+
+
+NEEDS = Needs(
+    frozenset(scheme(mode, False) for mode in MODES),
+    devices=frozenset({"cuda"}),
+    capability=HOPPER,
+    k_multiple=D,
+    k_max=D,
+    package="triton",
+    self_test=_missing,
+)
+register(Backend(OP, "hopper", 5, NEEDS, run))

@@ -1,0 +1,296 @@
+// The kernel: who copies, who multiplies, in which order. See machine.cu.
+
+// One block of threads a tile of rows, a head and a batch element: x, y, z.
+__device__ __forceinline__ int q_head() { return blockIdx.z * gridDim.y + blockIdx.y; }
+__device__ __forceinline__ int kv_head(const Params& args) { return q_head() / args.group; }
+
+struct Shared {
+    u32 q, k, v, k_scale, q_full, k_full, k_empty, v_full, v_empty;
+};
+
+// A place in the ring of stages.
+struct Ring {
+    int stage = 0;
+    u32 phase = 0;
+    __device__ __forceinline__ void next() {
+        if (++stage == STAGES) {
+            stage = 0;
+            phase ^= 1;
+        }
+    }
+};
+
+__device__ __forceinline__ void produce(const Params& args, const TensorMap* map,
+                                        const Shared& at) {
+    int bh = q_head();
+    int kv = kv_head(args);
+    barrier_expect(at.q_full, Q_BYTES);
+    copy(at.q, args.q + (u64(bh) * args.tiles + blockIdx.x) * Q_BYTES, Q_BYTES, at.q_full);
+    Ring ring;
+    for (int i = 0; i < args.blocks; ++i) {
+        int block = args.blocks - 1 - i;
+        u64 tile = u64(kv) * args.blocks + block;
+        barrier_wait(at.k_empty + 8 * ring.stage, ring.phase ^ 1);
+        u32 full = at.k_full + 8 * ring.stage;
+        barrier_expect(full, K_BYTES + 16);
+        copy(at.k + ring.stage * K_BYTES, args.k + tile * K_BYTES, K_BYTES, full);
+        copy(at.k_scale + ring.stage * 16, args.k_scale + tile * 4, 16, full);
+        barrier_wait(at.v_empty + 8 * ring.stage, ring.phase ^ 1);
+        full = at.v_full + 8 * ring.stage;
+        barrier_expect(full, V_BYTES);
+        u32 to = at.v + ring.stage * V_BYTES;
+#if PV == PV_EXACT
+        int h = blockIdx.y / args.group, b = blockIdx.z;
+        copy_box(to, map, 0, block * N, h, b, full);
+        copy_box(to + V_BYTES / 2, map, 64, block * N, h, b, full);
+#else
+        copy(to, args.v + tile * V_BYTES, V_BYTES, full);
+#endif
+        ring.next();
+    }
+}
+
+// What a warpgroup works with, and where it is. Beside it: o, P·V summed; acc, where P·V of a tile
+// goes, which is o itself but for INT8, which adds its integers up apart (FOLD).
+struct Work {
+    const Params& args;
+    const Shared& at;
+    const Query& q;
+    int group;
+    Ring ring;    // tile to be multiplied by Q
+    Ring before;  // tile to be multiplied by P
+};
+#if PV == PV_INT8
+#define FOLD()                                    \
+    _Pragma("unroll") for (int j = 0; j < 64; ++j) \
+        o[j] = fmaf(float(acc[j]), rows.pending[(j / 2) % 2], o[j])
+#else
+#define FOLD()
+#endif
+
+// One tile: S of tile i beside P·V of the tile before, whose P is in `p`; P of tile i to `p`.
+template <bool BOUNDED>
+__device__ __forceinline__ void advance(Work& work, int i, float (&o)[64], Sum (&acc)[64],
+                                        u32 (&p)[P_REGISTERS], Rows& rows) {
+    const Shared& at = work.at;
+    bool last = i + 1 == work.args.blocks;
+    bool leader = threadIdx.x % 32 == 0;
+    int s[64];
+    if (PINGPONG) named_sync(1 + work.group);
+    settle(s);
+    settle(acc);
+    mma_fence();
+    multiply_qk(s, work.q, descriptor(at.k + work.ring.stage * K_BYTES));
+    mma_commit();
+    barrier_wait(at.v_full + 8 * work.before.stage, work.before.phase);
+    FOLD();
+    mma_fence();
+    multiply_pv(acc, p, descriptor(at.v + work.before.stage * V_BYTES, V_BYTES / 2));
+    mma_commit();
+    if (PINGPONG && !(work.group == 1 && last)) named_arrive(2 - work.group);
+    mma_wait<1>();
+    settle(s);
+    float k_scale;
+    asm volatile("ld.shared.f32 %0, [%1];"
+                 : "=f"(k_scale)
+                 : "r"(at.k_scale + work.ring.stage * 16 + threadIdx.x % 4 * 4) : "memory");
+    __syncwarp();
+    if (leader) barrier_arrive(at.k_empty + 8 * work.ring.stage);
+    float x[64];
+    rows.pending[0] = rows.part[0];
+    rows.pending[1] = rows.part[1];
+    bool moved = softmax<false, BOUNDED>(x, s, rows, k_scale);
+    u32 packed[P_REGISTERS];
+    if (DOUBLE) pack_all(packed, x);
+    int used = work.before.stage;
+    work.before = work.ring;
+    work.ring.next();
+    // Here, so that the compiler moves no exponential past the wait for P·V.
+    if (!last) barrier_wait(at.k_full + 8 * work.ring.stage, work.ring.phase);
+    mma_wait<0>();
+    settle(acc);
+    if (leader) barrier_arrive(at.v_empty + 8 * used);
+    if (moved) {
+        rows.pending[0] *= rows.keep[0];
+        rows.pending[1] *= rows.keep[1];
+#pragma unroll
+        for (int j = 0; j < 64; ++j) o[j] *= rows.keep[(j / 2) % 2];
+    }
+    if (DOUBLE) {
+#pragma unroll
+        for (int j = 0; j < P_REGISTERS; ++j)
+            asm volatile("mov.b32 %0, %1;" : "=r"(p[j]) : "r"(packed[j]));
+    } else {
+        pack_all(p, x);
+    }
+    add_sums(rows, p);
+}
+
+// The tiles after the first one, whose P is in `p`.
+template <bool BOUNDED>
+__device__ __forceinline__ void consume(Work& work, float (&o)[64], u32 (&p)[P_REGISTERS],
+                                        Rows& rows) {
+    const Shared& at = work.at;
+    int blocks = work.args.blocks;
+#if PV == PV_INT8
+    int acc[64];
+#pragma unroll
+    for (int j = 0; j < 64; ++j) acc[j] = 0;
+    rows.pending[0] = rows.pending[1] = 0.0f;
+#else
+    float(&acc)[64] = o;
+#endif
+    if (PINGPONG && work.group == 1 && blocks > 1) named_arrive(1);
+    if (blocks > 1) barrier_wait(at.k_full + 8 * work.ring.stage, work.ring.phase);
+    for (int i = 1; i < blocks; ++i) advance<BOUNDED>(work, i, o, acc, p, rows);
+    barrier_wait(at.v_full + 8 * work.before.stage, work.before.phase);
+    settle(acc);
+    FOLD();
+    mma_fence();
+    multiply_pv(acc, p, descriptor(at.v + work.before.stage * V_BYTES, V_BYTES / 2));
+    mma_commit();
+    mma_wait<0>();
+    settle(acc);
+    rows.pending[0] = rows.part[0];
+    rows.pending[1] = rows.part[1];
+    FOLD();
+}
+
+// Divides by the sums, and stores rows `row` and `row` + 8.
+__device__ __forceinline__ void finish(const Params& args, const float (&o)[64], Rows& rows,
+                                       int row) {
+    int bh = q_head();
+    int column = 2 * (threadIdx.x % 4);
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+        float sum = rows.sum[r];
+        sum += __shfl_xor_sync(0xffffffff, sum, 1);
+        sum += __shfl_xor_sync(0xffffffff, sum, 2);
+        int at = row + 8 * r;
+        if (at >= args.rows) continue;
+        float inverse = 1.0f / sum;
+        char* out = static_cast<char*>(args.out) +
+                    2 * (blockIdx.z * args.out_b + blockIdx.y * args.out_h + at * args.out_l);
+#pragma unroll
+        for (int j = 0; j < 16; ++j) {
+            float x = o[4 * j + 2 * r] * inverse, y = o[4 * j + 2 * r + 1] * inverse;
+#if PV != PV_EXACT
+            u64 channel = u64(kv_head(args)) * D + 8 * j + column;
+            float2 scale = *reinterpret_cast<const float2*>(args.v_scale + channel);
+            float2 mean = *reinterpret_cast<const float2*>(args.v_offset + channel);
+            x = fmaf(x, scale.x, mean.x);
+            y = fmaf(y, scale.y, mean.y);
+#endif
+            u32 both;
+            asm("cvt.rn." HALF "x2.f32 %0, %1, %2;" : "=r"(both) : "f"(y), "f"(x));
+            *reinterpret_cast<u32*>(out + 2 * (8 * j + column)) = both;
+        }
+        if (args.lse && column == 0) {
+            float top = rows.top[r] - (PV == PV_INT8 ? LOG2_255 : 0.0f);
+            args.lse[u64(bh) * args.rows + at] = (log2(sum) + top) * 0.6931471805599453f;
+        }
+    }
+}
+
+// Whether no logit of a warpgroup's rows can be SAFE above the first tile's maximum: by the norms
+// of query and key (Cauchy-Schwarz).
+__device__ __forceinline__ bool is_bounded(const Params& args, const Rows& rows, int row,
+                                           float* scratch) {
+    float k = 0.0f;
+    int kv = kv_head(args);
+    for (int i = threadIdx.x % 128; i < args.blocks; i += 128)
+        k = fmaxf(k, args.k_bound[u64(kv) * args.blocks + i]);
+#pragma unroll
+    for (int step = 16; step; step /= 2) k = fmaxf(k, __shfl_xor_sync(0xffffffff, k, step));
+    int warp = threadIdx.x / 32;
+    if (threadIdx.x % 32 == 0) scratch[warp] = k;
+    int group = threadIdx.x / 128;
+    all_of_group(3 + group, true);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) k = fmaxf(k, scratch[group * 4 + i]);
+    const float* q = args.q_bound + u64(q_head()) * args.tiles * M + row;
+    bool holds = q[0] * k - rows.top[0] <= SAFE && q[8] * k - rows.top[1] <= SAFE;
+    // P in FP16 has a narrow range itself.
+    return all_of_group(3 + group, holds && !(PV == PV_EXACT && FP16));
+}
+
+extern "C" __global__ void __launch_bounds__(384, 1)
+attention(const __grid_constant__ Params args, const __grid_constant__ TensorMap map) {
+    extern __shared__ char raw[];
+    __shared__ __align__(8) u64 barriers[1 + 4 * STAGES];
+    __shared__ __align__(16) float scales[STAGES * 4];
+    __shared__ float scratch[WARPS];
+    Shared at;
+    at.q = (shared_address(raw) + 1023) & ~1023u;
+    at.k = at.q + Q_BYTES;
+    at.v = at.k + STAGES * K_BYTES;
+    at.k_scale = shared_address(scales);
+    at.q_full = shared_address(barriers);
+    at.k_full = at.q_full + 8;
+    at.k_empty = at.k_full + 8 * STAGES;
+    at.v_full = at.k_empty + 8 * STAGES;
+    at.v_empty = at.v_full + 8 * STAGES;
+    if (threadIdx.x == 0) {
+        barrier_init(at.q_full, 1);
+        for (int i = 0; i < STAGES; ++i) {
+            barrier_init(at.k_full + 8 * i, 1);
+            barrier_init(at.v_full + 8 * i, 1);
+            barrier_init(at.k_empty + 8 * i, WARPS);
+            barrier_init(at.v_empty + 8 * i, WARPS);
+        }
+        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+        asm volatile("fence.proxy.async;" ::: "memory");
+    }
+    __syncthreads();
+    int group = __shfl_sync(0xffffffff, threadIdx.x / 128, 0);
+    if (group == CONSUMERS) {
+        asm volatile("setmaxnreg.dec.sync.aligned.u32 24;");
+        if (threadIdx.x == CONSUMERS * 128) produce(args, &map, at);
+    } else {
+        asm volatile("setmaxnreg.inc.sync.aligned.u32 240;");
+        int row = blockIdx.x * M + group * 64 + threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4;
+        const float* q_scale = args.q_scale + u64(q_head()) * args.tiles * M + row;
+        Rows rows;
+        rows.scale[0] = q_scale[0];
+        rows.scale[1] = q_scale[8];
+        rows.sum[0] = rows.sum[1] = 0.0f;
+        Query q;
+        float o[64];
+        u32 p[P_REGISTERS];
+#pragma unroll
+        for (int i = 0; i < 64; ++i) o[i] = 0.0f;
+        {
+            int s[64];
+            barrier_wait(at.q_full, 0);
+            load(q, at.q + group * Q_BYTES / 2);
+            barrier_wait(at.k_full, 0);
+            settle(s);
+            mma_fence();
+            multiply_qk(s, q, descriptor(at.k));
+            mma_commit();
+            mma_wait<0>();
+            settle(s);
+            float k_scale = scales[threadIdx.x % 4];
+            __syncwarp();
+            if (threadIdx.x % 32 == 0) barrier_arrive(at.k_empty);
+            int valid = args.keys - (args.blocks - 1) * N;
+            if (valid < N) {
+#pragma unroll
+                for (int i = 0; i < 64; ++i)
+                    if (i / 4 * 8 + threadIdx.x % 4 * 2 + i % 2 >= valid) s[i] = EMPTY;
+            }
+            float x[64];
+            softmax<true, false>(x, s, rows, k_scale);
+            pack_all(p, x);
+            add_sums(rows, p);
+        }
+        Work work = {args, at, q, group};
+        work.ring.next();
+        // Broadcast, so that the compiler knows that no warp diverges.
+        if (__shfl_sync(0xffffffff, is_bounded(args, rows, row, scratch), 0))
+            consume<true>(work, o, p, rows);
+        else
+            consume<false>(work, o, p, rows);
+        finish(args, o, rows, row);
+    }
+}

@@ -1,0 +1,223 @@
+// Attention on Hopper: INT8 Q·Kᵀ, then P·V in 16 bits, FP8, or unsigned times signed 8 bits.
+//
+// A block of threads owns 128 rows of Q. One warp copies tiles of K and V to shared memory; two
+// warpgroups of 64 rows each multiply and take the softmax, so that one has the tensor cores while
+// the other computes exponentials. Within a warpgroup, P·V of a tile runs beside the softmax of
+// the next one.
+//
+// Layouts (ops/layout, and its tests): rows of 128 bytes whose 16-byte chunks are XORed with the
+// row's number modulo 8, as wgmma's 128-byte swizzle reads them. 8-bit V is stored transposed, its
+// keys in the order in which a thread holds P, so that P goes from accumulator to operand without
+// a shuffle.
+//
+// Three files, compiled as one by NVRTC for sm_90a: this one has the machine's instructions,
+// softmax.cu the arithmetic of a tile, attend.cu the kernel. Defined from outside:
+//   PV              one of the three below
+//   FP16            inputs and output are fp16, not bf16
+//   STAGES          tiles of K and of V in shared memory
+//   PINGPONG        the warpgroups take turns at the tensor cores
+//   DOUBLE          P is packed while the one before is multiplied, at the price of registers
+//   Q_IN_REGISTERS  Q is read from shared memory once
+
+#define PV_EXACT 0
+#define PV_FP8 1
+#define PV_INT8 2
+
+typedef unsigned int u32;
+typedef unsigned long long u64;
+
+struct __align__(64) TensorMap { char bytes[128]; };
+
+struct Params {
+    const char* q;         // [B·H, tiles, 128, 128] int8, swizzled
+    const char* k;         // [B·Hkv, blocks, 128, 128] int8, swizzled
+    const char* v;         // [B·Hkv, blocks, 128 of D, 128 keys], 8-bit, swizzled; unused if exact
+    const float* q_scale;  // [B·H, tiles · 128], with the softmax scale and log2(e)
+    const float* k_scale;  // [B·Hkv, blocks, 4]: of keys whose (key % 8) / 2 is the index
+    const float* v_scale;  // [B·Hkv, 128]; unused if exact
+    const float* v_offset;   // [B·Hkv, 128], added after the sum; unused if exact
+    const float* q_bound;  // [B·H, tiles · 128]: norm of the row, scaled
+    const float* k_bound;  // [B·Hkv, blocks]: largest norm of a key, scaled
+    void* out;
+    float* lse;            // [B·H, Lq] natural logarithm, or null
+    long long out_b, out_h, out_l;
+    int group, rows, keys, tiles, blocks;
+};
+
+constexpr int M = 128;
+constexpr int N = 128;
+constexpr int D = 128;
+constexpr int K_BYTES = N * D;
+constexpr int V_BYTES = N * D * (PV == PV_EXACT ? 2 : 1);
+constexpr int Q_BYTES = M * D;
+constexpr int CONSUMERS = 2;
+constexpr int WARPS = CONSUMERS * 4;
+// Rows' maxima start where FP8 keeps the most: 2^5, of at most 448.
+constexpr float SHIFT = PV == PV_FP8 ? 5.0f : 0.0f;
+// log2 of how far P may grow beyond the maximum it is scaled by before all is rescaled.
+constexpr float LIMIT = PV == PV_FP8 ? 8.75f : (PV == PV_EXACT && FP16) ? 8.0f : 60.0f;
+// Without a running maximum P stays below this power of two.
+constexpr float SAFE = 90.0f;
+constexpr float LOG2_255 = 7.994353436858858f;
+constexpr float ROUND = 12582912.0f;
+constexpr int EMPTY = 0x80000000;
+
+__device__ __forceinline__ u32 shared_address(const void* p) {
+    return static_cast<u32>(__cvta_generic_to_shared(p));
+}
+__device__ __forceinline__ float exp2(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+__device__ __forceinline__ float log2(float x) {
+    float y;
+    asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+// ---- barriers and copies
+
+__device__ __forceinline__ void barrier_init(u32 bar, int count) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(bar), "r"(count) : "memory");
+}
+__device__ __forceinline__ void barrier_expect(u32 bar, u32 bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(bar), "r"(bytes)
+                 : "memory");
+}
+__device__ __forceinline__ void barrier_arrive(u32 bar) {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(bar) : "memory");
+}
+__device__ __forceinline__ void barrier_wait(u32 bar, u32 phase) {
+    asm volatile(
+        "{\n.reg .pred p;\nAGAIN:\n"
+        "mbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1;\n"
+        "@p bra DONE;\nbra AGAIN;\nDONE:\n}\n" ::"r"(bar), "r"(phase) : "memory");
+}
+__device__ __forceinline__ void copy(u32 to, const void* from, u32 bytes, u32 bar) {
+    asm volatile(
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
+        ::"r"(to), "l"(from), "r"(bytes), "r"(bar) : "memory");
+}
+__device__ __forceinline__ void copy_box(u32 to, const TensorMap* map, int d, int l, int h, int b,
+                                         u32 bar) {
+    asm volatile(
+        "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
+        " [%0], [%1, {%2, %3, %4, %5}], [%6];"
+        ::"r"(to), "l"(map), "r"(d), "r"(l), "r"(h), "r"(b), "r"(bar) : "memory");
+}
+__device__ __forceinline__ void named_sync(int id) {
+    asm volatile("bar.sync %0, 256;" ::"r"(id) : "memory");
+}
+__device__ __forceinline__ void named_arrive(int id) {
+    asm volatile("bar.arrive %0, 256;" ::"r"(id) : "memory");
+}
+// Whether a condition holds for all 128 threads of a warpgroup.
+__device__ __forceinline__ bool all_of_group(int id, bool condition) {
+    int result;
+    asm volatile(
+        "{\n.reg .pred p, q;\nsetp.ne.b32 p, %1, 0;\nbar.red.and.pred q, %2, 128, p;\n"
+        "selp.b32 %0, 1, 0, q;\n}\n" : "=r"(result) : "r"((int)condition), "r"(id) : "memory");
+    return result;
+}
+
+// ---- tensor cores
+
+// Descriptor of an operand in 128-byte swizzled rows; groups of 8 rows are 1024 bytes apart.
+// leading: bytes between groups of 64 columns of a 16-bit operand that is not K-major.
+__device__ __forceinline__ u64 descriptor(u32 address, u32 leading = 16) {
+    return (u64(1) << 62) | (u64(1024 >> 4) << 32) | (u64(leading >> 4) << 16) |
+           ((address & 0x3FFFF) >> 4);
+}
+__device__ __forceinline__ void mma_fence() {
+    asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+}
+__device__ __forceinline__ void mma_commit() {
+    asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+}
+template <int PENDING> __device__ __forceinline__ void mma_wait() {
+    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
+}
+// Keeps the compiler from using registers before the wait that stands above.
+__device__ __forceinline__ void settle(int (&x)[64]) {
+#pragma unroll
+    for (int i = 0; i < 64; ++i) asm volatile("" : "+r"(x[i])::"memory");
+}
+__device__ __forceinline__ void settle(float (&x)[64]) {
+#pragma unroll
+    for (int i = 0; i < 64; ++i) asm volatile("" : "+f"(x[i])::"memory");
+}
+
+#define FOUR(c, d, i) c(d[i]), c(d[i + 1]), c(d[i + 2]), c(d[i + 3])
+#define SIXTEEN(c, d, i) FOUR(c, d, i), FOUR(c, d, i + 4), FOUR(c, d, i + 8), FOUR(c, d, i + 12)
+#define ALL(c, d) SIXTEEN(c, d, 0), SIXTEEN(c, d, 16), SIXTEEN(c, d, 32), SIXTEEN(c, d, 48)
+#define INTS(d) ALL("+r", d)
+#define FLOATS(d) ALL("+f", d)
+#if FP16
+#define HALF "f16"
+#else
+#define HALF "bf16"
+#endif
+
+#if Q_IN_REGISTERS
+__device__ __forceinline__ void mma_s8(int (&d)[64], const u32* a, u64 b, int add) {
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %69, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n128k32.s32.s8.s8 {"
+        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+        "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
+        "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
+        "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+        "}, {%64, %65, %66, %67}, %68, p;\n}\n"
+        : INTS(d)
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add));
+}
+#else
+__device__ __forceinline__ void mma_s8(int (&d)[64], u64 a, u64 b, int add) {
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %66, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n128k32.s32.s8.s8 {"
+        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+        "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
+        "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
+        "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+        "}, %64, %65, p;\n}\n"
+        : INTS(d)
+        : "l"(a), "l"(b), "r"(add));
+}
+#endif
+
+#if PV == PV_EXACT
+__device__ __forceinline__ void mma_p(float (&d)[64], const u32* a, u64 b, int add) {
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %69, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n128k16.f32." HALF "." HALF " {"
+        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+        "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
+        "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
+        "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+        "}, {%64, %65, %66, %67}, %68, p, 1, 1, 1;\n}\n"
+        : FLOATS(d)
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add));
+}
+#elif PV == PV_FP8
+__device__ __forceinline__ void mma_p(float (&d)[64], const u32* a, u64 b, int add) {
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %69, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n128k32.f32.e4m3.e4m3 {"
+        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+        "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
+        "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
+        "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+        "}, {%64, %65, %66, %67}, %68, p, 1, 1;\n}\n"
+        : FLOATS(d)
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add));
+}
+#else
+__device__ __forceinline__ void mma_p(int (&d)[64], const u32* a, u64 b, int add) {
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %69, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n128k32.s32.u8.s8 {"
+        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+        "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
+        "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
+        "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+        "}, {%64, %65, %66, %67}, %68, p;\n}\n"
+        : INTS(d)
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add));
+}
+#endif

@@ -1,0 +1,214 @@
+// The arithmetic of a tile: Q·Kᵀ, the exponentials, P as an operand, P·V. See machine.cu.
+
+// The 64 rows of Q of a warpgroup: in shared memory, or in the registers of its threads.
+#if Q_IN_REGISTERS
+struct Query {
+    u32 x[16];
+};
+__device__ __forceinline__ void load(Query& q, u32 address) {
+    int lane = threadIdx.x % 32;
+    u32 row = threadIdx.x % 128 / 32 * 16 + lane / 4;
+#pragma unroll
+    for (int i = 0; i < 16; ++i) {
+        u32 chunk = i / 2 ^ row % 8;
+        u32 at = address + (row + i % 2 * 8) * D + chunk * 16 + lane % 4 * 4;
+        asm volatile("ld.shared.u32 %0, [%1];" : "=r"(q.x[i]) : "r"(at) : "memory");
+    }
+}
+#else
+struct Query {
+    u64 x;
+};
+__device__ __forceinline__ void load(Query& q, u32 address) { q.x = descriptor(address); }
+#endif
+
+// s = Q·Kᵀ for 64 rows and 128 keys.
+__device__ __forceinline__ void multiply_qk(int (&s)[64], const Query& q, u64 k) {
+#pragma unroll
+    for (int step = 0; step < D / 32; ++step)
+#if Q_IN_REGISTERS
+        mma_s8(s, q.x + 4 * step, k + 2 * step, step != 0);
+#else
+        mma_s8(s, q.x + 2 * step, k + 2 * step, step != 0);
+#endif
+}
+
+#if PV == PV_EXACT
+constexpr int P_REGISTERS = 32;
+typedef float Sum;
+__device__ __forceinline__ void multiply_pv(Sum (&o)[64], const u32 (&p)[P_REGISTERS], u64 v) {
+#pragma unroll
+    for (int step = 0; step < N / 16; ++step) mma_p(o, p + 4 * step, v + 128 * step, 1);
+}
+__device__ __forceinline__ u32 pack(float low, float high) {
+    u32 r;
+    asm("cvt.rn." HALF "x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
+    return r;
+}
+#else
+constexpr int P_REGISTERS = 16;
+#if PV == PV_FP8
+typedef float Sum;
+#else
+typedef int Sum;
+#endif
+__device__ __forceinline__ void multiply_pv(Sum (&o)[64], const u32 (&p)[P_REGISTERS], u64 v) {
+#pragma unroll
+    for (int step = 0; step < N / 32; ++step)
+        mma_p(o, p + 4 * step, v + 2 * step, PV == PV_FP8 || step != 0);
+}
+// Four numbers as bytes: E4M3, or the low bytes of floats to which ROUND was added.
+__device__ __forceinline__ u32 pack(float a, float b, float c, float d) {
+#if PV == PV_FP8
+    u32 r;
+    asm("{\n.reg .b16 x, y;\ncvt.rn.satfinite.e4m3x2.f32 x, %2, %1;\n"
+        "cvt.rn.satfinite.e4m3x2.f32 y, %4, %3;\nmov.b32 %0, {x, y};\n}\n"
+        : "=r"(r) : "f"(a), "f"(b), "f"(c), "f"(d));
+    return r;
+#else
+    u32 low = __byte_perm(__float_as_int(a), __float_as_int(b), 0x0040);
+    u32 high = __byte_perm(__float_as_int(c), __float_as_int(d), 0x0040);
+    return __byte_perm(low, high, 0x5410);
+#endif
+}
+#endif
+
+// The accumulator of a thread as the A operand: see the layouts above.
+__device__ __forceinline__ void pack_all(u32 (&out)[P_REGISTERS], const float (&p)[64]) {
+#if PV == PV_EXACT
+#pragma unroll
+    for (int i = 0; i < 32; ++i) out[i] = pack(p[2 * i], p[2 * i + 1]);
+#else
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+        out[2 * i] = pack(p[8 * i], p[8 * i + 1], p[8 * i + 4], p[8 * i + 5]);
+        out[2 * i + 1] = pack(p[8 * i + 2], p[8 * i + 3], p[8 * i + 6], p[8 * i + 7]);
+    }
+#endif
+}
+
+// What a thread keeps of its two rows (8 apart).
+struct Rows {
+    float scale[2];  // of Q, softmax's included
+    float top[2];    // P is 2 to the (logit - top)
+    float sum[2];    // of P, this thread's columns
+    float keep[2];   // factor of what was summed before this tile
+    float part[2];   // INT8: factor of this tile's P·V
+    float pending[2];  // INT8: factor of the P·V that is not in the sum yet
+};
+
+__device__ __forceinline__ float largest(const int (&s)[64], int row) {
+    int x = s[2 * row], y = s[2 * row + 1];
+#pragma unroll
+    for (int i = 4; i < 64; i += 8) {
+        x = max(max(x, s[i + 2 * row]), s[i + 2 * row + 1]);
+        if (i + 4 < 64) y = max(max(y, s[i + 4 + 2 * row]), s[i + 5 + 2 * row]);
+    }
+    x = max(x, y);
+    return x == EMPTY ? __int_as_float(0xff800000) : float(x);
+}
+__device__ __forceinline__ float largest_of_row(float x) {
+    x = fmaxf(x, __shfl_xor_sync(0xffffffff, x, 1));
+    return fmaxf(x, __shfl_xor_sync(0xffffffff, x, 2));
+}
+
+// top: this thread's maxima in; the rows' out. Moves the rows' top where a tile exceeds the limit,
+// and returns whether any of the warp's did.
+__device__ __forceinline__ bool follow(Rows& rows, float (&top)[2]) {
+    top[0] = largest_of_row(top[0]);
+    top[1] = largest_of_row(top[1]);
+    bool exceeds = top[0] - rows.top[0] > LIMIT || top[1] - rows.top[1] > LIMIT;
+    if (!__any_sync(0xffffffff, exceeds)) return false;
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+        float next = fmaxf(rows.top[r], top[r] - SHIFT);
+        rows.keep[r] = exp2(rows.top[r] - next);
+        rows.sum[r] *= rows.keep[r];
+        rows.top[r] = next;
+    }
+    return true;
+}
+
+// p[FROM..FROM + 31] = 2 to what stands there.
+template <bool FIRST, int FROM>
+__device__ __forceinline__ void exponentials(float (&p)[64], const int (&s)[64], float (&sum)[4]) {
+#pragma unroll
+    for (int i = FROM; i < FROM + 32; ++i) {
+        p[i] = exp2(p[i]);
+        if (FIRST && s[i] == EMPTY) p[i] = 0.0f;
+        if (PV != PV_INT8) sum[i % 4] += p[i];
+    }
+}
+
+// p = the exponentials of a tile, to be packed. Returns whether sums before it must be multiplied
+// by `keep`. BOUNDED: no logit can overflow, so that the maximum need not be known beforehand, and
+// is looked for beside the exponentials: FP8 has a narrow range, INT8 scales each tile.
+template <bool FIRST, bool BOUNDED>
+__device__ __forceinline__ bool softmax(float (&p)[64], const int (&s)[64], Rows& rows,
+                                        float k_scale) {
+    float factor[2] = {rows.scale[0] * k_scale, rows.scale[1] * k_scale};
+    float sum[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+    float top[2];
+    bool moved = false;
+    if constexpr (FIRST || !BOUNDED || PV != PV_EXACT) {
+#pragma unroll
+        for (int r = 0; r < 2; ++r) top[r] = largest(s, r) * factor[r];
+    }
+    if constexpr (FIRST) {
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+            top[r] = largest_of_row(top[r]);
+            rows.top[r] = top[r] - SHIFT;
+        }
+    } else if constexpr (!BOUNDED) {
+        moved = follow(rows, top);
+    }
+#pragma unroll
+    for (int i = 0; i < 64; ++i)
+        p[i] = fmaf(float(s[i]), factor[(i / 2) % 2], -rows.top[(i / 2) % 2]);
+    exponentials<FIRST, 0>(p, s, sum);
+    if constexpr (!FIRST && BOUNDED && PV == PV_FP8) {
+        float old[2] = {rows.top[0], rows.top[1]};
+        moved = follow(rows, top);
+        if (moved) {
+#pragma unroll
+            for (int i = 0; i < 32; ++i) {
+                int r = (i / 2) % 2;
+                p[i] *= rows.keep[r];
+                p[i + 32] += old[r] - rows.top[r];
+            }
+#pragma unroll
+            for (int i = 0; i < 4; ++i) sum[i] *= rows.keep[i / 2];
+        }
+    }
+    exponentials<FIRST, 32>(p, s, sum);
+#if PV == PV_INT8
+    if constexpr (!FIRST && BOUNDED) {
+        top[0] = largest_of_row(top[0]);
+        top[1] = largest_of_row(top[1]);
+    }
+    float code[2];
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+        rows.part[r] = exp2(top[r] - rows.top[r]);
+        code[r] = exp2(fminf(rows.top[r] - top[r] + LOG2_255, 126.0f));
+    }
+#pragma unroll
+    for (int i = 0; i < 64; ++i) p[i] = fmaf(p[i], code[(i / 2) % 2], ROUND);
+#else
+    rows.sum[0] += sum[0] + sum[1];
+    rows.sum[1] += sum[2] + sum[3];
+#endif
+    return moved;
+}
+
+// INT8: the sums of P as it is multiplied, from its bytes.
+__device__ __forceinline__ void add_sums(Rows& rows, const u32 (&p)[P_REGISTERS]) {
+#if PV == PV_INT8
+    u32 sum[2] = {0, 0};
+#pragma unroll
+    for (int i = 0; i < P_REGISTERS; ++i) sum[i % 2] = __dp4a(p[i], 0x01010101u, sum[i % 2]);
+    rows.sum[0] = fmaf(float(sum[0]), rows.part[0], rows.sum[0]);
+    rows.sum[1] = fmaf(float(sum[1]), rows.part[1], rows.sum[1]);
+#endif
+}

@@ -1,0 +1,127 @@
+"""CUDA C++ compiled by NVRTC, which comes with torch, and launched through the CUDA driver.
+
+Nothing for a user to compile or install. Only what `hopper.py` needs: one kernel a module, its
+parameters as ctypes values.
+"""
+
+import ctypes
+import functools
+from collections.abc import Sequence
+
+import torch
+
+WINDOWS = hasattr(ctypes, "WinDLL")
+# CUfunction_attribute: most dynamic shared memory that a launch may ask for.
+MAX_DYNAMIC_SHARED_BYTES = 8
+# Shared memory that a kernel has without asking.
+DEFAULT_SHARED_BYTES = 48 * 1024
+
+
+class NvrtcError(RuntimeError):
+    """NVRTC or the CUDA driver refused; the message has its log or the name of its error."""
+
+
+@functools.cache
+def _nvrtc() -> ctypes.CDLL:
+    """Return NVRTC's library of the CUDA version that torch was built for.
+
+    Raises NvrtcError when torch has no CUDA or the library cannot be loaded.
+    """
+    if torch.version.cuda is None:
+        raise NvrtcError("torch was built without CUDA")
+    major = torch.version.cuda.partition(".")[0]
+    name = f"nvrtc64_{major}0_0.dll" if WINDOWS else f"libnvrtc.so.{major}"
+    try:
+        return ctypes.CDLL(name)
+    except OSError as error:
+        raise NvrtcError(f"{name} cannot be loaded: {error}") from error
+
+
+@functools.cache
+def driver() -> ctypes.CDLL:
+    """Return the CUDA driver's library. Raises OSError where there is none."""
+    return ctypes.CDLL("nvcuda.dll" if WINDOWS else "libcuda.so.1")
+
+
+def missing() -> str | None:
+    """Return why kernels cannot be compiled here, or None."""
+    try:
+        _nvrtc()
+        driver()
+    except (NvrtcError, OSError) as error:
+        return str(error)
+    return None
+
+
+def check(result: int, what: str) -> None:
+    """Raise NvrtcError unless a call of the CUDA driver returned success."""
+    if result:
+        text = ctypes.c_char_p()
+        driver().cuGetErrorString(result, ctypes.byref(text))
+        reason = text.value.decode() if text.value else f"error {result}"
+        raise NvrtcError(f"{what}: {reason}")
+
+
+def compile_source(
+    source: str, options: Sequence[str], library: ctypes.CDLL | None = None
+) -> bytes:
+    """Return the machine code of CUDA C++ `source`. Raises NvrtcError with the compiler's log.
+
+    library: NVRTC, where it is not torch's.
+    """
+    nvrtc = library or _nvrtc()
+    program = ctypes.c_void_p()
+    reference = ctypes.byref(program)
+    if nvrtc.nvrtcCreateProgram(reference, source.encode(), b"kernel.cu", 0, None, None):
+        raise NvrtcError("NVRTC created no program")
+    try:
+        array = (ctypes.c_char_p * len(options))(*(option.encode() for option in options))
+        if nvrtc.nvrtcCompileProgram(program, len(options), array):
+            log = _bytes_of(nvrtc.nvrtcGetProgramLogSize, nvrtc.nvrtcGetProgramLog, program)
+            raise NvrtcError(log.rstrip(b"\0").decode(errors="replace"))
+        return _bytes_of(nvrtc.nvrtcGetCUBINSize, nvrtc.nvrtcGetCUBIN, program)
+    finally:
+        nvrtc.nvrtcDestroyProgram(reference)
+
+
+def _bytes_of(size_of, read, program: ctypes.c_void_p) -> bytes:
+    size = ctypes.c_size_t()
+    size_of(program, ctypes.byref(size))
+    buffer = ctypes.create_string_buffer(size.value)
+    read(program, buffer)
+    return buffer.raw
+
+
+class Kernel:
+    """A compiled kernel, loaded on the current device."""
+
+    def __init__(self, code: bytes, name: str, shared_bytes: int):
+        """Load `name` of `code`; shared_bytes: the dynamic shared memory of every launch."""
+        self._shared_bytes = shared_bytes
+        self._module = ctypes.c_void_p()
+        self._function = ctypes.c_void_p()
+        check(driver().cuModuleLoadData(ctypes.byref(self._module), code), "cuModuleLoadData")
+        check(
+            driver().cuModuleGetFunction(ctypes.byref(self._function), self._module, name.encode()),
+            f"cuModuleGetFunction {name}",
+        )
+        if shared_bytes > DEFAULT_SHARED_BYTES:
+            check(
+                driver().cuFuncSetAttribute(self._function, MAX_DYNAMIC_SHARED_BYTES, shared_bytes),
+                f"cuFuncSetAttribute {shared_bytes} bytes of shared memory",
+            )
+
+    def launch(
+        self, grid: tuple[int, int, int], threads: int, arguments: Sequence, stream: int
+    ) -> None:
+        """Run on `stream`; arguments: ctypes values, in the order of the kernel's parameters."""
+        pointers = (ctypes.c_void_p * len(arguments))(
+            *(ctypes.addressof(argument) for argument in arguments)
+        )
+        check(
+            driver().cuLaunchKernel(
+                *(self._function, *grid, threads, 1, 1, self._shared_bytes),
+                *(ctypes.c_void_p(stream), pointers, None),
+            ),
+            "cuLaunchKernel",
+        )

@@ -1,0 +1,188 @@
+"""Q, K and V as the kernels of `attention` read them: in 8 bits, in tiles of 128 tokens."""
+
+import functools
+import math
+from dataclasses import dataclass
+
+import torch
+
+from ..launch import ALIGNMENT, alignment, launch
+from .modes import Mode
+
+TILE = 128
+# Rows of Q of one program: as many as keep a tile in registers.
+Q_ROWS = 64
+# Keys that one program of the statistics adds up.
+CHUNK_KEYS = 512
+LOG2E = math.log2(math.e)
+MIN_WIDTH = 64
+
+
+def options(warps: int) -> dict[str, int]:
+    """Return Triton's options for a kernel of so many warps.
+
+    A product and a sum rounded as one would round to other codes than the reference's.
+    """
+    return {"num_warps": warps, "enable_fp_fusion": False}
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """8-bit copies and scales. H, Hkv heads; tiles and blocks of 128 queries and keys; W width.
+
+    q: [B·H, tiles, 128, W] int8. q_scale: [B·H, tiles · 128], the softmax scale and log2(e)
+    included. q_bound: norms of the stored rows, scaled. k: [B·Hkv, blocks, 128, W] int8. k_scale:
+    [B·Hkv, blocks, groups]. k_bound: [B·Hkv, blocks], largest norms, scaled. v: [B·Hkv, blocks, W,
+    128], or None where the mode reads V as it came; v_scale, v_offset: [B·Hkv, W], v ≈ stored ·
+    scale + offset, the mean kept exactly; v_sum: [B·Hkv, blocks, W], sums of the stored numbers.
+    shift: [B·H, Lq], what the logits lost with the mean key, or None.
+    """
+
+    q: torch.Tensor
+    q_scale: torch.Tensor
+    q_bound: torch.Tensor
+    k: torch.Tensor
+    k_scale: torch.Tensor
+    k_bound: torch.Tensor
+    v: torch.Tensor | None
+    v_scale: torch.Tensor | None
+    v_offset: torch.Tensor | None
+    v_sum: torch.Tensor | None
+    shift: torch.Tensor | None
+
+
+@functools.cache
+def width(d: int) -> int:
+    """Return the padded head size: a power of two, at least 64."""
+    return max(MIN_WIDTH, 1 << (d - 1).bit_length())
+
+
+def count(length: int) -> int:
+    """Return the number of tiles of 128 that cover `length` tokens."""
+    return -(-length // TILE)
+
+
+def _key(*values: int) -> tuple:
+    """Return what Triton's code depends on of integers: whether 1, divisible by 16, of 64 bits."""
+    return tuple((value == 1, value % ALIGNMENT == 0, value >= 2**31) for value in values)
+
+
+def prepare(
+    q, k, v, scale: float, mode: Mode, groups: int, swizzled: bool, shift: bool
+) -> Prepared:
+    """Return the copies of q [B, H, Lq, D] and k, v [B, Hkv, Lk, D], of any strides.
+
+    scale: of the softmax. groups: scales of 128 keys, 4 (of keys whose (key % 8) / 2 is the same)
+    or 1. swizzled: as the Hopper kernel reads them. shift: also what the log-sum-exp needs.
+    """
+    k_mean, _ = _statistics(k, None)
+    *queries, shifts = _queries(q, k_mean, scale, k.shape[1], swizzled, shift)
+    keys = _keys(k, k_mean, groups, swizzled)
+    values = (None, None, None, None)
+    if mode.storage is not None:
+        values = _values(v, *_statistics(v, mode.limit), mode, swizzled)
+    return Prepared(*queries, *keys, *values, shifts)
+
+
+def _empty(x: torch.Tensor, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device=x.device)
+
+
+def _statistics(x, limit: float | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Return the mean token of x and, with a limit, each channel's scale, [B · Hkv, W]."""
+    from .kernels.prepare import gather_kernel, statistics_kernel
+
+    b, heads, keys, d = x.shape
+    bh, w, chunks = b * heads, width(d), -(-keys // CHUNK_KEYS)
+    partial, mean = _empty(x, bh, chunks, 3, w), _empty(x, bh, w)
+    scale = None if limit is None else _empty(x, bh, w)
+    sizes = (heads, keys, d, *x.stride(), chunks)
+    constants = (CHUNK_KEYS, w, limit is not None)
+    launch(
+        statistics_kernel,
+        bh * chunks,
+        (x, partial, *sizes, *constants),
+        options(8),
+        (x.dtype, alignment(x), _key(*sizes), constants),
+        x.device,
+    )
+    constants = (limit, w, limit is not None)
+    launch(
+        gather_kernel,
+        bh,
+        (partial, mean, scale, keys, chunks, *constants),
+        options(4),
+        (_key(keys, chunks), constants),
+        x.device,
+    )
+    return mean, scale
+
+
+def _queries(q, k_mean, scale: float, heads: int, swizzled: bool, shift: bool) -> tuple:
+    """Return q, q_scale, q_bound and shift of `Prepared`."""
+    from .kernels.prepare import quantize_q_kernel
+
+    b, h, length, d = q.shape
+    w, tiles = width(d), count(length)
+    stored = _empty(q, b * h, tiles, TILE, w, dtype=torch.int8)
+    scales, bound = _empty(q, b * h, tiles * TILE), _empty(q, b * h, tiles * TILE)
+    shifts = _empty(q, b * h, length) if shift else None
+    sizes = (h, h // heads, length, d, *q.stride(), tiles)
+    constants = (Q_ROWS, w, swizzled, shift)
+    launch(
+        quantize_q_kernel,
+        b * h * tiles * (TILE // Q_ROWS),
+        (q, k_mean, stored, scales, bound, shifts, scale * LOG2E, *sizes, *constants),
+        options(8),
+        (q.dtype, alignment(q), _key(*sizes), constants),
+        q.device,
+    )
+    return stored, scales, bound, shifts
+
+
+def _keys(k, k_mean, groups: int, swizzled: bool) -> tuple[torch.Tensor, ...]:
+    """Return k, k_scale and k_bound of `Prepared`."""
+    from .kernels.prepare import quantize_k_kernel
+
+    b, heads, keys, d = k.shape
+    bh, w, blocks = b * heads, width(d), count(keys)
+    stored = _empty(k, bh, blocks, TILE, w, dtype=torch.int8)
+    scale, bound = _empty(k, bh, blocks, groups), _empty(k, bh, blocks)
+    sizes = (heads, keys, d, *k.stride(), blocks)
+    constants = (groups, w, swizzled)
+    launch(
+        quantize_k_kernel,
+        bh * blocks,
+        (k, k_mean, stored, scale, bound, *sizes, *constants),
+        options(4),
+        (k.dtype, alignment(k), _key(*sizes), constants),
+        k.device,
+    )
+    return stored, scale, bound
+
+
+def _values(v, mean, scale, mode: Mode, swizzled: bool) -> tuple[torch.Tensor, ...]:
+    """Return v, v_scale, v_offset and v_sum of `Prepared`.
+
+    The offset is not the mean, but what gives back the mean of V exactly: roundings have a mean of
+    their own, which all rows would share, and which does not shrink with the number of keys as an
+    attention's output does.
+    """
+    from .kernels.prepare import quantize_v_kernel
+
+    b, heads, keys, d = v.shape
+    bh, w, blocks = b * heads, width(d), count(keys)
+    stored = _empty(v, bh, blocks, w, TILE, dtype=mode.storage)
+    sums = _empty(v, bh, blocks, w)
+    sizes = (heads, keys, d, *v.stride(), blocks)
+    constants = (mode.storage == torch.int8, w, swizzled)
+    launch(
+        quantize_v_kernel,
+        bh * blocks,
+        (v, mean, scale, stored, sums, *sizes, *constants),
+        options(4),
+        (v.dtype, alignment(v), _key(*sizes), constants),
+        v.device,
+    )
+    offset = torch.addcmul(mean, scale, sums.sum(1), value=-1.0 / keys)
+    return stored, scale, offset, sums

@@ -1,0 +1,215 @@
+"""`attention` on the GPU: every backend, mode, head size and length against float64."""
+
+import pytest
+import torch
+
+from lowbit.ops import registry
+from lowbit.ops.attention import OP, attention, reference, scheme
+from lowbit.ops.attention.modes import MODES
+
+BACKENDS = ("hopper", "triton")
+# Of one logit, INT8 by INT8; the log-sum-exp of one key has all of it.
+LSE_ERROR = 0.06
+
+
+def make(*shape: int, seed: int = 0, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    generator = torch.Generator("cuda").manual_seed(seed)
+    return torch.randn(shape, generator=generator, device="cuda").to(dtype)
+
+
+def inputs(b=1, h=2, kv=None, length=300, keys=1000, d=128, dtype=torch.bfloat16):
+    kv = kv or h
+    shapes = ((b, h, length, d), (b, kv, keys, d), (b, kv, keys, d))
+    return [make(*shape, seed=i, dtype=dtype) for i, shape in enumerate(shapes)]
+
+
+def error(got: torch.Tensor, want: torch.Tensor) -> float:
+    return ((got.double() - want.double()).norm() / want.double().norm()).item()
+
+
+@pytest.fixture(params=[(b, m) for b in BACKENDS for m in MODES], ids="-".join)
+def way(request):
+    backend, mode = request.param
+    needs = next(
+        b.needs for b in registry.backends(OP) if b.name == backend and mode in str(b.needs)
+    )
+    call = registry.Call(scheme(mode, False), torch.device("cuda", 0), 0, 128)
+    reason = registry.unmet(needs, call)
+    if reason:
+        pytest.skip(f"{backend}: {reason}")
+    return {"mode": mode, "backend": backend}
+
+
+def runs(way, q, k, v, **options):
+    """(out, lse) of the backend and of the reference; the memory it takes starts as NaN."""
+    poison = torch.full((q.numel(),), torch.nan, device="cuda", dtype=q.dtype)
+    del poison
+    got = attention(q, k, v, **way, **options, return_lse=True)
+    return got, attention(q, k, v, "exact", **options, return_lse=True, backend="reference")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        {},
+        {"b": 2, "h": 4, "kv": 2},
+        {"length": 63, "keys": 63},
+        {"length": 1, "keys": 129},
+        {"length": 129, "keys": 128},
+        {"length": 1000, "keys": 4096},
+    ],
+    ids=str,
+)
+def test_attention_is_near_float64(way, shape, dtype):
+    (out, lse), (want, want_lse) = runs(way, *inputs(**shape, dtype=dtype))
+    assert error(out, want) <= MODES[way["mode"]].max_error
+    assert (lse - want_lse).abs().max() <= LSE_ERROR
+
+
+def test_one_key_is_returned(way):
+    q, k, v = inputs(length=5, keys=1)
+    (out, lse), (want, want_lse) = runs(way, q, k, v)
+    assert torch.equal(out, want)
+    assert (lse - want_lse).abs().max() <= LSE_ERROR
+
+
+@pytest.mark.parametrize("d", [40, 64, 96, 256])
+def test_other_head_sizes(way, d):
+    if way["backend"] != "triton":
+        pytest.skip("head size 128 only")
+    (out, _), (want, _) = runs(way, *inputs(length=200, keys=333, d=d))
+    assert error(out, want) <= MODES[way["mode"]].max_error
+
+
+def test_masks_and_causal(way):
+    if way["backend"] != "triton":
+        pytest.skip("has no masks")
+    q, k, v = inputs(length=200, keys=333)
+    hides = make(1, 1, 200, 333, seed=5) > -0.5
+    hides[:, :, 7] = False
+    for options in (
+        {"mask": hides},
+        {"mask": make(1, 2, 1, 333, seed=6).float()},
+        {"mask": make(333, seed=7)},
+        {"causal": True},
+    ):
+        (out, lse), (want, want_lse) = runs(way, q, k, v, **options)
+        # Some rows see a few keys only, whose error no others even out.
+        assert error(out, want) <= 1.2 * MODES[way["mode"]].max_error
+        assert torch.equal(torch.isfinite(lse), torch.isfinite(want_lse))
+    out, lse = attention(q, k, v, **way, mask=hides, return_lse=True)
+    assert (out[:, :, 7] == 0).all() and (lse[:, :, 7] == -torch.inf).all()
+
+
+def test_both_layouts_give_equal_results_and_strided_views_near_ones(way):
+    q, k, v = inputs(b=2, h=3, length=333, keys=700)
+    want = attention(q, k, v, **way)
+    moved = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v)]
+    assert torch.equal(attention(*moved, **way), want)
+    wide = [torch.full((*x.shape[:3], 256), torch.nan, device="cuda").to(x) for x in (q, k, v)]
+    for w, x in zip(wide, (q, k, v), strict=True):
+        w[..., ::2] = x
+    # Other loads add up the means in another order: a few codes round the other way.
+    near = MODES[way["mode"]].max_error / 4
+    assert error(attention(*(w[..., ::2] for w in wide), **way), want) <= near
+    odd = [torch.full((*x.shape[:3], 129), torch.nan, device="cuda").to(x) for x in (q, k, v)]
+    for o, x in zip(odd, (q, k, v), strict=True):
+        o[..., 1:] = x
+    assert error(attention(*(o[..., 1:] for o in odd), **way), want) <= near
+
+
+def data(kind: str, length: int, heads: int = 1):
+    q, k, v = inputs(h=heads, length=length, keys=length)
+    if kind == "bias":
+        # Clusters of tokens, a bias of K and of V.
+        q, k = (
+            x
+            + make(1, heads, 64, 128, seed=9).repeat_interleave(length // 64 + 1, 2)[:, :, :length]
+            for x in (q, k)
+        )
+        k, v = k + 8 * make(1, heads, 1, 128, seed=8), v + make(1, heads, 1, 128, seed=7)
+    if kind == "outliers":
+        for x in (q, k, v):
+            x[..., ::37] *= 5
+    return q, k, v
+
+
+# Relative L2 error at most: INT8 logits err in proportion to their size, and biased or spread data
+# has larger ones than normal data, for which the mode's own bound holds.
+BOUNDS = {"normal": 1.0, "bias": 1.0, "outliers": 3.0}
+
+
+@pytest.mark.parametrize("kind", BOUNDS)
+@pytest.mark.parametrize("length", [4096, 32760, 75600])
+def test_errors_at_length(way, kind, length):
+    q, k, v = data(kind, length)
+    rows = slice(0, length, length // 64)
+    out = attention(q, k, v, **way)[:, :, rows]
+    want = torch.empty_like(out)
+    reference.run(want, None, q[:, :, rows], k, v, None, None, False, 128**-0.5)
+    assert error(out, want) <= BOUNDS[kind] * MODES[way["mode"]].max_error
+
+
+@pytest.mark.parametrize("growth", [3, 20, 100])
+@pytest.mark.parametrize("backwards", [True, False])
+def test_maximum_that_moves_all_the_time(way, growth, backwards):
+    """Logits rise with the key's index, or fall: by a little, or far beyond what FP8 can hold."""
+    q, k, v = inputs(length=256, keys=2000)
+    line = torch.linspace(0, 1, 2000, device="cuda")[:, None]
+    direction = make(128, seed=4)
+    q = (q.float() * 0.1 + direction).bfloat16()
+    k = (
+        k.float() * 0.1 + direction * (growth / 11) * (line.flip(0) if backwards else line)
+    ).bfloat16()
+    (out, lse), (want, want_lse) = runs(way, q, k, v)
+    assert torch.isfinite(out).all()
+    # One step of K's INT8, of the 128 · growth / 11 that a logit is made of at most.
+    assert (lse - want_lse).abs().max() <= 0.02 * growth
+    assert error(out, want) <= MODES[way["mode"]].max_error + 0.01 * growth
+
+
+def test_nan_stays_in_its_row_and_channel(way):
+    q, k, v = inputs()
+    clean = attention(q, k, v, **way)
+    q[0, 0, 5, 7] = torch.nan
+    out = attention(q, k, v, **way)
+    assert out[0, 0, 5].isnan().all()
+    out[0, 0, 5] = clean[0, 0, 5]
+    assert torch.equal(out, clean)
+    q, k, v = inputs()
+    v[0, 1, 3, 9] = torch.nan
+    out = attention(q, k, v, **way)
+    assert out[0, 1, :, 9].isnan().all()
+    assert out.isnan().sum() == 300
+    q, k, v = inputs()
+    k[0, 1, 3, 9] = torch.nan
+    out = attention(q, k, v, **way)
+    assert out[0, 1].isnan().all() and not out[0, 0].isnan().any()
+
+
+def test_inputs_are_not_written_to(way):
+    q, k, v = inputs()
+    before = [x.clone() for x in (q, k, v)]
+    attention(q, k, v, **way)
+    assert all(torch.equal(x, y) for x, y in zip((q, k, v), before, strict=True))
+
+
+def test_thousands_of_calls_give_one_result(way):
+    """A race would show as another result."""
+    q, k, v = inputs(h=8, length=1000, keys=1000)
+    want = attention(q, k, v, **way)
+    assert torch.isfinite(want).all()
+    different = torch.zeros((), dtype=torch.int64, device="cuda")
+    for _ in range(1000):
+        different += (attention(q, k, v, **way) != want).sum()
+    assert different == 0
+
+
+def test_compiled_attention_is_one_graph(way):
+    q, k, v = inputs()
+
+    def run(q, k, v):
+        return attention(q * 2, k, v, **way) + 1
+
+    assert torch.equal(torch.compile(run, fullgraph=True)(q, k, v), run(q, k, v))

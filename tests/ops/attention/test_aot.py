@@ -1,0 +1,147 @@
+"""The Triton kernels of `attention` compiled for every architecture, on the CPU."""
+
+import importlib.util
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton", reason="Triton, which compiles the kernels, is missing")
+
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
+
+from lowbit.ops.attention import prepare as prepare_module  # noqa: E402
+from lowbit.ops.attention.kernels import prepare  # noqa: E402
+from lowbit.ops.attention.kernels.attend import attend_kernel  # noqa: E402
+from lowbit.ops.attention.modes import MODES  # noqa: E402
+from lowbit.ops.attention.triton import ADDED_MASK, BOOL_MASK, NO_MASK, choose  # noqa: E402
+
+WARP_SIZE = 32
+ARCHITECTURES = (80, 86, 89, 90, 100, 120)
+# Shared memory of one program at most, in KiB, by architecture.
+SHARED_KIB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
+HOPPER = 90
+ALIGNED = [["tt.divisibility", 16]]
+TOOLS = Path(importlib.util.find_spec("triton").origin).parent / "backends" / "nvidia" / "bin"
+TYPES = {torch.int8: "i8", torch.float8_e4m3fn: "fp8e4nv", None: "bf16"}
+POINTERS = {
+    **dict.fromkeys(("q", "k", "v", "x", "out"), "*bf16"),
+    **dict.fromkeys(("q_scale", "k_scale", "v_scale", "v_offset", "v_sum", "lse"), "*fp32"),
+    **dict.fromkeys(("partial", "k_mean", "v_mean", "scale", "bound", "shift", "sums"), "*fp32"),
+    **{"factor": "fp32", "mask": "*i1"},
+}
+# Lengths, and strides of one element: of no known divisor, or one.
+ODD = ("ROWS", "KEYS", "LENGTH", "TILES", "BLOCKS", "CHUNKS", "H", "GROUP", "B")
+UNIT = ("v_d", "k_d", "q_d", "x_d", "out_d", "mask_k")
+
+
+def compiled(kernel, constants: dict, arch: int, **options):
+    """The kernel compiled for pointers and strides that are multiples of 16."""
+    given = {name: 1 for name in UNIT if name in kernel.arg_names} | constants
+    types = {**POINTERS, **options.pop("types", {})}
+    signature = {
+        name: "constexpr" if name in given else types.get(name, "i32") for name in kernel.arg_names
+    }
+    attributes = {
+        (index,): ALIGNED
+        for index, name in enumerate(kernel.arg_names)
+        if signature[name] not in ("constexpr", "fp32") and name not in ODD
+    }
+    source = ASTSource(kernel, signature, given, attrs=attributes)
+    return triton.compile(source, target=GPUTarget("cuda", arch, WARP_SIZE), options=options)
+
+
+def spilled_bytes(kernel, tmp_path: Path) -> int:
+    """Bytes of local memory a thread, as cuobjdump reports them."""
+    cubin = tmp_path / "kernel.cubin"
+    cubin.write_bytes(kernel.asm["cubin"])
+    tool = [TOOLS / "cuobjdump", "--dump-resource-usage", cubin]
+    done = subprocess.run(tool, capture_output=True, text=True, check=True)
+    stack, local = re.search(r"STACK:(\d+).*?LOCAL:(\d+)", done.stdout).groups()
+    return int(stack) + int(local)
+
+
+def attend(mode, arch: int, width: int, mask: int = NO_MASK, causal: bool = False):
+    cut = choose((arch // 10, arch % 10), width, mode, mask != NO_MASK)
+    storage = TYPES[mode.storage]
+    constants = {
+        **{"M": cut.m, "N": cut.n, "WIDTH": width, "PV": mode.code, "MASK": mask},
+        **{"CAUSAL": causal, "HAS_LSE": True, "D": width},
+    }
+    types = {"q": "*i8", "k": "*i8", "v": f"*{storage}"}
+    if mask == ADDED_MASK:
+        types["mask"] = "*fp32"
+    options = {"num_warps": cut.warps, "num_stages": cut.stages}
+    return compiled(attend_kernel, constants, arch, types=types, **options)
+
+
+def cases() -> list:
+    """Every mode where its instructions are; every head size on two architectures."""
+    return [
+        pytest.param(mode, arch, width, id=f"{arch}-{mode.name}-{width}")
+        for mode in MODES.values()
+        for arch in ARCHITECTURES
+        for width in (64, 128, 256)
+        if mode.capability <= (arch // 10, arch % 10) and (width == 128 or arch in (86, HOPPER))
+    ]
+
+
+def instructions(mode, arch: int) -> tuple[str, str]:
+    """Patterns of the tensor-core instructions of Q·Kᵀ and P·V."""
+    if arch == HOPPER:
+        pv = {"exact": "f32.bf16.bf16", "fp8": "f32.e4m3.e4m3", "int8": "s32.s8.s8"}[mode.name]
+        return r"wgmma.mma_async\S+s32.s8.s8", rf"wgmma.mma_async\S+{pv}"
+    qk = r"mma.sync.aligned.m16n8k32\S+s32.s8.s8.s32"
+    if arch == 100 and mode.name != "int8":
+        return qk, r"tcgen05.mma|mma.sync"
+    pv = {"exact": "f32.bf16.bf16.f32", "fp8": "f32.e4m3.e4m3.f32", "int8": "s32.s8.s8.s32"}
+    return qk, rf"mma.sync.aligned\S+{pv[mode.name]}"
+
+
+@pytest.mark.parametrize(("mode", "arch", "width"), cases())
+def test_kernel_uses_the_tensor_cores_and_fits(mode, arch, width, tmp_path):
+    kernel = attend(mode, arch, width)
+    for pattern in instructions(mode, arch):
+        assert re.search(pattern, kernel.asm["ptx"])
+    assert kernel.metadata.shared <= SHARED_KIB[arch] * 1024
+    if width <= 128:
+        assert spilled_bytes(kernel, tmp_path) == 0
+
+
+@pytest.mark.parametrize(("mode", "arch"), [("exact", 86), ("int8", 86), ("fp8", 89), ("fp8", 90)])
+def test_masked_kernel_fits(mode, arch):
+    """A mask of float32 takes the most shared memory."""
+    kernel = attend(MODES[mode], arch, 128, ADDED_MASK)
+    assert kernel.metadata.shared <= SHARED_KIB[arch] * 1024
+
+
+def test_causal_kernel_with_a_bool_mask_compiles():
+    assert attend(MODES["exact"], HOPPER, 128, BOOL_MASK, causal=True)
+
+
+@pytest.mark.parametrize(
+    ("arch", "swizzled"), [(80, False), (89, False), (90, True), (100, False), (120, False)]
+)
+def test_quantizers_keep_a_tile_in_registers(arch, swizzled, tmp_path):
+    shared = {"WIDTH": 128, "SWIZZLED": swizzled, "D": 128}
+    groups = 4 if swizzled else 1
+    q = {**shared, "ROWS": prepare_module.Q_ROWS, "SHIFT": True}
+    statistics = {"ROWS": prepare_module.CHUNK_KEYS, "WIDTH": 128, "RANGE": True, "D": 128}
+    cases = [
+        (prepare.quantize_q_kernel, q, 8, "i8"),
+        (prepare.quantize_k_kernel, {**shared, "GROUPS": groups}, 4, "i8"),
+        (prepare.quantize_v_kernel, {**shared, "INTEGER": True}, 4, "i8"),
+        (prepare.statistics_kernel, statistics, 8, "i8"),
+    ]
+    if arch >= 89:
+        cases.append((prepare.quantize_v_kernel, {**shared, "INTEGER": False}, 4, "fp8e4nv"))
+    for kernel, constants, warps, stored in cases:
+        options = {"types": {"stored": f"*{stored}"}, **prepare_module.options(warps)}
+        done = compiled(kernel, constants, arch, **options)
+        assert spilled_bytes(done, tmp_path) == 0
+        assert re.search(r"ld.global\S*\.v4\.b32", done.asm["ptx"])
+        # A cast from FP8 is what ptxas compiles wrongly.
+        assert "cvt.rn.f16x2.e4m3x2" not in done.asm["ptx"]

@@ -1,0 +1,23 @@
+"""Runs `interpreted.py` in a process of its own: Triton reads TRITON_INTERPRET when it starts."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton", reason="Triton, which has the interpreter, is missing")
+
+
+def test_kernels_agree_with_the_reference_in_the_interpreter():
+    tests = Path(__file__).with_name("interpreted.py")
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-x", str(tests)],
+        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
