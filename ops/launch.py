@@ -12,6 +12,8 @@ import torch
 
 from .registry import capability
 
+# The first Triton that the kernels are compiled with in tests; 3.4 has no FP8 product for SM120.
+TRITON_MIN = (3, 5)
 # Triton compiles another kernel for a pointer that is aligned to this many bytes.
 ALIGNMENT = 16
 _compiled: dict[Hashable, object] = {}

@@ -10,6 +10,7 @@ import importlib
 import importlib.util
 import logging
 import pkgutil
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -32,6 +33,8 @@ class Needs:
 
     capability: the least one. measured: `auto` takes the backend from the first capability on,
     below the second; elsewhere it runs when named. package: a module to import, dots allowed.
+    package_min, package_max: the first and the last version of it that will do; (3, 9) is 3.9.1
+    too. Where `auto` passes over a backend for its version alone, it says so once.
     """
 
     schemes: frozenset[str]
@@ -42,6 +45,8 @@ class Needs:
     n_multiple: int = 1
     k_max: int | None = None
     package: str | None = None
+    package_min: tuple[int, ...] | None = None
+    package_max: tuple[int, ...] | None = None
     self_test: Callable[[torch.device], str | None] | None = field(default=None, compare=False)
 
 
@@ -116,6 +121,32 @@ def _has_package(name: str) -> bool:
     return importlib.util.find_spec(name) is not None
 
 
+# torch.compile, which sees through the cache, cannot trace an import.
+@functools.cache
+@torch.compiler.assume_constant_result
+def _version(name: str) -> tuple[int, ...]:
+    """Return the numbers of an installed package's version: (3, 6, 0) of 3.6.0+git1234."""
+    numbers = re.match(r"\d+(\.\d+)*", importlib.import_module(name).__version__)
+    return tuple(int(number) for number in numbers[0].split("."))
+
+
+def _dotted(version: tuple[int, ...]) -> str:
+    return ".".join(map(str, version))
+
+
+def _wrong_version(needs: Needs) -> str | None:
+    """Return why the version of an installed package will not do, or None."""
+    if not (needs.package_min or needs.package_max) or not _has_package(needs.package):
+        return None
+    name = needs.package.partition(".")[0]
+    has = _version(name)
+    if needs.package_min and has < needs.package_min:
+        return f"needs {name} {_dotted(needs.package_min)} or later, got {_dotted(has)}"
+    if needs.package_max and has[: len(needs.package_max)] > needs.package_max:
+        return f"needs {name} {_dotted(needs.package_max)} or earlier, got {_dotted(has)}"
+    return None
+
+
 @functools.cache
 def _self_test(test: Callable[[torch.device], str | None], device: torch.device) -> str | None:
     return test(device)
@@ -138,7 +169,10 @@ def unmet(needs: Needs, call: Call) -> str | None:
         return f"N={call.n} is not a multiple of {needs.n_multiple}"
     if needs.k_max and call.k > needs.k_max:
         return f"K={call.k} is above {needs.k_max}"
-    return _self_test(needs.self_test, call.device) if needs.self_test else None
+    wrong = _wrong_version(needs)
+    if wrong or not needs.self_test:
+        return wrong
+    return _self_test(needs.self_test, call.device)
 
 
 def _unmeasured(needs: Needs, call: Call) -> str | None:
@@ -147,6 +181,19 @@ def _unmeasured(needs: Needs, call: Call) -> str | None:
     if needs.measured is None or has is None or needs.measured[0] <= has < needs.measured[1]:
         return None
     return f"not measured on compute capability {has}, runs when named"
+
+
+@functools.cache
+def _warn(text: str) -> None:
+    logger.warning("%s", text)
+
+
+def _say_version(backend: Backend, call: Call, reason: str) -> None:
+    """Warn, once, when nothing but a version keeps `auto` from a backend."""
+    if torch.compiler.is_compiling() or _unmeasured(backend.needs, call):
+        return
+    if reason == _wrong_version(backend.needs):
+        _warn(f"{backend.op}: without its {backend.name} backend, which {reason}")
 
 
 def _log(text: str, *arguments) -> None:
@@ -187,8 +234,11 @@ def select(op: str, call: Call, name: str = "auto") -> Backend:
     reasons = []
     for backend in candidates:
         reason = unmet(backend.needs, call)
-        if reason is None and name == "auto":
-            reason = _unmeasured(backend.needs, call)
+        if name == "auto":
+            if reason:
+                _say_version(backend, call, reason)
+            else:
+                reason = _unmeasured(backend.needs, call)
         if reason is None:
             _log("%s %s on %s: %s", op, call.scheme, call.device, backend.name)
             return backend

@@ -3,6 +3,7 @@
 import torch
 from comfy_kitchen.tensor import QuantizedTensor
 
+from ..launch import TRITON_MIN
 from ..quantize_rows.triton import K_MAX
 from ..registry import Backend, Needs, register
 from ..scaled_mm import scaled_mm
@@ -38,6 +39,7 @@ def _register(schemes: set[str], least: tuple[int, int]) -> None:
         k_multiple=K_MULTIPLE,
         k_max=K_MAX,
         package="triton.tools.tensor_descriptor",
+        package_min=TRITON_MIN,
     )
     register(Backend("linear", "triton", 10, needs, run, run_quantized, quantizes=True))
 

@@ -4,7 +4,7 @@ import functools
 
 import torch
 
-from ..launch import ALIGNMENT, alignment, dependent, launch
+from ..launch import ALIGNMENT, TRITON_MIN, alignment, dependent, launch
 from ..registry import Backend, Needs, capability, register
 from . import LIMITS, NOTHING, OP, ROTATION
 from .prologue import Prologue
@@ -105,6 +105,7 @@ def _register(schemes: set[str], capability: tuple[int, int]) -> None:
         capability=capability,
         k_max=K_MAX,
         package="triton",
+        package_min=TRITON_MIN,
     )
     register(Backend(OP, "triton", 10, needs, run))
 

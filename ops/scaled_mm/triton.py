@@ -5,7 +5,7 @@ import functools
 import torch
 
 from .. import tuning
-from ..launch import ALIGNMENT, alignment, dependent, launch
+from ..launch import ALIGNMENT, TRITON_MIN, alignment, dependent, launch
 from ..registry import Backend, Needs, capability, register
 from . import OP
 from .check import granularity
@@ -167,6 +167,7 @@ def _register(operands: set[str], least: tuple[int, int]) -> None:
         devices=frozenset({"cuda"}),
         capability=least,
         package="triton.tools.tensor_descriptor",
+        package_min=TRITON_MIN,
     )
     register(Backend(OP, "triton", 10, needs, run))
 

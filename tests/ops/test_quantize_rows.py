@@ -5,6 +5,7 @@ import torch
 from comfy_kitchen.tensor.int8_utils import _build_hadamard
 
 from lowbit.ops import registry
+from lowbit.ops.launch import TRITON_MIN
 from lowbit.ops.quantize_rows import LIMITS, OP, quantize_rows
 from lowbit.ops.quantize_rows.triton import K_MAX, cover, warps_of
 
@@ -114,6 +115,7 @@ def test_what_does_not_fit_is_named(kind, x, dtype, rotate, message):
 def test_too_wide_a_row_is_a_reason_and_no_crash(monkeypatch):
     monkeypatch.setattr(registry, "capability", lambda device: (9, 0))
     monkeypatch.setattr(registry, "_has_package", lambda name: True)
+    monkeypatch.setattr(registry, "_version", lambda name: TRITON_MIN)
     triton = next(b for b in registry.backends(OP) if b.name == "triton")
     device = torch.device("cuda", 0)
     assert registry.unmet(triton.needs, registry.Call("int8", device, 0, K_MAX)) is None

@@ -16,9 +16,11 @@ def empty(monkeypatch):
     monkeypatch.setattr(registry, "_BACKENDS", {})
     registry.select.cache_clear()
     registry._self_test.cache_clear()
+    registry._warn.cache_clear()
     yield
     registry.select.cache_clear()
     registry._self_test.cache_clear()
+    registry._warn.cache_clear()
 
 
 def add(name: str, rank: int, needs: Needs = ANY) -> Backend:
@@ -128,6 +130,95 @@ def test_capability_is_at_least_what_is_needed(monkeypatch, has, reason):
 
 def test_capability_of_a_cpu_is_none():
     assert registry.capability(CPU) is None
+
+
+@pytest.fixture
+def installed(monkeypatch):
+    """Return a function that pretends a version of every package."""
+    return lambda *version: monkeypatch.setattr(registry, "_version", lambda name: version)
+
+
+OLD = "needs torch 3.5 or later, got 3.4.9"
+NEW = "needs torch 3.9 or earlier, got 3.10.0"
+
+
+@pytest.mark.parametrize(
+    ("version", "reason"),
+    [
+        ((3, 4, 9), OLD),
+        ((3, 5), None),
+        ((3, 5, 0), None),
+        ((3, 9, 1), None),
+        ((3, 10, 0), NEW),
+        ((4,), "needs torch 3.9 or earlier, got 4"),
+    ],
+)
+def test_version_of_the_package_lies_within_what_is_needed(installed, version, reason):
+    installed(*version)
+    wants = needs(package="torch.nn", package_min=(3, 5), package_max=(3, 9))
+    assert registry.unmet(wants, CALL) == reason
+
+
+def test_version_is_that_of_the_package_itself(monkeypatch):
+    monkeypatch.setattr(torch, "__version__", "2.13.0a0+git12")
+    assert registry._version.__wrapped__("torch") == (2, 13, 0)
+
+
+def test_missing_package_is_named_before_its_version(installed):
+    installed(1)
+    wants = needs(package="no_such_package", package_min=(3, 5))
+    assert registry.unmet(wants, CALL) == "package no_such_package is missing"
+
+
+def test_auto_passes_over_a_wrong_version_and_says_so_once(installed, caplog):
+    installed(3, 4, 9)
+    add("fast", 10, needs(package="torch", package_min=(3, 5)))
+    add("fast", 11, needs(package="torch", package_min=(3, 5)))
+    slow = add("slow", 30)
+    for k in (32, 64, 96):
+        assert registry.select(OP, Call("scheme", CPU, n=48, k=k)) is slow
+    said = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
+    assert said == [f"{OP}: without its fast backend, which {OLD}"]
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"k_multiple": 64},
+        {"devices": frozenset({"cuda"})},
+        {"package": "no_such_package"},
+        {"measured": ((9, 0), (10, 0))},
+    ],
+)
+def test_version_that_is_not_all_that_is_wrong_is_not_mentioned(
+    installed, monkeypatch, caplog, other
+):
+    installed(3, 4, 9)
+    monkeypatch.setattr(registry, "capability", lambda device: (8, 0))
+    add("fast", 10, needs(**{"package": "torch", "package_min": (3, 5), **other}))
+    add("slow", 30)
+    assert registry.select(OP, CALL).name == "slow"
+    assert not [r for r in caplog.records if r.levelname == "WARNING"]
+
+
+def test_backend_of_a_wrong_version_raises_when_named(installed, caplog):
+    installed(3, 4, 9)
+    add("fast", 10, needs(package="torch", package_min=(3, 5)))
+    add("slow", 30)
+    with pytest.raises(NoBackendError, match=f"fast: {OLD}"):
+        registry.select(OP, CALL, "fast")
+    assert not [r for r in caplog.records if r.levelname == "WARNING"]
+
+
+def test_version_is_read_without_a_break_in_a_compiled_graph(caplog):
+    add("fast", 10, needs(package="torch", package_min=(999,)))
+    add("slow", 30)
+
+    def run(x):
+        return x + 1 if registry.select(OP, CALL).name == "slow" else x
+
+    torch._dynamo.reset()
+    assert torch.compile(run, fullgraph=True, backend="eager")(torch.zeros(1)) == 1
 
 
 def test_self_test_runs_once_per_device():

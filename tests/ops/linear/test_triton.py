@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from lowbit.ops import registry
+from lowbit.ops.launch import TRITON_MIN
 from lowbit.ops.linear import OP, reference
 from lowbit.ops.linear import triton as backend
 from lowbit.quant import formats
@@ -61,6 +62,7 @@ def gpu(monkeypatch):
     def pretend(major: int, minor: int) -> None:
         monkeypatch.setattr(registry, "capability", lambda device: (major, minor))
         monkeypatch.setattr(registry, "_has_package", lambda name: True)
+        monkeypatch.setattr(registry, "_version", lambda name: TRITON_MIN)
         monkeypatch.setattr(registry, "_self_test", lambda test, device: None)
 
     registry.select.cache_clear()
@@ -95,6 +97,19 @@ def test_a_triton_without_descriptors_is_a_reason(gpu, monkeypatch):
     gpu(9, 0)
     monkeypatch.setattr(registry, "_has_package", lambda name: "tensor_descriptor" not in name)
     with pytest.raises(registry.NoBackendError, match=r"tensor_descriptor is missing"):
+        chosen("int8_row", "triton")
+
+
+def test_too_old_a_triton_moves_auto_to_the_next_backend_and_says_so_once(gpu, monkeypatch, caplog):
+    gpu(9, 0)
+    monkeypatch.setattr(registry, "_version", lambda name: (3, 4, 0))
+    registry._warn.cache_clear()
+    assert [chosen("int8_row", k=k) for k in (256, 5120)] == ["kitchen", "kitchen"]
+    said = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
+    assert said == [
+        "linear: without its triton backend, which needs triton 3.5 or later, got 3.4.0"
+    ]
+    with pytest.raises(registry.NoBackendError, match=r"needs triton 3\.5 or later, got 3\.4\.0"):
         chosen("int8_row", "triton")
 
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from lowbit.ops import registry
+from lowbit.ops.launch import TRITON_MIN
 from lowbit.ops.scaled_mm import OP, self_test
 from lowbit.ops.scaled_mm.check import BLOCK, scheme
 from lowbit.ops.scaled_mm.reference import run as reference
@@ -117,6 +118,7 @@ def gpu(monkeypatch):
     def pretend(major: int, minor: int) -> None:
         monkeypatch.setattr(registry, "capability", lambda device: (major, minor))
         monkeypatch.setattr(registry, "_has_package", lambda name: True)
+        monkeypatch.setattr(registry, "_version", lambda name: TRITON_MIN)
         monkeypatch.setattr(registry, "_self_test", lambda test, device: None)
 
     registry.select.cache_clear()

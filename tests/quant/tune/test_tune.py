@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from lowbit.ops import registry, tuning, tuning_file
+from lowbit.ops.launch import TRITON_MIN
 from lowbit.ops.linear import linear
 from lowbit.ops.scaled_mm.tiles import Tile, from_choice
 from lowbit.quant import formats
@@ -268,6 +269,7 @@ def pretend(monkeypatch):
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
         monkeypatch.setattr(registry, "capability", lambda device: capability)
         monkeypatch.setattr(registry, "_has_package", lambda name: True)
+        monkeypatch.setattr(registry, "_version", lambda name: TRITON_MIN)
         monkeypatch.setattr(registry, "_self_test", lambda test, device: None)
         monkeypatch.setattr(tuning, "gpu", lambda device: GPU)
         monkeypatch.setattr(module, "GpuTimer", lambda device: None)
