@@ -231,7 +231,6 @@ def quantize_rows_kernel(
     PREPARE: tl.constexpr,
     NORM: tl.constexpr,
     GELU: tl.constexpr,
-    PDL: tl.constexpr,
 ):
     """stored, row_scale = the prepared row of `program_id(0)` over its largest magnitude.
 
@@ -242,11 +241,6 @@ def quantize_rows_kernel(
     a block of Triton's is a power of two wide, and one alone would compute up to twice the row.
     EXACT: they end where the row ends.
     """
-    if PDL:
-        # As in scaled_mm's kernel: nothing is touched before what came before has ended; the
-        # product that follows may start its programs as soon as all of these have begun.
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
     row = tl.program_id(0).to(tl.int64)
     x += row * stride_x
     stored += row * K

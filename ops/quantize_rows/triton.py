@@ -72,13 +72,13 @@ def run(
     row_scale = input_scale
     if input_scale is None:
         row_scale = torch.empty(m, 1, dtype=torch.float32, device=x.device)
-    p, early = prologue, dependent(x.device)
+    p = prologue
     tensors = (input_scale, p.weight, p.bias, p.scale, p.shift)
     rows = (_rows(p.scale, m), _rows(p.shift, m))
     sizes = (k, x.stride(0), rows[0][0], rows[1][0], rows[0][1], rows[1][1])
     constants = (
         *(LIMITS[dtype], *cover(k), rotated),
-        *(p != NOTHING, p.norm or "", p.activation == "gelu_tanh", bool(early)),
+        *(p != NOTHING, p.norm or "", p.activation == "gelu_tanh"),
     )
     arguments = (x, stored, row_scale, *tensors, *sizes, p.eps, *constants)
     types = tuple(None if t is None else t.dtype for t in tensors)
@@ -86,7 +86,7 @@ def run(
     key = (x.dtype, dtype, alignment(x, *tensors), types, divisible, k, constants)
     warps = warps_of(capability(x.device), k, rotated, p != NOTHING)
     # A product and a sum rounded as one would round to other codes than the reference's.
-    options = {"num_warps": warps, "enable_fp_fusion": False, **early}
+    options = {"num_warps": warps, "enable_fp_fusion": False}
     launch(quantize_rows_kernel, m, arguments, options, key, x.device)
     return stored, row_scale
 

@@ -13,8 +13,6 @@ BLOCK: tl.constexpr = tl.constexpr(128)
 # 2 · log2(e) · √(2/π), and the same times 0.044715: gelu's cubic, for exp2.
 LINEAR: tl.constexpr = tl.constexpr(2.302208198144325)
 CUBIC: tl.constexpr = tl.constexpr(0.1029432395800235)
-# Of the L2 cache.
-LINE_BYTES: tl.constexpr = tl.constexpr(128)
 
 
 @triton.jit
@@ -25,43 +23,6 @@ def _tile(tile, num_m, num_n, GROUP_M: tl.constexpr):
     rows = min(num_m - first_m, GROUP_M)
     within = tile % in_group
     return first_m + within % rows, within // rows
-
-
-@triton.jit
-def _prefetch(start, N, K, stride, LINES: tl.constexpr):
-    """Have N rows of K bytes, so far apart, brought to the L2 cache: each program a share.
-
-    Nothing is read: where all meet in the L2, what is written to it later is seen by all.
-    """
-    per_row = tl.cdiv(K, LINE_BYTES)
-    for first in tl.range(tl.program_id(0) * LINES, N * per_row, tl.num_programs(0) * LINES):
-        line = tl.minimum(first + tl.arange(0, LINES), N * per_row - 1)
-        at = (line // per_row).to(tl.int64) * stride + (line % per_row) * LINE_BYTES
-        tl.inline_asm_elementwise(
-            "prefetch.global.L2 [$1]; mov.u32 $0, 0;",
-            "=r,l",
-            [(start + at).to(tl.int64)],
-            dtype=tl.int32,
-            is_pure=False,
-            pack=1,
-        )
-
-
-@triton.jit
-def _await_kernel_before(weight, N, K, stride):
-    """Return when the kernel before this one in the stream has ended, and what it wrote is seen.
-
-    This grid may start while that kernel still runs. Until the wait returns, it may still write
-    what is read here (rows, scales), and may still read memory that the allocator has since given
-    to the result. So nothing is read or written above it, weights neither: a kernel may just have
-    unpacked them. Every program waits, so that this grid's end implies the end of all before it,
-    for those that follow.
-    """
-    if weight is not None:
-        _prefetch(weight, N, K, stride, 256)
-    tl.extra.cuda.gdc_wait()
-    # The next kernel, where it waits in the same way, may start once every program has begun.
-    tl.extra.cuda.gdc_launch_dependents()
 
 
 @triton.jit
@@ -172,7 +133,6 @@ def _finish(
 def scaled_mm_kernel(
     a,
     b,
-    weight,
     c,
     scale_a,
     scale_b,
@@ -210,15 +170,20 @@ def scaled_mm_kernel(
 ):
     """C = residual + gate · activation(scale_a · scale_b · (A·Bᵀ − point) + bias).
 
-    a: [M, K], b: [N, K], both K-contiguous, pointers or TMA descriptors. weight: b's start where
-    PDL is to bring it to the L2 cache early, or None. c: [M, N], contiguous.
+    a: [M, K], b: [N, K], both K-contiguous, pointers or TMA descriptors. c: [M, N], contiguous.
     SCALE_A, SCALE_B: "one", "row" ([M] or [N]) or, both, "block" ([M, ⌈K/128⌉] with strides
     stride_scale_a and step_scale_a; [⌈N/128⌉, ⌈K/128⌉], contiguous). bias: [N]. The point:
     zero_point [M] int32, of A, times column_sum [N] int32, of B along K. gate: [1 or R, N], for
     gate_tokens rows of C each. residual: [M, N].
     """
     if PDL:
-        _await_kernel_before(weight, N, K, stride_b)
+        # This grid may be set up while the kernel before it in the stream ends. Until the wait
+        # returns, that kernel may still write what is read here (rows, scales), and may still read
+        # memory that the allocator has since given to c. So nothing is read or written above it,
+        # weights neither: a kernel may just have unpacked them. Every program waits, so that this
+        # grid's end implies the end of all before it, for those that follow. Nobody calls
+        # gdc_launch_dependents: programs that come while others run slow the product down.
+        tl.extra.cuda.gdc_wait()
     num_m = tl.cdiv(M, BLOCK_M)
     num_n = tl.cdiv(N, BLOCK_N)
     steps = tl.cdiv(K, BLOCK_K)

@@ -12,9 +12,6 @@ from .check import granularity
 from .tiles import Row, Tile, choose
 
 WARP_SIZE = 32
-# Up to so many tokens, and bytes of the weight (what the L2 cache has room for beside the rest),
-# reading the weight is most of the time: it begins while the kernel before still runs.
-PREFETCH_M, PREFETCH_BYTES = 1024, 32 << 20
 # For one scale per block of 128 x 128: BLOCK_K is 128, BLOCK_N divides it. The sum of a block
 # stands in registers beside the sum of all: large tiles have twice the warps. Compiled and tested,
 # not measured.
@@ -116,7 +113,6 @@ def run_tile(
     # A weight that is mapped from a file may start anywhere.
     tma = tile.tma and aligned[0] and aligned[1]
     early = dependent(a.device)
-    prefetch = bool(early) and m <= PREFETCH_M and n * k <= PREFETCH_BYTES
     blocks = granularity(a, b, scale_a, scale_b) == "block"
     gate_rows = None if gate is None else "one" if gate.shape[0] == 1 else "many"
     stride_scale = scale_a.stride(0) if blocks else None
@@ -140,7 +136,6 @@ def run_tile(
     arguments = (
         describe(a, [tile.block_m, tile.block_k]) if tma else a,
         describe(b, [tile.block_n, tile.block_k]) if tma else b,
-        b if prefetch else None,
         *(out, *tensors),
         *(m, n, k, a.stride(0), b.stride(0)),
         scale_a.stride(1) if blocks else None,
@@ -156,7 +151,7 @@ def run_tile(
         min(tiles, processors * tile.per_sm),
         arguments,
         {"num_warps": tile.warps, "num_stages": tile.stages, **early},
-        (constants, prefetch, aligned, types, _class(n), strides),
+        (constants, aligned, types, _class(n), strides),
         a.device,
     )
 

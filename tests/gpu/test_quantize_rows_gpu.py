@@ -68,7 +68,9 @@ def test_static_scale_cuts_off_and_shows_what_is_not_finite(rotated):
     assert scale.item() == given.item()
     bad = stored.float().isnan().any(1)
     assert bad.tolist() == [False, True, True] + [False] * 6
-    near = torch.isclose(stored.float(), want.float(), rtol=2**-3, atol=2**-9, equal_nan=True)
+    # A rotation multiplies in TF32, to 2^-10 of the largest code.
+    least = 2**-9 + (448 * 2**-10 if rotated else 0)
+    near = torch.isclose(stored.float(), want.float(), rtol=2**-3, atol=least, equal_nan=True)
     assert near.all()
 
 

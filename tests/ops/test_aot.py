@@ -68,7 +68,7 @@ def product(tile: Tile, arch: int, a: torch.dtype, b: torch.dtype, scales="row",
             "a": f"tensordesc<{TYPES[a]}[{tile.block_m}, {tile.block_k}]>",
             "b": f"tensordesc<{TYPES[b]}[{tile.block_n}, {tile.block_k}]>",
         }
-    optional = ("weight", "bias", "zero_point", "column_sum", "gate", "residual")
+    optional = ("bias", "zero_point", "column_sum", "gate", "residual")
     types = {
         **pointers,
         **{"c": "*bf16", "scale_a": "*fp32", "scale_b": "*fp32"},
@@ -177,14 +177,12 @@ def test_e4m3_times_e5m2_is_one_instruction_on_hopper():
 @pytest.mark.parametrize("arch", [a for a in ARCHITECTURES if a >= HOPPER])
 @pytest.mark.parametrize("which", [0, -1])
 def test_early_start_touches_no_memory_before_the_wait(arch, which):
-    """But for bringing the weight to the L2 cache, which reads nothing."""
     tile = tiles(TABLE, arch, True)[which]
-    ptx = product(tile, arch, torch.int8, torch.int8, **PLAIN, weight="*i8").asm["ptx"]
+    ptx = product(tile, arch, torch.int8, torch.int8, **PLAIN).asm["ptx"]
     memory = re.compile(r"\b(ld|st|red|atom)\.[\w.:]*global|\bcp\.async|\bst\.global")
     wait = ptx.index("griddepcontrol.wait")
     assert memory.search(ptx).start() > wait
-    assert ptx.index("griddepcontrol.launch_dependents") > wait
-    assert ptx.index("prefetch.global.L2") < wait
+    assert "griddepcontrol.launch_dependents" not in ptx
 
 
 def quantizer(k: int, arch: int, dtype: torch.dtype, rotate: bool, prologue: str = ""):
@@ -202,12 +200,10 @@ def quantizer(k: int, arch: int, dtype: torch.dtype, rotate: bool, prologue: str
         **{name: None for name in ("scale", "shift") if name not in modulation},
         **{"LIMIT": LIMITS[dtype], "STARTS": starts, "GROUPS": groups, "EXACT": exact},
         **{"ROTATE": rotate, "PREPARE": prologue != "", "GELU": prologue == "gelu"},
-        **{"NORM": "layer" if prologue == "layer" else "", "PDL": arch >= HOPPER},
+        **{"NORM": "layer" if prologue == "layer" else ""},
     }
     warps = warps_of(divmod(arch, 10), k, rotate, prologue != "")
     options = {"num_warps": warps, "enable_fp_fusion": False}
-    if arch >= HOPPER:
-        options["launch_pdl"] = True
     return compiled(quantize_rows_kernel, types, constants, arch, **options)
 
 
