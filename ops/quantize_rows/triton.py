@@ -4,7 +4,7 @@ import functools
 
 import torch
 
-from ..launch import ALIGNMENT, TRITON_MIN, alignment, dependent, launch
+from ..launch import ALIGNMENT, TRITON_MIN, alignment, launch
 from ..registry import Backend, Needs, capability, register
 from . import LIMITS, NOTHING, OP, ROTATION
 from .prologue import Prologue
