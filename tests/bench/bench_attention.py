@@ -1,6 +1,6 @@
 """Attention of real models: ours in each mode, and what else can be installed, side by side.
 
-Run on a GPU: `python tests/bench/bench_attention.py`. Quantization of Q, K and V is included
+Run on a GPU: `python -m tests.bench.bench_attention`. Quantization of Q, K and V is included
 everywhere. Prints a table and appends it to docs/results/attention.jsonl.
 """
 
@@ -8,13 +8,13 @@ import argparse
 import importlib.util
 from collections.abc import Callable, Iterator
 
-import runner
 import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lowbit.ops.attention import attention
 from lowbit.ops.attention.modes import MODES
+from tests.bench import runner
 
 D = 128
 # Model, heads, tokens: video of 81 frames at 480p and at 720p; an image of 1328² with its text.
