@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 
 import torch
 
-from ..ops.linear import share
+from ..ops.linear import release, share
 from ..quant.families.base import Family, FeedForward
 
 
@@ -25,17 +25,17 @@ def share_inputs(layers: Mapping[str, torch.nn.Module], family: Family) -> None:
             block = name.removesuffix(group[0])
             readers = [layers[block + part] for part in group if block + part in layers]
             for layer in readers if len(readers) > 1 else ():
-                layer.register_forward_pre_hook(_Announcement(len(readers)))
+                before = functools.partial(_announce, len(readers))
+                layer.register_forward_pre_hook(before, with_kwargs=True)
+                layer.register_forward_hook(_end, with_kwargs=True, always_call=True)
 
 
-class _Announcement:
-    """A forward hook that announces a layer's input as shared."""
+def _announce(readers: int, module: torch.nn.Module, args: tuple, kwargs: dict) -> None:
+    share(args[0] if args else kwargs["input"], readers)
 
-    def __init__(self, readers: int):
-        self.readers = readers
 
-    def __call__(self, module: torch.nn.Module, inputs: tuple) -> None:
-        share(inputs[0], self.readers)
+def _end(module: torch.nn.Module, args: tuple, kwargs: dict, output) -> None:
+    release(args[0] if args else kwargs["input"])
 
 
 class FusedFeedForward:
@@ -63,8 +63,10 @@ def fused(plain: torch.nn.Module, record: FeedForward, run: Callable) -> torch.n
     """Return a copy of a feed-forward, with the same children, whose GELU is left to `run`.
 
     run(second, x): returns second(gelu(x)). Children that are replaced in one are replaced in both.
+    Returns `plain` itself where it is such a copy, or has another activation.
     """
-    if isinstance(plain, FusedFeedForward):
+    activations = [m.approximate for m in plain.modules() if hasattr(m, "approximate")]
+    if isinstance(plain, FusedFeedForward) or activations != ["tanh"]:
         return plain
     copy = object.__new__(_fused_class(type(plain)))
     copy.__dict__ = dict(plain.__dict__)

@@ -210,7 +210,9 @@ def _fuse(patcher, clone, layers: dict[str, torch.nn.Module]) -> None:
     fusion.share_inputs(layers, family)
     for name, record in fusion.feed_forwards(layers, family):
         plain = patcher.get_model_object(f"{ROOT}.{name}")
-        clone.add_object_patch(f"{ROOT}.{name}", fusion.fused(plain, record, _run_after_gelu))
+        fused = fusion.fused(plain, record, _run_after_gelu)
+        if fused is not plain:
+            clone.add_object_patch(f"{ROOT}.{name}", fused)
 
 
 def _run_after_gelu(module, x: torch.Tensor) -> torch.Tensor:
@@ -240,9 +242,14 @@ def _run_after_gelu(module, x: torch.Tensor) -> torch.Tensor:
 
 
 def _is_patched(module) -> bool:
+    """Return whether somebody has a say in a layer's weight, its input, or its whole call."""
     functions = (*module.weight_function, *module.bias_function)
+    hooks = (*module._forward_hooks, *module._forward_pre_hooks)
+    # ComfyUI's bypass LoRAs assign to it.
+    forward = "forward" in vars(module)
     forced = getattr(module, "comfy_force_cast_weights", False)
-    return bool(functions or forced or getattr(module, "pre_quant_scale", None) is not None)
+    smoothed = getattr(module, "pre_quant_scale", None) is not None
+    return bool(functions or hooks or forward or forced or smoothed)
 
 
 def quantize_model(patcher, format_name: str, recipe_name: str = recipe.AUTO, keep=()):

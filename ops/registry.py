@@ -240,7 +240,8 @@ def select(op: str, call: Call, name: str = "auto") -> Backend:
             else:
                 reason = _unmeasured(backend.needs, call)
         if reason is None:
-            _log("%s %s on %s: %s", op, call.scheme, call.device, backend.name)
+            passed = f" ({'; '.join(reasons)})" if reasons else ""
+            _log("%s %s on %s: %s%s", op, call.scheme, call.device, backend.name, passed)
             return backend
         # A backend registers once for each set of needs, of which many may not know the scheme.
         text = f"{backend.name}: {reason}"

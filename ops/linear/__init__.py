@@ -14,7 +14,7 @@ from comfy_kitchen.tensor import QuantizedTensor
 from .. import registry, tuning
 from ..quantize_rows import Prologue
 from .activation import QuantizedActivation, fits, from_host, kind_of, quantize_activation
-from .sharing import quantized_once, share
+from .sharing import quantized_once, release, share
 
 OP = "linear"
 
@@ -26,6 +26,7 @@ __all__ = [
     "fp8_linear_forward",
     "linear",
     "quantize_activation",
+    "release",
     "share",
 ]
 
@@ -58,12 +59,13 @@ def linear(
     shape, dtype = (*x.shape[:-1], n), x.dtype
     if isinstance(x, QuantizedActivation):
         _check_kind(x, weight, input_act)
-    elif rows == 0:
-        return x.new_empty(shape)
-    elif chosen.quantizes:
-        x = _quantized(x, weight, input_act)
     elif input_act is not None:
-        x = _activated(x, input_act)
+        # Prologue says which are known.
+        Prologue(activation=input_act).check(rows, k)
+    if rows == 0:
+        return weight._qdata.new_empty(shape, dtype=dtype, device=x.device)
+    if not isinstance(x, QuantizedActivation):
+        x = _prepared(x, weight, input_act, chosen.quantizes)
     if isinstance(x, QuantizedActivation) and chosen.run_quantized:
         out = chosen.run_quantized(x, weight, bias)
     else:
@@ -72,13 +74,10 @@ def linear(
     return out.to(dtype).reshape(shape)
 
 
-def _activated(x: torch.Tensor, input_act: str) -> torch.Tensor:
-    # Prologue says which are known.
-    Prologue(activation=input_act).check(1, x.shape[-1])
-    return F.gelu(x, approximate="tanh")
-
-
-def _quantized(x: torch.Tensor, weight: QuantizedTensor, input_act: str | None):
+def _prepared(x: torch.Tensor, weight: QuantizedTensor, input_act: str | None, quantize: bool):
+    """Return act(x), quantized or not; x itself where nothing is to be done."""
+    if not quantize:
+        return x if input_act is None else F.gelu(x, approximate="tanh")
     if input_act is not None:
         return quantize_activation(x, weight, prologue=Prologue(activation=input_act))
     return quantized_once(x, kind_of(weight), lambda: quantize_activation(x, weight))

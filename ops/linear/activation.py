@@ -97,7 +97,8 @@ def from_host(x: QuantizedTensor, weight: QuantizedTensor) -> QuantizedActivatio
     That is FP8 with a static scale, which `weight` may multiply as it is; else x is dequantized.
     """
     kind = Kind(x._qdata.dtype, 0)
-    if not fits(kind, kind_of(weight)) or x._params.scale.numel() != 1:
+    static = kind.dtype in FP8 and x._params.scale.numel() == 1
+    if not static or not fits(kind, kind_of(weight)):
         return x.dequantize()
     stored = x._qdata.reshape(-1, x.shape[-1])
     return QuantizedActivation(stored, x._params.scale, kind, tuple(x.shape), x.dtype)

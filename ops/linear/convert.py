@@ -144,6 +144,11 @@ def _layers(
         )
     if isinstance(params_to_keep, str):
         raise TypeError(f"params_to_keep is {params_to_keep!r}; a collection of strings is wanted")
+    unknown = sorted(key for key in scales if key.rpartition(".")[2] not in SCALES)
+    if unknown:
+        raise ValueError(
+            f"scale_weight_keys has {unknown[0]}; names that end in {', '.join(SCALES)} are known"
+        )
     found = _linears(module)
     names = {name for layer in found for name in layer.names}
     given = {key for key in scales if key.rpartition(".")[2] in SCALES}

@@ -1,7 +1,8 @@
 """One quantization of an activation that several linear layers read, q, k and v among them.
 
 Whoever knows that the same tensor goes to several layers, unchanged between them, says so with
-`share`; the first layer leaves what it made of it on the tensor, and the last one takes it away.
+`share` before each of them and `release` after it; the first layer leaves what it made of it on the
+tensor, and after the last one it is taken away.
 """
 
 from collections.abc import Callable
@@ -14,7 +15,7 @@ ATTRIBUTE = "_lowbit_shared"
 
 
 class Shared:
-    """The quantized forms of one tensor, for as many readers as were announced."""
+    """The quantized forms of one tensor, for as many readers as are still to come."""
 
     def __init__(self, readers: int, version: int | None):
         self.readers = readers
@@ -40,6 +41,19 @@ def share(x: torch.Tensor, readers: int) -> None:
         setattr(x, ATTRIBUTE, Shared(readers, _version(x)))
 
 
+def release(x: torch.Tensor) -> None:
+    """Say that a reader of x has ended, whichever way it took; the last one's end drops the forms.
+
+    A reader may take a way that quantizes nothing, as one with a LoRA in its weight does.
+    """
+    shared = None if torch.compiler.is_compiling() else getattr(x, ATTRIBUTE, None)
+    if shared is None:
+        return
+    shared.readers -= 1
+    if shared.readers <= 0:
+        delattr(x, ATTRIBUTE)
+
+
 def quantized_once(
     x: torch.Tensor, kind: Kind, quantize: Callable[[], QuantizedActivation]
 ) -> QuantizedActivation:
@@ -49,8 +63,4 @@ def quantized_once(
         return quantize()
     if kind not in shared.forms:
         shared.forms[kind] = quantize()
-    shared.readers -= 1
-    form = shared.forms[kind]
-    if shared.readers <= 0:
-        delattr(x, ATTRIBUTE)
-    return form
+    return shared.forms[kind]

@@ -51,20 +51,23 @@ def quantize_rows(
             "needs; choose a format without rotation for this layer"
         )
     if prologue is not NOTHING:
-        prologue.check(*x.shape)
+        prologue.check(*x.shape, x.device)
     if input_scale is not None:
-        _check_input_scale(input_scale, dtype)
+        _check_input_scale(input_scale, dtype, x.device)
     p = prologue
     steps = (p.norm or "", p.eps, p.weight, p.bias, p.scale, p.shift, p.activation or "")
-    return _OP(x, dtype, rotate, backend, input_scale, *steps)
+    stored, scale = _OP(x, dtype, rotate, backend, input_scale, *steps)
+    return stored, scale if input_scale is None else input_scale.reshape(1, 1)
 
 
-def _check_input_scale(scale: torch.Tensor, dtype: torch.dtype) -> None:
+def _check_input_scale(scale: torch.Tensor, dtype: torch.dtype, device: torch.device) -> None:
     if scale.dtype != torch.float32 or scale.numel() != 1:
         raise ValueError(
             f"quantize_rows: input_scale is {scale.dtype} {list(scale.shape)}; one float32 element "
             "is wanted"
         )
+    if scale.device != device:
+        raise ValueError(f"quantize_rows: input_scale is on {scale.device}, x on {device}")
     if dtype == torch.int8:
         # An integer cannot say that a value was NaN; a scale of the row's own can.
         raise ValueError("quantize_rows: a static input_scale is for FP8; INT8 takes the row's own")
@@ -81,13 +84,13 @@ def _run(x, dtype, rotate, backend, input_scale, norm, eps, weight, bias, scale,
     if x.numel() == 0:
         return _empty(x, dtype, rotate, backend, input_scale)
     prologue = Prologue(norm or None, eps, weight, bias, scale, shift, activation or None)
-    stored, found = run(x, dtype, rotate, prologue, input_scale)
+    stored, scale = run(x, dtype, rotate, prologue, input_scale)
     # A result of an operation is no alias of its arguments.
-    return stored, found if input_scale is None else input_scale.reshape(1, 1).clone()
+    return stored, scale if input_scale is None else x.new_empty(0, 1, dtype=torch.float32)
 
 
 def _empty(x, dtype, rotate, backend, input_scale, *steps) -> tuple[torch.Tensor, torch.Tensor]:
-    rows = x.shape[0] if input_scale is None else 1
+    rows = x.shape[0] if input_scale is None else 0
     scale = torch.empty(rows, 1, dtype=torch.float32, device=x.device)
     return torch.empty(x.shape, dtype=dtype, device=x.device), scale
 

@@ -30,8 +30,8 @@ class Prologue:
     shift: torch.Tensor | None = None
     activation: str | None = None
 
-    def check(self, m: int, k: int) -> None:
-        """Raise ValueError or TypeError when the steps do not fit a matrix [m, k]."""
+    def check(self, m: int, k: int, device: torch.device | None = None) -> None:
+        """Raise ValueError or TypeError when the steps do not fit a matrix [m, k] on `device`."""
         if self.norm not in (None, *NORMS):
             raise ValueError(f"quantize_rows: norm is {self.norm!r}; known are {NORMS}, None")
         if self.activation not in (None, *ACTIVATIONS):
@@ -39,7 +39,7 @@ class Prologue:
                 f"quantize_rows: activation is {self.activation!r}; known are {ACTIVATIONS}, None"
             )
         for name in ("weight", "bias"):
-            _check_tensor(name, getattr(self, name), ((k,),), f"[{k}]")
+            _check_tensor(name, getattr(self, name), ((k,),), f"[{k}]", device)
         for name in ("scale", "shift"):
             value = getattr(self, name)
             rows = value.shape[0] if value is not None and value.dim() == 2 else 1
@@ -47,12 +47,14 @@ class Prologue:
                 raise ValueError(
                     f"quantize_rows: {name} has {rows} rows, which do not divide {m} tokens"
                 )
-            _check_tensor(name, value, ((k,), (rows, k)), f"[{k}] or [rows, {k}]")
+            _check_tensor(name, value, ((k,), (rows, k)), f"[{k}] or [rows, {k}]", device)
 
 
-def _check_tensor(name: str, value, shapes, wanted: str) -> None:
+def _check_tensor(name: str, value, shapes, wanted: str, device: torch.device | None) -> None:
     if value is None:
         return
+    if value.device != device:
+        raise ValueError(f"quantize_rows: {name} is on {value.device}, x on {device}")
     if tuple(value.shape) not in shapes:
         raise ValueError(f"quantize_rows: {name} is {list(value.shape)}; {wanted} is wanted")
     if value.dtype not in (torch.bfloat16, torch.float16, torch.float32):

@@ -108,6 +108,8 @@ def run_tile(
     """Write the product to `out` [M, N], contiguous, cut into `tile` on so many processors."""
     kernel, describe = _imports()
     (m, k), n = a.shape, b.shape[0]
+    # The stride of one row may be anything, which a descriptor does not take.
+    a, b = (x.as_strided(x.shape, (k, 1)) if len(x) == 1 else x for x in (a, b))
     tensors = (scale_a, scale_b, bias, zero_point, column_sum, gate, residual)
     aligned = alignment(a, b, *tensors)
     # A weight that is mapped from a file may start anywhere.

@@ -51,7 +51,10 @@ class FP8Layout(LowBitLayout, TensorCoreFP8Layout):
         if tensor.is_cuda and tensor.dtype.itemsize == 2 and cls.dtype in LIMITS:
             flat = tensor.reshape(-1, tensor.shape[-1])
             return quantize_rows(flat, cls.dtype, input_scale=scale)[0].reshape(tensor.shape)
-        return comfy_kitchen.quantize_per_tensor_fp8(tensor.float(), scale, cls.dtype)
+        value = tensor.float()
+        # Cut off at the format's largest value, Inf would pass for a number.
+        value = torch.where(value.isinf(), torch.nan, value)
+        return comfy_kitchen.quantize_per_tensor_fp8(value, scale, cls.dtype)
 
     @classmethod
     def dequantize(cls, qdata, params):

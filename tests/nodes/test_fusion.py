@@ -79,8 +79,12 @@ def test_layers_announce_the_input_that_they_share(model):
     fusion.share_inputs(ours, FAMILY)
     for block, readers in ((0, 3), (1, 2)):
         x = torch.randn(3, 8)
-        model["blocks"][block].attn["q"](x)
-        assert getattr(x, sharing.ATTRIBUTE).readers == readers
+        attention = model["blocks"][block].attn
+        attention["q"](input=x)
+        assert getattr(x, sharing.ATTRIBUTE).readers == readers - 1
+        for part in "kv"[-(readers - 1) :]:
+            attention[part](x)
+        assert not hasattr(x, sharing.ATTRIBUTE)
         y = torch.randn(3, 8)
         model["blocks"][block].attn["o"](y)
         assert not hasattr(y, sharing.ATTRIBUTE)
@@ -98,3 +102,10 @@ def test_layers_that_share_are_layers_that_are_quantized(name):
     for part in parts:
         places = (f"blocks.0.{part}", f"transformer_blocks.0.{part}")
         assert any(family.quantized.fullmatch(place) for place in places), part
+
+
+@pytest.mark.parametrize("activation", [nn.GELU(), nn.ReLU()])
+def test_feed_forward_with_another_activation_stays_as_it_is(model, activation):
+    plain = model["blocks"][0].ffn
+    plain[1] = activation
+    assert fusion.fused(plain, FAMILY.feed_forwards[0], run) is plain

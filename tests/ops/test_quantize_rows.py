@@ -6,7 +6,7 @@ from comfy_kitchen.tensor.int8_utils import _build_hadamard
 
 from lowbit.ops import registry
 from lowbit.ops.launch import TRITON_MIN
-from lowbit.ops.quantize_rows import LIMITS, OP, quantize_rows
+from lowbit.ops.quantize_rows import LIMITS, OP, Prologue, quantize_rows
 from lowbit.ops.quantize_rows.triton import K_MAX, cover, warps_of
 
 DTYPES = tuple(LIMITS)
@@ -141,3 +141,43 @@ def test_operation_is_one_step_of_a_graph():
     x = make(5, 256)
     stored, scale = quantize_rows(x, torch.int8, rotate=True)
     assert torch.equal(run(x), stored.float() * scale)
+
+
+def test_static_scale_comes_back_and_is_not_hidden():
+    x, scale = make(3, 16), torch.tensor(0.5)
+    x[1, 2] = torch.inf
+    for rows in (x, x[:0]):
+        stored, got = quantize_rows(rows, torch.float8_e4m3fn, input_scale=scale)
+        assert got.item() == 0.5
+        assert stored.shape == rows.shape
+    stored, _ = quantize_rows(x, torch.float8_e4m3fn, input_scale=scale)
+    assert stored.float().isnan().any(1).tolist() == [False, True, False]
+    with pytest.raises(ValueError, match="is for FP8"):
+        quantize_rows(x, torch.int8, input_scale=scale)
+
+
+@pytest.mark.parametrize(
+    ("prologue", "kind", "message"),
+    [
+        (Prologue("batch"), ValueError, "norm is 'batch'"),
+        (Prologue(activation="silu"), ValueError, "activation is 'silu'"),
+        (Prologue(weight=torch.ones(5)), ValueError, r"weight is \[5\]; \[16\] is wanted"),
+        (Prologue(scale=torch.ones(2, 16)), ValueError, "2 rows, which do not divide 3 tokens"),
+        (Prologue(shift=torch.ones(16, dtype=torch.int32)), TypeError, "shift is torch.int32"),
+        (Prologue(bias=torch.ones(16, device="meta")), ValueError, "bias is on meta, x on cpu"),
+    ],
+)
+def test_prologue_that_does_not_fit_is_named(prologue, kind, message):
+    with pytest.raises(kind, match=message):
+        quantize_rows(make(3, 16), torch.int8, prologue=prologue)
+
+
+@pytest.mark.parametrize("rows", [1, 3, 6])
+def test_prologue_is_what_torch_does_in_steps(rows):
+    x, scale, shift = make(6, 64), make(rows, 64, seed=1), make(rows, 64, seed=2)
+    prologue = Prologue("layer", 1e-5, scale=scale, shift=shift, activation="gelu_tanh")
+    stored, step = quantize_rows(x, torch.int8, prologue=prologue)
+    norm = torch.nn.functional.layer_norm(x, (64,), eps=1e-5).reshape(rows, -1, 64)
+    want = (norm * (1 + scale[:, None]) + shift[:, None]).reshape(6, 64)
+    want = torch.nn.functional.gelu(want, approximate="tanh")
+    assert ((stored * step - want).abs() <= step * 0.501).all()

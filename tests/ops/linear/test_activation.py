@@ -16,6 +16,7 @@ from lowbit.ops.linear import (
     activation,
     linear,
     quantize_activation,
+    release,
     share,
     sharing,
 )
@@ -127,9 +128,11 @@ def test_announced_input_is_quantized_once_and_left_as_it_was(quantizing):
     x, weights = make(5, 512), [weight_of("int8", seed) for seed in (1, 2, 3)]
     alone = [linear(x, w) for w in weights]
     assert len(quantizing) == 3
-    for _ in weights:
+    together = []
+    for weight in weights:
         share(x, 3)
-    together = [linear(x, w) for w in weights]
+        together.append(linear(x, weight))
+        release(x)
     assert len(quantizing) == 4
     assert all(torch.equal(a, b) for a, b in zip(alone, together, strict=True))
     assert not hasattr(x, sharing.ATTRIBUTE)
@@ -141,6 +144,22 @@ def test_readers_of_two_kinds_share_each_their_own(quantizing):
     for name in ("int8", "int8_convrot", "int8", "int8_convrot"):
         linear(x, weight_of(name))
     assert len(quantizing) == 2
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_tensor_that_is_used_again_is_quantized_anew(mode, quantizing):
+    """Also where a reader took a way that quantizes nothing, as one with a LoRA does."""
+    weight = weight_of("int8")
+    with mode():
+        x = make(5, 512)
+        for factor in (1, -3):
+            x.mul_(factor)
+            for reads in (True, True, False):
+                share(x, 3)
+                got = linear(x, weight) if reads else None
+                release(x)
+                if reads:
+                    assert torch.equal(got, linear(x.clone(), weight))
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
@@ -197,3 +216,19 @@ def test_quantized_layer_is_one_graph():
         run(x), (linear(x, weight), linear(x, weight, input_act="gelu_tanh")), strict=True
     ):
         assert torch.equal(got, want)
+
+
+def test_empty_activation_gives_an_empty_result():
+    weight = weight_of("int8_convrot")
+    x = quantize_activation(make(0, 512), weight)
+    assert linear(x, weight).shape == (0, 33)
+    with pytest.raises(ValueError, match="activation is 'silu'"):
+        linear(make(0, 512), weight, input_act="silu")
+
+
+def test_one_rotated_row_of_the_host_is_dequantized():
+    weight, x = weight_of("int8_convrot"), make(1, 512)
+    row = formats.get("int8_convrot").quantize(x)
+    got = linear(row, weight)
+    want = row.dequantize() @ weight.dequantize().t()
+    assert (got - want).norm() <= formats.get("int8_convrot").max_error * 2 * want.norm()
