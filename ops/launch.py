@@ -12,7 +12,7 @@ import torch
 
 from .registry import capability
 
-# The first Triton that the kernels are compiled with in tests; 3.4 has no FP8 product for SM120.
+# The first Triton that tests compile the kernels with; 3.4 does not compile the scaled product.
 TRITON_MIN = (3, 5)
 # Triton compiles another kernel for a pointer that is aligned to this many bytes.
 ALIGNMENT = 16

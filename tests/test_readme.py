@@ -13,15 +13,16 @@ from lowbit import NODE_CLASS_MAPPINGS
 from lowbit.quant import support
 from tests.bench import table
 from tests.checkpoints import write_wan
+from tests.ops import triton_versions
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 
 
-def block(name: str) -> str:
+def block(name: str, text: str = README) -> str:
     """Return what stands between the marks of a generated part."""
-    found = re.search(rf"<!-- {name}:.*?-->\n(.*?)\n?<!-- end of {name} -->", README, re.S)
-    assert found, f"README.md has no part {name}"
+    found = re.search(rf"<!-- {name}:.*?-->\n(.*?)\n?<!-- end of {name} -->", text, re.S)
+    assert found, f"there is no part {name}"
     return found[1]
 
 
@@ -31,6 +32,12 @@ def test_table_of_formats_is_the_registrys():
 
 def test_table_of_linear_layers_is_the_results():
     assert block("linear") == table.table()
+
+
+def test_versions_of_triton_are_those_that_are_compiled_with():
+    assert block("triton") == triton_versions.sentence()
+    results = (ROOT / "docs" / "results" / "triton.md").read_text()
+    assert block("triton", results) == triton_versions.table()
 
 
 def test_every_node_is_named():

@@ -19,6 +19,7 @@ from lowbit.ops.quantize_rows.triton import K_MAX, cover, warps_of  # noqa: E402
 from lowbit.ops.scaled_mm.kernel import scaled_mm_kernel  # noqa: E402
 from lowbit.ops.scaled_mm.tiles import TABLE, Tile  # noqa: E402
 from lowbit.ops.scaled_mm.triton import BLOCK_TABLE, parts  # noqa: E402
+from tests.ops.triton_versions import VERSIONS, Version  # noqa: E402
 
 WARP_SIZE = 32
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
@@ -28,6 +29,9 @@ FIRST_WITH_FP8 = 89
 HOPPER = 90
 TYPES = {torch.int8: "i8", torch.float8_e4m3fn: "fp8e4nv", torch.float8_e5m2: "fp8e5"}
 ALIGNED = [["tt.divisibility", 16]]
+# Of a version that is not known nothing is excused.
+SPILLED_BYTES = VERSIONS.get(triton.__version__, Version(())).spilled_bytes
+EVERY_TRITON = pytest.mark.every_triton
 TOOLS = Path(importlib.util.find_spec("triton").origin).parent / "backends" / "nvidia" / "bin"
 
 
@@ -148,11 +152,17 @@ def cases() -> list:
             every = {**ALL, **POINT} if integer else ALL
             todo = [(tile, "row", "plain", PLAIN) for tile in by_row]
             todo += [(by_row[-1], "row", "all", every), (by_block[-1], "block", "all", ALL)]
+            # The most that the kernel can do, once by rows and once by blocks.
+            for_every_triton = ("row" if integer else "block", "all")
             if arch == HOPPER:
                 todo += [(tile, "block", "plain", PLAIN) for tile in by_block]
                 todo += [(by_row[-1], "row", "gelu", GELU), (by_row[-1], "row", "gated", GATED)]
             found += [
-                pytest.param(tile, arch, dtype, scales, given, id=f"{arch}-{dtype}-{scales}-{what}")
+                pytest.param(
+                    *(tile, arch, dtype, scales, given),
+                    id=f"{arch}-{dtype}-{scales}-{what}",
+                    marks=EVERY_TRITON if (scales, what) == for_every_triton else (),
+                )
                 for tile, scales, what, given in todo
             ]
     return found
@@ -165,7 +175,7 @@ def test_product_uses_the_tensor_cores_and_no_local_memory(
     kernel = product(tile, arch, dtype, dtype, scales, **given)
     assert re.search(instruction(tile, arch, dtype == torch.int8), kernel.asm["ptx"])
     assert kernel.metadata.shared <= SHARED_KIB[arch] * 1024
-    assert spilled_bytes(kernel, tmp_path) == 0
+    assert spilled_bytes(kernel, tmp_path) <= SPILLED_BYTES
 
 
 def test_e4m3_times_e5m2_is_one_instruction_on_hopper():
@@ -208,20 +218,27 @@ def quantizer(k: int, arch: int, dtype: torch.dtype, rotate: bool, prologue: str
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
-@pytest.mark.parametrize("rotate", [True, False])
-@pytest.mark.parametrize("prologue", ["", "layer", "gelu"])
+@pytest.mark.parametrize(
+    ("rotate", "prologue"),
+    [
+        *[(rotate, prologue) for rotate in (True, False) for prologue in ("", "gelu")],
+        (False, "layer"),
+        pytest.param(True, "layer", marks=EVERY_TRITON),
+    ],
+)
 def test_quantizer_uses_the_tensor_cores_to_rotate_and_no_local_memory(
     arch, rotate, prologue, tmp_path
 ):
     kernel = quantizer(5120, arch, torch.int8, rotate, prologue)
-    assert spilled_bytes(kernel, tmp_path) == 0
+    assert spilled_bytes(kernel, tmp_path) <= SPILLED_BYTES
     assert ("mma" in kernel.asm["ptx"]) == rotate
 
 
 @pytest.mark.parametrize("arch", [arch for arch in ARCHITECTURES if arch >= FIRST_WITH_FP8])
-@pytest.mark.parametrize("rotate", [True, False])
+@pytest.mark.parametrize("rotate", [True, pytest.param(False, marks=EVERY_TRITON)])
 def test_quantizer_to_fp8_compiles(arch, rotate, tmp_path):
-    assert spilled_bytes(quantizer(3072, arch, torch.float8_e4m3fn, rotate), tmp_path) == 0
+    kernel = quantizer(3072, arch, torch.float8_e4m3fn, rotate)
+    assert spilled_bytes(kernel, tmp_path) <= SPILLED_BYTES
 
 
 # Wide rows follow a GELU; norms come before narrower ones.
@@ -230,4 +247,4 @@ def test_quantizer_to_fp8_compiles(arch, rotate, tmp_path):
 @pytest.mark.parametrize("prologue", ["", "gelu"])
 def test_quantizer_keeps_rows_of_every_width_in_registers(k, rotate, prologue, tmp_path):
     kernel = quantizer(k, HOPPER, torch.int8, rotate, prologue)
-    assert spilled_bytes(kernel, tmp_path) == 0
+    assert spilled_bytes(kernel, tmp_path) <= SPILLED_BYTES
