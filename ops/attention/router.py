@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from .. import registry
+from .. import registry, tuning
 from ..registry import Backend, Call, Needs, NoBackendError, register
 from . import OP as ATTENTION
 from . import attention, scheme
@@ -25,11 +25,6 @@ PLAIN, MASKED, CAUSAL, BOTH = "", "_masked", "_causal", "_masked_causal"
 # The names of older wrappers for what is here under another one, or not at all.
 ALIASES = {"sageattn_3_fp8": "lowbit_fp8"}
 NOT_BUILT = {"sageattn_3_fp4": "attention in FP4 is not built yet; choose lowbit_fp8"}
-
-
-def names() -> tuple[str, ...]:
-    """Return what may be asked for: `auto`, then every way."""
-    return ("auto", *dict.fromkeys(b.name for b in registry.backends(OP)))
 
 
 def route(
@@ -46,7 +41,7 @@ def route(
 
     q: [B, H, Lq, D]; k, v: [B, Hkv, Lk, D] with H % Hkv = 0, of one dtype, any strides, never
     written to. mask: bool (True: the key counts) or added to the logits, broadcast to
-    [B, H, Lq, Lk]. scale: None is D**-0.5. mode: one of `names()`, or an older name of ALIASES.
+    [B, H, Lq, Lk]. scale: None is D**-0.5. mode: one of NAMES, or an older name of ALIASES.
     `auto` takes what `table.py` has for the call, else torch's own attention. On a CPU a `lowbit_*`
     mode runs the exact reference of `attention`, on float32 rounded to bfloat16.
     Raises ValueError for an unknown mode, NoBackendError with the reason where the named one cannot
@@ -68,8 +63,8 @@ def choose(q, k, v, mode: str, mask=None, causal: bool = False) -> str:
     if mode in NOT_BUILT:
         raise NoBackendError(f"{OP}: {mode}: {NOT_BUILT[mode]}")
     mode = ALIASES.get(mode, mode)
-    if mode not in names():
-        raise ValueError(f"{OP}: unknown mode {mode!r}; known are {', '.join(names())}")
+    if mode not in NAMES:
+        raise ValueError(f"{OP}: unknown mode {mode!r}; known are {', '.join(NAMES)}")
     if mode != "auto":
         return mode
     plain = mask is None and not causal and q.dtype in DTYPES and _alike(q, k, v)
@@ -118,6 +113,17 @@ def _named(dtype: torch.dtype) -> str:
 @torch.compiler.assume_constant_result
 def _fits(index: int, device: torch.device, head_size: int) -> bool:
     """Return whether a row of AUTO has this device and head size, and its kernel runs there."""
+    return _look_up(index, device, head_size)
+
+
+@torch.compiler.assume_constant_result
+def _unmet(way: str, kind: str, device: torch.device, head_size: int) -> str | None:
+    """Return why none of the sets of needs of a way holds, or None."""
+    return _reason(way, kind, device, head_size)
+
+
+@tuning.cached
+def _look_up(index: int, device: torch.device, head_size: int) -> bool:
     row, has = AUTO[index], registry.capability(device)
     if has is None or not row.capability[0] <= has < row.capability[1]:
         return False
@@ -129,9 +135,8 @@ def _fits(index: int, device: torch.device, head_size: int) -> bool:
     return any(registry.unmet(b.needs, call) is None for b in found)
 
 
-@torch.compiler.assume_constant_result
-def _unmet(way: str, kind: str, device: torch.device, head_size: int) -> str | None:
-    """Return why none of the sets of needs of a way holds, or None."""
+@tuning.cached
+def _reason(way: str, kind: str, device: torch.device, head_size: int) -> str | None:
     call = Call(kind, device, 0, head_size)
     reasons = []
     for backend in registry.backends(OP):
@@ -219,3 +224,5 @@ _register(
     *("sageattn", _sage, _schemes(PLAIN, CAUSAL)),
     **{"devices": CUDA, "capability": (8, 0), "k_max": 128, "package": "sageattention"},
 )
+# What may be asked for.
+NAMES = ("auto", *dict.fromkeys(backend.name for backend in registry.backends(OP)))
