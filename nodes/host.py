@@ -18,8 +18,10 @@ import torch
 import torch.nn.functional as F
 from comfy_kitchen.tensor import QuantizedTensor
 
+from ..ops.attention import router
 from ..ops.linear import linear
 from ..ops.linear.activation import Kind, kind_of
+from ..ops.registry import NoBackendError
 from ..quant import convert, families, formats, recipe
 from ..quant.checkpoint import Checkpoint, CheckpointWriter
 from ..quant.checkpoint.stored import (
@@ -32,6 +34,7 @@ from ..quant.checkpoint.stored import (
 from ..quant.checkpoint.writer import ENTRY_BYTES
 from ..quant.record import RECORD_KEY, LayerRecord, decode, encode
 from . import fusion
+from .attention_override import Override
 from .inputs import AS_STORED
 
 logger = logging.getLogger(__name__)
@@ -39,6 +42,8 @@ logger = logging.getLogger(__name__)
 FOLDER = "diffusion_models"
 ATTACHMENT = "lowbit_records"
 ROOT = "diffusion_model"
+# The key of transformer options under which the host looks for an override.
+ATTENTION = "optimized_attention_override"
 
 
 def model_names() -> list[str]:
@@ -382,6 +387,23 @@ def layer_records(patcher) -> list[LayerRecord]:
         known.get(name) or _record(name, _base_weight(patcher, name, module), _format(module))
         for name, module in _linears(patcher)
     ]
+
+
+def set_attention(patcher, override: Override):
+    """Return a clone of `patcher` that computes attention by `override`.
+
+    Raises NoBackendError when its mode can run nothing on the GPU, or CPU, of the model.
+    """
+    from comfy.patcher_extension import WrappersMP
+
+    if reason := router.missing(override.mode, patcher.load_device):
+        raise NoBackendError(reason)
+    clone = patcher.clone()
+    options = clone.model_options.setdefault("transformer_options", {})
+    override.previous = options.get(ATTENTION)
+    options[ATTENTION] = override
+    clone.add_wrapper_with_key(WrappersMP.APPLY_MODEL, "lowbit_attention", override.forward)
+    return clone
 
 
 def save_model(patcher, prefix: str, prompt=None, extra_pnginfo: dict | None = None) -> str:

@@ -73,6 +73,7 @@ def session(mode: str, base: str) -> dict:
     import torch
 
     host = importlib.import_module("lowbit_pack.nodes.host")
+    attention = importlib.import_module("lowbit_pack.nodes.attention").LowBitAttention()
     formats = importlib.import_module("lowbit_pack.quant.formats")
     assert pack.NODE_CLASS_MAPPINGS
     path = checkpoints.write_wan(Path(base) / "wan.safetensors", dim=1024, ffn=4096, layers=4)
@@ -91,6 +92,13 @@ def session(mode: str, base: str) -> dict:
         want = sample(plain)
         moved = difference(sample(with_lora(plain)), want)
         seen["dynamic"] = plain.is_dynamic()
+        seen["capability"] = torch.cuda.get_device_capability()
+        seen["attention"] = {}
+        for mode in ("auto", "sdpa", "lowbit_exact", "lowbit_int8"):
+            # 1,280 tokens: long enough for auto.
+            (model,) = attention.set_attention(plain, mode, "self", "", 0.0, 1.0, True)
+            seen["attention"][mode] = difference(sample(model), want)
+        seen["attention_plain_untouched"] = torch.equal(sample(plain), want)
         seen["formats"] = {}
         for name in formats.names():
             loaded = host.load_model(str(path), name, "auto")

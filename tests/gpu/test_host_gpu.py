@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from lowbit.ops.attention.modes import MODES
 from lowbit.quant import formats
 
 SESSION = Path(__file__).with_name("host_session.py")
@@ -42,3 +43,15 @@ def test_model_is_quantized_undone_saved_and_patched(seen, name):
     assert row["same_after_unload"]
     assert row["same_after_saving"]
     assert 0.7 < row["lora_moves"] < 1.5
+
+
+@pytest.mark.parametrize("name", ["exact", "int8"])
+def test_attention_changes_its_own_branch_and_a_little(seen, name):
+    assert 0 < seen["attention"][f"lowbit_{name}"] < 2 * MODES[name].max_error
+    assert seen["attention"]["sdpa"] < 2 * MODES["exact"].max_error
+    assert seen["attention_plain_untouched"]
+
+
+def test_auto_takes_the_exact_kernel_on_hopper_alone(seen):
+    hopper = seen["capability"] == [9, 0]
+    assert seen["attention"]["auto"] == (seen["attention"]["lowbit_exact"] if hopper else 0)

@@ -70,6 +70,13 @@ def quantize(
     return graph.add("LowBitQuantizeModel", model=model, **options)
 
 
+def attention(graph: Graph, model: Ref, mode: str, **options) -> Ref:
+    """The pack's attention, in all layers, blocks and steps unless `options` say otherwise."""
+    inputs = {"layers": "all", "blocks": "", "start_percent": 0.0, "end_percent": 1.0}
+    inputs |= {"guard": False, **options}
+    return graph.add("LowBitAttention", model=model, mode=mode, **inputs)
+
+
 def lora(graph: Graph, model: Ref, name: str, strength: float) -> Ref:
     """The stock LoRA loader."""
     return graph.add("LoraLoaderModelOnly", model=model, lora_name=name, strength_model=strength)

@@ -1,0 +1,134 @@
+"""The attention node in a real ComfyUI: what it changes, and what it leaves as it was."""
+
+import pytest
+import torch
+
+from lowbit.ops.attention.modes import MODES
+from tests.host import graphs
+from tests.host.server import PromptError
+
+LOWBIT = [f"lowbit_{name}" for name in MODES]
+
+
+@pytest.fixture(scope="module")
+def plain(sample, wan):
+    """The latent of the model without the node."""
+    return sample(lambda graph: graphs.load(graph, wan))
+
+
+@pytest.fixture
+def sampled(sample, wan):
+    """A function (mode, **inputs of the node) -> latent of the small Wan."""
+
+    def run(mode: str, **options) -> torch.Tensor:
+        return sample(
+            lambda graph: graphs.attention(graph, graphs.load(graph, wan), mode, **options)
+        )
+
+    return run
+
+
+def difference(a: torch.Tensor, b: torch.Tensor) -> float:
+    return ((a - b).norm() / b.norm()).item()
+
+
+@pytest.mark.parametrize("mode", LOWBIT)
+def test_modes_change_the_latent_by_less_than_their_error(sampled, plain, mode):
+    assert 0 < difference(sampled(mode), plain) < MODES[mode.removeprefix("lowbit_")].max_error
+
+
+@pytest.mark.parametrize("mode", ["sdpa", "auto"])
+def test_torchs_own_attention_gives_the_same_latent(sampled, plain, mode):
+    assert torch.equal(sampled(mode), plain)
+
+
+def test_layers_blocks_and_steps_add_up(sampled, plain):
+    everything = sampled("lowbit_exact")
+    for parts in (
+        {"layers": "self"},
+        {"layers": "cross"},
+        {"blocks": "0"},
+        {"blocks": "1-"},
+        {"start_percent": 0.5},
+        {"end_percent": 0.5},
+    ):
+        latent = sampled("lowbit_exact", **parts)
+        assert not torch.equal(latent, plain), parts
+        assert not torch.equal(latent, everything), parts
+
+
+@pytest.mark.parametrize("parts", [{"end_percent": 0.0}, {"start_percent": 1.0}, {"blocks": "2-"}])
+def test_empty_range_gives_the_same_latent(sampled, plain, parts):
+    assert torch.equal(sampled("lowbit_exact", **parts), plain)
+
+
+def test_two_in_a_row_give_what_one_gives(sample, sampled, wan):
+    def two(graph):
+        model = graphs.attention(graph, graphs.load(graph, wan), "lowbit_exact", blocks="0")
+        return graphs.attention(graph, model, "lowbit_exact", blocks="1")
+
+    assert torch.equal(sample(two), sampled("lowbit_exact"))
+
+
+@pytest.mark.parametrize("node_first", [True, False])
+def test_another_branch_is_untouched(comfy, wan, plain, node_first):
+    graph = graphs.Graph()
+    model = graphs.load(graph, wan)
+    branches = {"plain": model, "with the node": graphs.attention(graph, model, "lowbit_exact")}
+    saved, start = {}, None
+    for branch in sorted(branches, reverse=node_first):
+        latent = graphs.sample(graph, branches[branch], "wan", start=start)
+        saved[branch] = graphs.save(graph, latent)
+        # The next branch begins only once this one has ended, from an empty latent again.
+        start = graph.add("LatentMultiply", samples=latent, multiplier=0.0)
+    entry = comfy.run(graph)
+    assert torch.equal(comfy.latent(entry, saved["plain"]), plain)
+    assert difference(comfy.latent(entry, saved["with the node"]), plain) > 0
+
+
+def test_quantized_model_takes_it(sample, wan):
+    def quantized(graph):
+        return graphs.load_lowbit(graph, wan, "int8_convrot")
+
+    latent = sample(lambda graph: graphs.attention(graph, quantized(graph), "lowbit_exact"))
+    assert 0 < difference(latent, sample(quantized)) < 2 * MODES["exact"].max_error
+
+
+def test_image_to_video_takes_it(sample, wan_i2v):
+    def load(graph):
+        return graphs.load(graph, wan_i2v)
+
+    latent = sample(lambda graph: graphs.attention(graph, load(graph), "lowbit_exact", guard=True))
+    assert 0 < difference(latent, sample(load)) < MODES["exact"].max_error
+
+
+def test_qwen_image_takes_it(sample, qwen_image):
+    def load(graph):
+        return graphs.load(graph, qwen_image)
+
+    def attend(mode):
+        return lambda graph: graphs.attention(graph, load(graph), mode, layers="self")
+
+    latent = sample(load, "qwen_image")
+    assert torch.equal(sample(attend("sdpa"), "qwen_image"), latent)
+    exact = sample(attend("lowbit_exact"), "qwen_image")
+    assert 0 < difference(exact, latent) < MODES["exact"].max_error
+
+
+@pytest.mark.parametrize(
+    ("mode", "options", "message"),
+    [
+        ("kitchen_int8", {}, "kitchen_int8: needs a device of"),
+        ("sageattn", {}, "sageattn: needs a device of"),
+        ("sageattn_3_fp4", {}, "not in"),
+        ("auto", {"blocks": "first"}, "neither a block nor a range"),
+        ("auto", {"start_percent": 0.5, "end_percent": 0.2}, "start to end"),
+    ],
+    ids=lambda x: str(x)[:30],
+)
+def test_what_cannot_run_is_refused_with_the_reason(comfy, wan, mode, options, message):
+    graph = graphs.Graph()
+    model = graphs.attention(graph, graphs.load(graph, wan), mode, **options)
+    graphs.save(graph, graphs.sample(graph, model, "wan"))
+    with pytest.raises(PromptError, match=message):
+        comfy.run(graph)

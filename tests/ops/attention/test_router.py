@@ -1,0 +1,203 @@
+"""The router: what `auto` takes, what is refused and why, and that every way gives attention."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from lowbit.ops import registry, tuning
+from lowbit.ops.attention import router
+from lowbit.ops.attention.modes import MODES
+from lowbit.ops.attention.table import AUTO
+
+LOWBIT = [f"lowbit_{mode}" for mode in MODES]
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+
+def inputs(b=1, h=2, kv=2, length=9, keys=11, d=128, dtype=torch.bfloat16):
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((b, h, length, d), (b, kv, keys, d), (b, kv, keys, d))
+    return [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
+
+
+def sdpa(q, k, v, **options) -> torch.Tensor:
+    """torch's attention in float64."""
+    return F.scaled_dot_product_attention(
+        q.double(), k.double(), v.double(), enable_gqa=q.shape[1] != k.shape[1], **options
+    )
+
+
+def error(got: torch.Tensor, want: torch.Tensor) -> float:
+    return ((got.double() - want).norm() / want.norm()).item()
+
+
+class OnGpu(torch.Tensor):
+    """A tensor that says it is on a GPU, for choices that look at shapes alone."""
+
+    device = CUDA
+
+
+def on_gpu(*tensors: torch.Tensor) -> list[torch.Tensor]:
+    return [x.as_subclass(OnGpu) for x in tensors]
+
+
+@pytest.fixture(autouse=True)
+def forgetful():
+    """What was found out with a patched registry is of no other test."""
+    tuning.forget()
+    yield
+    tuning.forget()
+
+
+@pytest.fixture
+def hopper(monkeypatch):
+    """A GPU of compute capability 9.0 on which every kernel's own test passes."""
+    monkeypatch.setattr(registry, "capability", lambda device: (9, 0) if device == CUDA else None)
+    monkeypatch.setattr(registry, "_self_test", lambda test, device: None)
+    monkeypatch.setattr(registry, "_has_package", lambda name: name != "sageattention")
+
+
+def test_auto_takes_the_measured_kernel_for_long_sequences(hopper):
+    q, k, v = on_gpu(*inputs(length=1024, keys=1024))
+    assert router.choose(q, k, v, "auto") == "lowbit_exact"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"length": 1023},
+        {"keys": 512},
+        {"d": 64},
+        {"dtype": torch.float32},
+        {"mask": torch.ones(1024, 1024, dtype=torch.bool)},
+        {"causal": True},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_auto_leaves_what_was_not_measured_to_torch(hopper, change):
+    options = {name: change.pop(name) for name in ("mask", "causal") if name in change}
+    q, k, v = on_gpu(*inputs(**{"length": 1024, "keys": 1024, **change}))
+    assert router.choose(q, k, v, "auto", **options) == "sdpa"
+
+
+@pytest.mark.parametrize("has", [(8, 0), (8, 9), (10, 0), (12, 0)])
+def test_auto_leaves_gpus_that_were_not_measured_to_torch(hopper, monkeypatch, has):
+    monkeypatch.setattr(registry, "capability", lambda device: has)
+    q, k, v = on_gpu(*inputs(length=1024, keys=1024))
+    assert router.choose(q, k, v, "auto") == "sdpa"
+
+
+def test_auto_leaves_a_kernel_that_cannot_run_to_torch(hopper, monkeypatch):
+    monkeypatch.setattr(registry, "_self_test", lambda test, device: "NVRTC is missing")
+    q, k, v = on_gpu(*inputs(length=1024, keys=1024))
+    assert router.choose(q, k, v, "auto") == "sdpa"
+
+
+def test_rows_of_auto_name_ways_and_backends():
+    for row in AUTO:
+        assert row.way in router.NAMES
+        assert row.backend in {b.name for b in registry.backends("attention")}
+
+
+def test_auto_on_a_cpu_is_torch_bit_for_bit():
+    q, k, v = inputs()
+    assert torch.equal(router.route(q, k, v), F.scaled_dot_product_attention(q, k, v))
+
+
+@pytest.mark.parametrize("mode", LOWBIT)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("shape", [{}, {"b": 2, "h": 4}, {"length": 63, "d": 64}], ids=str)
+def test_modes_on_a_cpu_are_within_their_error(mode, dtype, shape):
+    q, k, v = inputs(**shape, dtype=dtype)
+    got = router.route(q, k, v, mode)
+    assert got.dtype == dtype
+    assert error(got, sdpa(q, k, v)) <= MODES[mode.removeprefix("lowbit_")].max_error
+
+
+@pytest.mark.parametrize("mode", ["sdpa", *LOWBIT])
+def test_scale_mask_and_causal_reach_every_way(mode):
+    q, k, v = inputs(length=11)
+    rounding = torch.finfo(q.dtype).eps
+    allowed = rounding if mode == "sdpa" else MODES[mode.removeprefix("lowbit_")].max_error
+    hides = torch.ones(11, 11, dtype=torch.bool).tril(3)
+    for options, same in (
+        ({"scale": 0.5}, {"scale": 0.5}),
+        ({"mask": hides}, {"attn_mask": hides}),
+        ({"causal": True}, {"is_causal": True}),
+    ):
+        assert error(router.route(q, k, v, mode, **options), sdpa(q, k, v, **same)) <= allowed
+
+
+@pytest.mark.parametrize("mode", ["auto", "lowbit_exact"])
+def test_both_layouts_give_equal_results(mode):
+    q, k, v = inputs(h=4)
+    moved = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v)]
+    assert torch.equal(router.route(*moved, mode), router.route(q, k, v, mode))
+
+
+def test_older_names_are_known():
+    q, k, v = inputs()
+    assert router.choose(q, k, v, "sageattn_3_fp8") == "lowbit_fp8"
+    assert router.choose(q, k, v, "sageattn") == "sageattn"
+    with pytest.raises(registry.NoBackendError, match="FP4 is not built yet"):
+        router.route(q, k, v, "sageattn_3_fp4")
+
+
+def test_unknown_mode_is_refused_with_the_known_ones():
+    with pytest.raises(ValueError, match="unknown mode 'fast'; known are auto, sdpa, cudnn, lowb"):
+        router.route(*inputs(), "fast")
+
+
+@pytest.mark.parametrize("mode", ["cudnn", "kitchen_int8", "sageattn"])
+def test_ways_of_gpus_are_refused_on_a_cpu(mode):
+    with pytest.raises(registry.NoBackendError, match=rf"{mode}: needs a device of \['cuda'\]"):
+        router.route(*inputs(), mode)
+    assert "needs a device" in router.missing(mode, CPU)
+
+
+@pytest.mark.parametrize("mode", ["auto", "sdpa", *LOWBIT, "sageattn_3_fp8"])
+def test_what_a_cpu_runs_is_not_missing(mode):
+    assert router.missing(mode, CPU) is None
+
+
+def test_missing_package_is_named(hopper):
+    assert router.missing("sageattn", CUDA) == "sageattn: package sageattention is missing"
+
+
+def test_old_gpu_is_named(hopper, monkeypatch):
+    monkeypatch.setattr(registry, "capability", lambda device: (8, 6))
+    want = "lowbit_fp8: needs compute capability (8, 9), got (8, 6)"
+    assert router.missing("lowbit_fp8", CUDA) == want
+    assert router.missing("lowbit_int8", CUDA) is None
+
+
+@pytest.mark.parametrize(
+    ("mode", "change", "options", "text"),
+    [
+        ("lowbit_exact", {"d": 320}, {}, "above 256"),
+        ("lowbit_exact", {"dtype": torch.float32}, {}, "does not know float32"),
+        ("lowbit_exact", {"h": 3}, {}, "do not fit"),
+        ("kitchen_int8", {}, {"causal": True}, "does not know bfloat16_causal"),
+        ("lowbit_int8", {}, {"mask": torch.ones(9, 11, dtype=torch.int32)}, "bool or a float"),
+        ("cudnn", {"d": 60}, {}, "not a multiple of 8"),
+    ],
+    ids=lambda x: str(x)[:20],
+)
+def test_call_that_a_way_does_not_take_is_refused(hopper, mode, change, options, text):
+    q, k, v = on_gpu(*inputs(**change))
+    assert text in router.refusal(mode, q, k, v, **options)
+
+
+def test_inputs_are_not_written_to():
+    q, k, v = inputs(dtype=torch.float32)
+    before = [x.clone() for x in (q, k, v)]
+    router.route(q, k, v, "lowbit_exact")
+    assert all(torch.equal(x, y) for x, y in zip((q, k, v), before, strict=True))
+
+
+@pytest.mark.parametrize("mode", ["auto", "lowbit_exact"])
+def test_compiled_router_is_one_graph(mode):
+    q, k, v = inputs()
+    compiled = torch.compile(
+        lambda q, k, v: router.route(q * 2, k, v, mode) + 1, fullgraph=True, backend="aot_eager"
+    )
+    assert torch.equal(compiled(q, k, v), router.route(q * 2, k, v, mode) + 1)
