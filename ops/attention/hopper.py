@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from ..launch import TRITON_MIN
 from ..registry import Backend, Needs, capability, register
 from . import OP, nvrtc, scheme
 from .modes import MODES, Mode
@@ -144,6 +145,7 @@ NEEDS = Needs(
     k_multiple=D,
     k_max=D,
     package="triton",
+    package_min=TRITON_MIN,
     self_test=_missing,
 )
 register(Backend(OP, "hopper", 5, NEEDS, run))

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..launch import ALIGNMENT, alignment, launch
+from ..launch import ALIGNMENT, TRITON_MIN, alignment, launch
 from ..registry import Backend, Needs, capability, register
 from . import OP, scheme
 from .modes import MODES, Mode
@@ -119,6 +119,7 @@ def _register(mode: Mode) -> None:
         capability=mode.capability,
         k_max=D_MAX,
         package="triton",
+        package_min=TRITON_MIN,
     )
     register(Backend(OP, "triton", 10, needs, run))
 
