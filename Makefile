@@ -3,8 +3,12 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 OUT ?= demo
+PYTEST := $(BIN)/python -m pytest -m "not gpu and not slow"
+KERNEL_TESTS := tests/ops/test_aot.py tests/ops/attention/test_aot.py \
+	tests/ops/attention/test_interpreted.py tests/ops/test_interpreted.py \
+	tests/ops/test_triton_versions.py
 
-.PHONY: demo test tritons aot lint format clean
+.PHONY: demo test test-kernels test-rest tritons aot lint format clean
 
 $(VENV)/.ready: pyproject.toml requirements.txt constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -19,8 +23,15 @@ $(VENV)/.ready-test: $(VENV)/.ready
 demo: $(VENV)/.ready
 	$(BIN)/lowbit demo --out $(OUT)
 
+# Two processes on two cores: what compiles and interprets kernels, and all the rest.
 test: lint tritons
-	$(BIN)/python -m pytest -m "not gpu and not slow"
+	$(MAKE) --output-sync=target -j 2 test-kernels test-rest
+
+test-kernels:
+	$(PYTEST) $(KERNEL_TESTS)
+
+test-rest:
+	$(PYTEST) $(KERNEL_TESTS:%=--ignore=%)
 
 # The oldest and the newest Triton, with which the kernels are compiled too.
 tritons: $(VENV)/.ready-test

@@ -36,7 +36,7 @@ SETTINGS = {
 }
 # where ComfyUI looks for the files of these inputs
 FOLDERS = {"model_name": "diffusion_models", "clip_name": "text_encoders", "vae_name": "vae"}
-TIMEOUT_MS = 10_000
+TIMEOUT_MS = 30_000
 
 
 def pytest_collection_modifyitems(items):
