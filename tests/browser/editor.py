@@ -24,7 +24,6 @@ ADD = """type => {
 # errors of a workflow are shown a moment after it is loaded
 SETTLE_MS = 500
 START_TIMEOUT_MS = 60_000
-# a spot of the canvas that no panel covers
 
 
 class Editor:
