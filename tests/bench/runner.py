@@ -2,6 +2,7 @@
 
 import datetime
 import importlib.metadata
+import itertools
 import json
 import statistics
 import time
@@ -18,6 +19,9 @@ CLEAR_BYTES = 1 << 31
 SAMPLES_MS = 60
 MIN_SAMPLES, MAX_SAMPLES = 15, 60
 HOST_CALLS = 20
+# Of a sustained measurement: a GPU that has been busy for so long has the clock that its power
+# allows, and keeps it.
+SETTLE_S, SUSTAINED_S, ROUNDS = 1.0, 0.7, 3
 
 
 @dataclass(frozen=True)
@@ -64,6 +68,39 @@ def _samples(
             events[name].append((start, end))
     torch.cuda.synchronize()
     return {name: [a.elapsed_time(b) for a, b in pairs] for name, pairs in events.items()}
+
+
+def measure_sustained(runs: Mapping[str, Callable[[], torch.Tensor]]) -> dict[str, Timing]:
+    """Return how long each of `runs` takes when it runs again and again, as in a long job.
+
+    Each has the GPU to itself until its clock has settled; that, in turns, several times.
+    """
+    samples = {name: [] for name in runs}
+    for _ in range(ROUNDS):
+        for name, run in runs.items():
+            _repeat(run, SETTLE_S)
+            samples[name] += _repeat(run, SUSTAINED_S)
+    timings = {}
+    for name, times in samples.items():
+        p20, _, _, p80 = statistics.quantiles(times, n=5)
+        timings[name] = Timing(statistics.median(times), p20, p80, _host_us(runs[name]))
+    return timings
+
+
+def _repeat(run: Callable, seconds: float) -> list[float]:
+    """Return the milliseconds of each of the calls, one after another, that fill `seconds`."""
+    events = [torch.cuda.Event(enable_timing=True)]
+    events[0].record()
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        run()
+        events.append(torch.cuda.Event(enable_timing=True))
+        events[-1].record()
+        # No more calls ahead of the GPU than keep it busy.
+        if len(events) > 2:
+            events[-3].synchronize()
+    torch.cuda.synchronize()
+    return [a.elapsed_time(b) for a, b in itertools.pairwise(events)]
 
 
 def _host_us(run: Callable) -> float:

@@ -50,8 +50,9 @@ __device__ __forceinline__ void produce(const Params& args, const TensorMap* map
     }
 }
 
-// What a warpgroup works with, and where it is. Beside it: o, P·V summed; acc, where P·V of a tile
-// goes, which is o itself but for INT8, which adds its integers up apart (FOLD).
+// What a warpgroup works with, and where it is. Beside it: o, P·V summed; acc, where the tensor
+// cores sum: o itself in 16 bits; else apart, and added to o (FOLD) after so many tiles that neither
+// INT32 overflows nor FP8's sums, which the tensor cores cut off after some 14 bits, lose much.
 struct Work {
     const Params& args;
     const Shared& at;
@@ -64,9 +65,13 @@ struct Work {
 #define FOLD()                                    \
     _Pragma("unroll") for (int j = 0; j < 64; ++j) \
         o[j] = fmaf(float(acc[j]), rows.pending[(j / 2) % 2], o[j])
+#elif PV == PV_FP8
+#define FOLD() _Pragma("unroll") for (int j = 0; j < 64; ++j) o[j] += acc[j]
 #else
 #define FOLD()
 #endif
+// Whether `acc` is to be folded before it takes P·V number n, which then starts a new sum.
+__device__ __forceinline__ bool is_full(int n) { return PV != PV_FP8 || n % TILES_SUMMED == 0; }
 
 // One tile: S of tile i beside P·V of the tile before, whose P is in `p`; P of tile i to `p`.
 template <bool BOUNDED>
@@ -83,9 +88,10 @@ __device__ __forceinline__ void advance(Work& work, int i, float (&o)[64], Sum (
     multiply_qk(s, work.q, descriptor(at.k + work.ring.stage * K_BYTES));
     mma_commit();
     barrier_wait(at.v_full + 8 * work.before.stage, work.before.phase);
-    FOLD();
+    bool full = is_full(i - 1);
+    if (full) { FOLD(); }
     mma_fence();
-    multiply_pv(acc, p, descriptor(at.v + work.before.stage * V_BYTES, V_BYTES / 2));
+    multiply_pv(acc, p, descriptor(at.v + work.before.stage * V_BYTES, V_BYTES / 2), !full);
     mma_commit();
     if (PINGPONG && !(work.group == 1 && last)) named_arrive(2 - work.group);
     mma_wait<1>();
@@ -114,7 +120,10 @@ __device__ __forceinline__ void advance(Work& work, int i, float (&o)[64], Sum (
         rows.pending[0] *= rows.keep[0];
         rows.pending[1] *= rows.keep[1];
 #pragma unroll
-        for (int j = 0; j < 64; ++j) o[j] *= rows.keep[(j / 2) % 2];
+        for (int j = 0; j < 64; ++j) {
+            o[j] *= rows.keep[(j / 2) % 2];
+            if (PV == PV_FP8) acc[j] *= rows.keep[(j / 2) % 2];
+        }
     }
     if (DOUBLE) {
 #pragma unroll
@@ -132,8 +141,8 @@ __device__ __forceinline__ void consume(Work& work, float (&o)[64], u32 (&p)[P_R
                                         Rows& rows) {
     const Shared& at = work.at;
     int blocks = work.args.blocks;
-#if PV == PV_INT8
-    int acc[64];
+#if PV != PV_EXACT
+    Sum acc[64];
 #pragma unroll
     for (int j = 0; j < 64; ++j) acc[j] = 0;
     rows.pending[0] = rows.pending[1] = 0.0f;
@@ -145,9 +154,10 @@ __device__ __forceinline__ void consume(Work& work, float (&o)[64], u32 (&p)[P_R
     for (int i = 1; i < blocks; ++i) advance<BOUNDED>(work, i, o, acc, p, rows);
     barrier_wait(at.v_full + 8 * work.before.stage, work.before.phase);
     settle(acc);
-    FOLD();
+    bool full = is_full(blocks - 1);
+    if (full) { FOLD(); }
     mma_fence();
-    multiply_pv(acc, p, descriptor(at.v + work.before.stage * V_BYTES, V_BYTES / 2));
+    multiply_pv(acc, p, descriptor(at.v + work.before.stage * V_BYTES, V_BYTES / 2), !full);
     mma_commit();
     mma_wait<0>();
     settle(acc);

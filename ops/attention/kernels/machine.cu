@@ -18,6 +18,7 @@
 //   PINGPONG        the warpgroups take turns at the tensor cores
 //   DOUBLE          P is packed while the one before is multiplied, at the price of registers
 //   Q_IN_REGISTERS  Q is read from shared memory once
+//   TILES_SUMMED    tiles of FP8 P·V that the tensor cores sum by themselves
 
 #define PV_EXACT 0
 #define PV_FP8 1

@@ -36,7 +36,8 @@ __device__ __forceinline__ void multiply_qk(int (&s)[64], const Query& q, u64 k)
 #if PV == PV_EXACT
 constexpr int P_REGISTERS = 32;
 typedef float Sum;
-__device__ __forceinline__ void multiply_pv(Sum (&o)[64], const u32 (&p)[P_REGISTERS], u64 v) {
+__device__ __forceinline__ void multiply_pv(Sum (&o)[64], const u32 (&p)[P_REGISTERS], u64 v,
+                                            bool add) {
 #pragma unroll
     for (int step = 0; step < N / 16; ++step) mma_p(o, p + 4 * step, v + 128 * step, 1);
 }
@@ -52,10 +53,11 @@ typedef float Sum;
 #else
 typedef int Sum;
 #endif
-__device__ __forceinline__ void multiply_pv(Sum (&o)[64], const u32 (&p)[P_REGISTERS], u64 v) {
+__device__ __forceinline__ void multiply_pv(Sum (&o)[64], const u32 (&p)[P_REGISTERS], u64 v,
+                                            bool add) {
 #pragma unroll
     for (int step = 0; step < N / 32; ++step)
-        mma_p(o, p + 4 * step, v + 2 * step, PV == PV_FP8 || step != 0);
+        mma_p(o, p + 4 * step, v + 2 * step, step != 0 || add);
 }
 // Four numbers as bytes: E4M3, or the low bytes of floats to which ROUND was added.
 __device__ __forceinline__ u32 pack(float a, float b, float c, float d) {
