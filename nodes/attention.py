@@ -4,7 +4,7 @@ from ..ops.attention import router
 from ..ops.attention.guard import FIRST_CALL, GUARDS
 from ..ops.registry import NoBackendError
 from . import host
-from .attention_override import LAYERS, Override
+from .attention_override import LAYERS, Override, forget_graphs
 from .inputs import CATEGORY
 
 MODES = (
@@ -77,6 +77,7 @@ class LowBitAttention:
 
     def set_attention(self, model, mode, layers, blocks, start_percent, end_percent, guard):
         override = Override(mode, layers, blocks, (start_percent, end_percent), guard)
+        forget_graphs()
         return (host.set_attention(model, override),)
 
 

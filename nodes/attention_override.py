@@ -8,6 +8,7 @@ import itertools
 import logging
 import math
 import re
+import sys
 from dataclasses import dataclass, field
 
 import torch
@@ -252,6 +253,17 @@ class Override:
         if not torch.compiler.is_compiling() and text not in self._said:
             self._said.add(text)
             logger.warning("LowBit attention: %s", text)
+
+
+def forget_graphs() -> None:
+    """Have every compiled model compiled anew when it runs next.
+
+    The host's TorchCompileModel compares nothing that hangs on transformer options: a model that it
+    compiled before there was an override would go on without it.
+    """
+    # Where nothing was compiled yet, that would be a long import.
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.reset()
 
 
 def _is_inner(sigmas, all_sigmas) -> bool:
