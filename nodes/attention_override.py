@@ -204,27 +204,26 @@ class Override:
 
     def __call__(self, func, q, k, v, *args, **kwargs):
         """Return attention as `func`, the host's function, would; see `read_call`."""
-        call = self._taken(q, k, v, dict(zip(POSITIONAL, args, strict=False)) | kwargs)
-        if call is None:
+        call = self._meant(q, k, v, dict(zip(POSITIONAL, args, strict=False)) | kwargs)
+        way = None if call is None else self._way(call)
+        if way is None:
             if self.previous is not None:
                 return self.previous(func, q, k, v, *args, **kwargs)
             return func(q, k, v, *args, **kwargs)
-        way = self._way(call)
         options = {"mask": call.mask, "scale": call.scale, "guard": self.guard}
         out = router.route(call.q, call.k, call.v, way, **options)
         return out.transpose(1, 2).flatten(2) if call.joined else out
 
-    def _taken(self, q, k, v, options: dict) -> Call | None:
-        """Return the call where it is within layers, blocks and steps and the router takes it."""
+    def _meant(self, q, k, v, options: dict) -> Call | None:
+        """Return the call where it is within layers, blocks and steps, else None."""
         transformer = options.get("transformer_options") or {}
         compiling = torch.compiler.is_compiling()
         forward = (_running if compiling else transformer).get(self._key)
         if forward is None or not forward.active or not self._in_blocks(transformer):
             return None
         call = read_call(q, k, v, **options)
-        if call is None or self.layers not in (ALL, layer_of(call, forward)):
-            return None
-        return call if self._runs(call) else None
+        meant = call is not None and self.layers in (ALL, layer_of(call, forward))
+        return call if meant else None
 
     def _in_blocks(self, transformer: dict) -> bool:
         if self._ranges is None:
@@ -232,20 +231,19 @@ class Override:
         index = transformer.get("block_index")
         return index is not None and any(index in r for r in self._ranges)
 
-    def _way(self, call: Call) -> str:
+    def _way(self, call: Call) -> str | None:
+        """Return the way that runs a call, None where it stays the host's."""
         least = 8 if call.low else 16
-        return router.choose(call.q, call.k, call.v, self.mode, call.mask, bits_min=least)
-
-    def _runs(self, call: Call) -> bool:
-        way = self._way(call)
+        tensors = (call.q, call.k, call.v)
+        way = router.choose(*tensors, self.mode, call.mask, bits_min=least)
         if self.mode == "auto" and way == router.SDPA:
-            return False
-        if not call.low and router.bits(way) < 16:
-            return False
-        reason = router.refusal(way, call.q, call.k, call.v, call.mask)
+            return None
+        if not call.low and router.bits(way) < least:
+            return None
+        reason = router.refusal(way, *tensors, call.mask)
         if reason:
             self._say(f"left to ComfyUI's own attention: {reason}")
-        return reason is None
+        return None if reason else way
 
     def _say(self, text: str) -> None:
         """Warn, once for each text."""
@@ -264,6 +262,11 @@ def forget_graphs() -> None:
     # Where nothing was compiled yet, that would be a long import.
     if "torch._dynamo" in sys.modules:
         torch.compiler.reset()
+
+
+def _tokens(x) -> int | None:
+    """Return how many tokens [B, L, C] has; None of what is no tensor."""
+    return x.shape[-2] if torch.is_tensor(x) else None
 
 
 def _is_inner(sigmas, all_sigmas) -> bool:

@@ -16,8 +16,8 @@ from . import ways
 logger = logging.getLogger(__name__)
 
 OFF, FIRST_CALL, EVERY_CALL = GUARDS = ("off", "first_call", "every_call")
-# Queries of one head that are compared, against all of its keys.
-ROWS = 256
+# Heads, and queries of each, that are compared, against all of their keys.
+HEADS, ROWS = 4, 64
 # Why a way is not to be used for a kind of call, None where it was right.
 _verdicts: dict[tuple, str | None] = {}
 
@@ -63,23 +63,23 @@ def _is_finite(out: torch.Tensor) -> bool:
 def _proven(key: tuple, out, q, k, v, mask, causal, scale) -> bool:
     """Return whether some rows of a result are right, and keep the verdict.
 
-    Rows of the last head, where addresses are the largest. Where torch's own result is not finite
-    the call says nothing of the way: it passes, without a verdict.
+    Rows of the last item of the batch, the last row of the last head among them. Where torch's own
+    result is not finite the call says nothing of the way: it passes, without a verdict.
     """
-    b, heads, queries, _ = q.shape
     if not out.numel() or not k.numel():
         return True
-    rows = torch.linspace(0, queries - 1, min(queries, ROWS), device=q.device).long()
-    # `float` keeps what the way got, bit for bit.
-    few = q[-1:, -1:].index_select(2, rows).float()
-    kept = _mask_of(mask, causal, rows, (b, heads, queries, k.shape[2]))
-    want = ways.sdpa(few, k[-1:, -1:].float(), v[-1:, -1:].float(), kept, False, scale)
-    got = out[-1:, -1:].index_select(2, rows)
+    sizes = ((q.shape[1], HEADS), (q.shape[2], ROWS))
+    heads, rows = (_spread(size, count).to(q.device) for size, count in sizes)
+    of_keys = heads // (q.shape[1] // k.shape[1])
+    kept = _kept(mask, causal, heads, rows, (*q.shape[:3], k.shape[2]), q.dtype)
+    few = q[-1][heads[:, None], rows][None]
+    want = ways.sdpa(few, k[-1:, of_keys], v[-1:, of_keys], kept, False, scale)
+    got = out[-1][heads[:, None], rows][None]
     seen = _rows_with_keys(kept)
     if seen is not None:
         # Of a row without keys torch and the ways have their own ideas.
         want, got = (x.masked_fill(~seen, 0) for x in (want, got))
-    error, total = torch.stack([ways.relative_error(got, want), want.sum()]).tolist()
+    error, total = torch.stack([ways.relative_error(got, want), want.float().sum()]).tolist()
     if not math.isfinite(total):
         return True
     most = ways.BROKEN[ways.bits(key[0])]
@@ -95,12 +95,17 @@ def _proven(key: tuple, out, q, k, v, mask, causal, scale) -> bool:
     return right
 
 
-def _mask_of(mask, causal: bool, rows, shape) -> torch.Tensor | None:
-    """Return what is hidden from the rows of the last head, [1, 1, rows, keys], or None."""
+def _spread(size: int, count: int) -> torch.Tensor:
+    """Return so many indices below `size`, from the first to the last, or all of them."""
+    return torch.linspace(0, size - 1, min(size, count)).round().long()
+
+
+def _kept(mask, causal: bool, heads, rows, shape, dtype) -> torch.Tensor | None:
+    """Return the mask of some rows, [1, heads, rows, keys], causal included, or None."""
     kept = None
     if mask is not None:
-        kept = mask.expand(shape)[-1:, -1:].index_select(2, rows)
-        kept = kept if kept.dtype == torch.bool else kept.float()
+        kept = mask.expand(shape)[-1][heads[:, None], rows][None]
+        kept = kept if kept.dtype == torch.bool else kept.to(dtype)
     if not causal:
         return kept
     before = torch.arange(shape[3], device=rows.device) <= rows[:, None]
