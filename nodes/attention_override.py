@@ -52,7 +52,7 @@ class Forward:
 class Call:
     """One call of attention: q [B, H, Lq, D], k and v [B, Hkv, Lk, D], mask broadcast to 4-D.
 
-    low: it may be computed in low precision. joined: the result is [B, Lq, H·D].
+    joined: the result is [B, Lq, H·D]. low: it may be computed in low precision.
     """
 
     q: torch.Tensor
@@ -60,8 +60,8 @@ class Call:
     v: torch.Tensor
     mask: torch.Tensor | None
     scale: float | None
-    low: bool
     joined: bool
+    low: bool = True
 
 
 # The run of the model that each override is in, by its key. Compiled graphs ask here: the host's
@@ -111,7 +111,7 @@ def read_call(q, k, v, **options) -> Call | None:
             mask = mask.unsqueeze(1 if mask.dim() == 3 else 0)
     low = options.get("low_precision_attention", True) is not False
     joined = not options.get("skip_output_reshape", False)
-    return Call(q, k, v, mask, options.get("scale"), low, joined)
+    return Call(q, k, v, mask, options.get("scale"), joined, low)
 
 
 def layer_of(call: Call, forward: Forward) -> str | None:
@@ -205,14 +205,17 @@ class Override:
     def __call__(self, func, q, k, v, *args, **kwargs):
         """Return attention as `func`, the host's function, would; see `read_call`."""
         call = self._meant(q, k, v, dict(zip(POSITIONAL, args, strict=False)) | kwargs)
-        way = None if call is None else self._way(call)
-        if way is None:
+        if call is None or not self.runs(call):
             if self.previous is not None:
                 return self.previous(func, q, k, v, *args, **kwargs)
             return func(q, k, v, *args, **kwargs)
-        options = {"mask": call.mask, "scale": call.scale, "guard": self.guard}
-        out = router.route(call.q, call.k, call.v, way, **options)
+        out = self.attend(call)
         return out.transpose(1, 2).flatten(2) if call.joined else out
+
+    def attend(self, call: Call) -> torch.Tensor:
+        """Return the attention of a call that `runs`, [B, H, Lq, D], guarded as asked."""
+        options = {"mask": call.mask, "scale": call.scale, "guard": self.guard}
+        return router.route(call.q, call.k, call.v, self._way(call), **options)
 
     def _meant(self, q, k, v, options: dict) -> Call | None:
         """Return the call where it is within layers, blocks and steps, else None."""
@@ -231,19 +234,24 @@ class Override:
         index = transformer.get("block_index")
         return index is not None and any(index in r for r in self._ranges)
 
-    def _way(self, call: Call) -> str | None:
-        """Return the way that runs a call, None where it stays the host's."""
-        least = 8 if call.low else 16
-        tensors = (call.q, call.k, call.v)
-        way = router.choose(*tensors, self.mode, call.mask, bits_min=least)
+    def runs(self, call: Call) -> bool:
+        """Return whether the mode takes a call; warns once of each reason why it does not."""
+        way = self._way(call)
         if self.mode == "auto" and way == router.SDPA:
-            return None
-        if not call.low and router.bits(way) < least:
-            return None
-        reason = router.refusal(way, *tensors, call.mask)
+            return False
+        if router.bits(way) < self._bits_min(call):
+            return False
+        reason = router.refusal(way, call.q, call.k, call.v, call.mask)
         if reason:
-            self._say(f"left to ComfyUI's own attention: {reason}")
-        return None if reason else way
+            self._say(f"left to the attention that was there: {reason}")
+        return reason is None
+
+    def _way(self, call: Call) -> str:
+        options = {"bits_min": self._bits_min(call)}
+        return router.choose(call.q, call.k, call.v, self.mode, call.mask, **options)
+
+    def _bits_min(self, call: Call) -> int:
+        return 0 if call.low else 16
 
     def _say(self, text: str) -> None:
         """Warn, once for each text."""

@@ -76,7 +76,7 @@ def known(mode: str) -> str:
     return mode
 
 
-def choose(q, k, v, mode: str, mask=None, causal: bool = False, bits_min: int = 8) -> str:
+def choose(q, k, v, mode: str, mask=None, causal: bool = False, bits_min: int = 0) -> str:
     """Return the name of the way that `mode` means for a call: itself, but for `auto`.
 
     bits_min: the least bits of what `auto` takes. Raises what `known` raises.
