@@ -68,9 +68,12 @@ class LowBitAttention:
 
     @classmethod
     def VALIDATE_INPUTS(cls, mode):
-        """Return True for a mode, names of older wrappers included, else what is wrong with it."""
+        """Return True for a mode, names of older wrappers included, else what is wrong with it.
+
+        mode: None where another node gives it.
+        """
         try:
-            router.known(mode)
+            router.known(mode or "auto")
         except (ValueError, NoBackendError) as error:
             return str(error)
         return True

@@ -6,7 +6,6 @@ the router does not take, and what the user did not mean, goes to that function 
 
 import itertools
 import logging
-import math
 import re
 import sys
 from dataclasses import dataclass, field
@@ -32,9 +31,9 @@ KNOWN = {
 # The host's sigmas are float32 from a table, the limits float64 from a formula: a step that begins
 # exactly at a limit belongs to what comes after it.
 SAME_SIGMA = 1 + 1e-5
-# What takes more bits than four: this part of the steps at either end, and one step at least. That
-# the first and the last steps want more is SageAttention 3's advice; how many, nobody measured.
-EDGE = 0.1
+# Modes of 4 bits leave out one step of so many, rounded up, at either end. That the first and the
+# last steps want more is SageAttention 3's advice; how many of them, nobody measured.
+EDGE = 10
 _RANGE = re.compile(r"(\d+)(?:-(\d*))?")
 _keys = itertools.count()
 
@@ -176,12 +175,9 @@ class Override:
         """
         options = dict(transformer_options or {})
         active = self._is_active(executor.class_obj.model_sampling, options)
-        # Wan's image, as CLIP sees it: as many tokens as its blocks get.
-        text, image = (
-            x.shape[-2] if torch.is_tensor(x) else None
-            for x in (c_crossattn, kwargs.get("clip_fea"))
-        )
-        options[self._key] = _running[self._key] = Forward(active, text, image)
+        # Wan's blocks get as many tokens of an image as CLIP gave of it.
+        forward = Forward(active, _tokens(c_crossattn), _tokens(kwargs.get("clip_fea")))
+        options[self._key] = _running[self._key] = forward
         try:
             return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
         finally:
@@ -285,6 +281,6 @@ def _is_inner(sigmas, all_sigmas) -> bool:
     if sigmas is None or all_sigmas is None:
         return False
     steps = len(all_sigmas) - 1
-    edge = math.ceil(steps * EDGE)
+    edge = -(-steps // EDGE)
     begun = int((all_sigmas[:-1] * SAME_SIGMA >= sigmas[0].to(all_sigmas.device)).sum())
     return edge < begun <= steps - edge

@@ -22,6 +22,7 @@ ALIASES = {
 }
 _OTHER_MATHS = "computes something else than attention, and is not here; choose auto"
 NOT_BUILT = {
+    "comfy": "ComfyUI's own attention is what runs without this; choose auto, or none",
     "flash_attn_3": "FlashAttention 3 is not here; choose cudnn, or auto",
     "radial_sage_attention": _OTHER_MATHS,
     "sageattn_ultravico": _OTHER_MATHS,

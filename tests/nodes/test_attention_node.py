@@ -54,7 +54,7 @@ def test_every_way_of_the_router_can_be_chosen():
     assert set(MODES) == set(router.NAMES)
 
 
-@pytest.mark.parametrize("mode", [*MODES, *router.ALIASES])
+@pytest.mark.parametrize("mode", [*MODES, *router.ALIASES, None])
 def test_names_of_older_wrappers_are_valid(mode):
     assert LowBitAttention.VALIDATE_INPUTS(mode) is True
 
