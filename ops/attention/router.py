@@ -1,5 +1,7 @@
 """The router: one attention by many ways (`ways.py`), by name or by what `table.py` has of each."""
 
+import operator
+
 import torch
 
 from .. import registry, tuning
@@ -89,7 +91,7 @@ def choose(q, k, v, mode: str, mask=None, causal: bool = False, bits_min: int = 
         tokens = min(q.shape[2], k.shape[2])
         for index, row in enumerate(AUTO):
             takes = tokens >= row.tokens_min and bits(row.way) >= bits_min
-            if takes and _fits(index, q.device, q.shape[3]):
+            if takes and _fits(index, q.device, _head_size(q)):
                 return row.way
     return SDPA
 
@@ -103,7 +105,7 @@ def refusal(way: str, q, k, v, mask=None, causal: bool = False) -> str | None:
     if mask is not None and mask.dtype != torch.bool and not mask.is_floating_point():
         return f"{way}: the mask is {mask.dtype}; bool or a float dtype is wanted"
     kind = (PLAIN if mask is None else MASKED) + (CAUSAL if causal else PLAIN)
-    reason = _unmet(way, f"{ways.named(q.dtype)}{kind}", q.device, q.shape[3])
+    reason = _unmet(way, f"{ways.named(q.dtype)}{kind}", q.device, _head_size(q))
     if reason is None and causal and not way.startswith("lowbit_") and q.shape[2] != k.shape[2]:
         return f"{way}: causal wants as many keys as queries"
     return reason
@@ -124,6 +126,11 @@ def _alike(q, k, v) -> bool:
     """Return whether shapes and dtypes are those of one attention, grouped heads included."""
     fits = k.shape == v.shape and q.shape[0] == k.shape[0] and q.shape[3] == k.shape[3]
     return fits and q.shape[1] % max(k.shape[1], 1) == 0 and q.dtype == k.dtype == v.dtype
+
+
+def _head_size(q: torch.Tensor) -> int:
+    """Return the head size as a number, of which torch.compile makes no symbol."""
+    return operator.index(q.shape[3])
 
 
 # A constant of the graph: torch.compile can trace neither the imports nor the self-tests.

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from lowbit.ops import registry, tuning
 from lowbit.ops.attention import router
@@ -248,3 +249,15 @@ def test_compiled_router_is_one_graph(mode):
         lambda q, k, v: router.route(q * 2, k, v, mode) + 1, fullgraph=True, backend="aot_eager"
     )
     assert torch.equal(compiled(q, k, v), router.route(q * 2, k, v, mode) + 1)
+
+
+def test_other_lengths_compile_nothing_anew():
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(
+        lambda q, k, v: router.route(q, k, v, "lowbit_exact"),
+        **{"fullgraph": True, "dynamic": True, "backend": counter},
+    )
+    for length in (9, 12, 17):
+        q, k, v = inputs(length=length)
+        assert torch.equal(compiled(q, k, v), router.route(q, k, v, "lowbit_exact"))
+    assert counter.frame_count == 1
