@@ -1,10 +1,16 @@
 """The node that chooses how a model computes attention."""
 
+from ..ops.attention import router
+from ..ops.attention.guard import FIRST_CALL, GUARDS
+from ..ops.registry import NoBackendError
 from . import host
-from .attention_override import LAYERS, Override
+from .attention_override import LAYERS, Override, forget_graphs
 from .inputs import CATEGORY
 
-MODES = ("auto", "lowbit_exact", "lowbit_int8", "lowbit_fp8", "sdpa", "kitchen_int8", "sageattn")
+MODES = (
+    *("auto", "lowbit_exact", "lowbit_int8", "lowbit_fp8", "sdpa", "cudnn", "flash"),
+    *("kitchen_int8", "sageattn", "sageattn3_fp4"),
+)
 
 
 def _part_of_sampling(default: float, tooltip: str) -> tuple:
@@ -30,18 +36,20 @@ class LowBitAttention:
     def INPUT_TYPES(cls):
         mode = (
             "auto: what was measured to be the fastest for this GPU and size, else ComfyUI's own. "
-            "lowbit_*: 8 bits, P·V in 16 bits (exact), INT8 or FP8. sdpa: torch's own. "
-            "kitchen_int8, sageattn: of those packages."
+            "lowbit_*: 8 bits, P·V in 16 bits (exact), INT8 or FP8. sdpa, cudnn, flash: torch's, "
+            "in 16 bits. kitchen_int8, sageattn, sageattn3_fp4: of those packages."
         )
         layers = (
-            "self: a video or image attends to itself. cross: it attends to the text. all: both."
+            "self: a video or image attends to itself. cross: to the text. image_cross: to the "
+            "image of Wan's image-to-video, in 16 bits only. all: every one."
         )
         blocks = "Blocks and ranges of blocks, counted from 0: 0-2, 5, 38-. Empty: all."
         start = "Part of the sampling at which it begins, 0 to 1; before, attention is as it was."
         end = "Part of the sampling at which it ends, 0 to 1; after, attention is as it was."
         guard = (
-            "Check every result for NaN and infinity, and compute such a call again with torch's "
-            "attention. Costs a little time. Off: no check."
+            "first_call: compare the first result of each size with torch's attention, and use "
+            "torch's where it is wrong. every_call: also check every result for NaN and infinity, "
+            "which costs a little time. off: neither."
         )
         return {
             "required": {
@@ -51,12 +59,28 @@ class LowBitAttention:
                 "blocks": ("STRING", {"default": "", "tooltip": blocks, "advanced": True}),
                 "start_percent": _part_of_sampling(0.0, start),
                 "end_percent": _part_of_sampling(1.0, end),
-                "guard": ("BOOLEAN", {"default": False, "tooltip": guard, "advanced": True}),
+                "guard": (
+                    list(GUARDS),
+                    {"default": FIRST_CALL, "tooltip": guard, "advanced": True},
+                ),
             }
         }
 
+    @classmethod
+    def VALIDATE_INPUTS(cls, mode):
+        """Return True for a mode, names of older wrappers included, else what is wrong with it.
+
+        mode: None where another node gives it.
+        """
+        try:
+            router.known(mode or "auto")
+        except (ValueError, NoBackendError) as error:
+            return str(error)
+        return True
+
     def set_attention(self, model, mode, layers, blocks, start_percent, end_percent, guard):
         override = Override(mode, layers, blocks, (start_percent, end_percent), guard)
+        forget_graphs()
         return (host.set_attention(model, override),)
 
 

@@ -7,15 +7,17 @@ the router does not take, and what the user did not mean, goes to that function 
 import itertools
 import logging
 import re
+import sys
 from dataclasses import dataclass, field
 
 import torch
 
 from ..ops.attention import router
+from ..ops.attention.guard import FIRST_CALL, GUARDS
 
 logger = logging.getLogger(__name__)
 
-LAYERS = ("self", "cross", "all")
+SELF, CROSS, IMAGE_CROSS, ALL = LAYERS = ("self", "cross", "image_cross", "all")
 # What the host's functions take. A call with anything else is theirs.
 POSITIONAL = ("heads", "mask", "attn_precision", "skip_reshape", "skip_output_reshape")
 KNOWN = {
@@ -29,21 +31,28 @@ KNOWN = {
 # The host's sigmas are float32 from a table, the limits float64 from a formula: a step that begins
 # exactly at a limit belongs to what comes after it.
 SAME_SIGMA = 1 + 1e-5
+# Modes of 4 bits leave out one step of so many, rounded up, at either end. That the first and the
+# last steps want more is SageAttention 3's advice; how many of them, nobody measured.
+EDGE = 10
 _RANGE = re.compile(r"(\d+)(?:-(\d*))?")
 _keys = itertools.count()
 
 
 @dataclass(frozen=True)
 class Forward:
-    """One run of the model. active: the step is meant. context: tokens of its text, or None."""
+    """One run of the model. active: the step is meant. text, image: tokens of each, or None."""
 
     active: bool
-    context: int | None
+    text: int | None
+    image: int | None
 
 
 @dataclass(frozen=True)
 class Call:
-    """One call of attention: q [B, H, Lq, D], k and v [B, Hkv, Lk, D], mask broadcast to 4-D."""
+    """One call of attention: q [B, H, Lq, D], k and v [B, Hkv, Lk, D], mask broadcast to 4-D.
+
+    joined: the result is [B, Lq, H·D]. low: it may be computed in low precision.
+    """
 
     q: torch.Tensor
     k: torch.Tensor
@@ -51,6 +60,12 @@ class Call:
     mask: torch.Tensor | None
     scale: float | None
     joined: bool
+    low: bool = True
+
+
+# The run of the model that each override is in, by its key. Compiled graphs ask here: the host's
+# TorchCompileModel lets them forget to look at transformer options again.
+_running: dict[str, Forward] = {}
 
 
 def parse_blocks(text: str) -> tuple[range, ...] | None:
@@ -79,8 +94,7 @@ def read_call(q, k, v, **options) -> Call | None:
     q, k, v: [B, L, H·D], with skip_reshape [B, H, L, D]; the result is [B, L, H·D], with
     skip_output_reshape [B, H, L, D]. mask: [L, L], [B, L, L] or [B, H, L, L], as the host reads it.
     """
-    low = options.get("low_precision_attention", True) is not False
-    if options.keys() - KNOWN or not low or options.get("attn_precision") is not None:
+    if options.keys() - KNOWN or options.get("attn_precision") is not None:
         return None
     gqa, heads = options.get("enable_gqa", False), options["heads"]
     if not options.get("skip_reshape", False):
@@ -94,30 +108,50 @@ def read_call(q, k, v, **options) -> Call | None:
     if mask is not None:
         while mask.dim() < 4:
             mask = mask.unsqueeze(1 if mask.dim() == 3 else 0)
+    low = options.get("low_precision_attention", True) is not False
     joined = not options.get("skip_output_reshape", False)
-    return Call(q, k, v, mask, options.get("scale"), joined)
+    return Call(q, k, v, mask, options.get("scale"), joined, low)
+
+
+def layer_of(call: Call, forward: Forward) -> str | None:
+    """Return which of LAYERS a call is, None where it may be self or cross.
+
+    The host does not say. Attention to the image's tokens, of which the text may have as many, is
+    not for low precision there. As many keys as queries are self-attention, unless the text or the
+    image has as many tokens too.
+    """
+    queries, keys = call.q.shape[2], call.k.shape[2]
+    if keys == forward.image and (keys not in (queries, forward.text) or not call.low):
+        return IMAGE_CROSS
+    if queries != keys:
+        return CROSS
+    return None if keys in (forward.text, forward.image) else SELF
 
 
 @dataclass(eq=False)
 class Override:
     """An attention of one mode within layers, blocks and steps; called by the host.
 
-    steps: first and last part of the sampling, 0 to 1. guard: results with NaN or infinity are
-    computed again by SDPA. previous: the override that was there, which gets what this one leaves.
-    Raises ValueError for unknown modes and layers and for ranges that end before they start.
+    steps: first and last part of the sampling, 0 to 1; a mode of 4 bits leaves out the steps at
+    either end of it. guard: one of the router's. previous: the override that was there, which gets
+    what this one leaves.
+    Raises ValueError for unknown modes, layers and guards and for ranges that end before they
+    start, NoBackendError for a mode that is not built.
     """
 
     mode: str
-    layers: str = "self"
+    layers: str = SELF
     blocks: str = ""
     steps: tuple[float, float] = (0.0, 1.0)
-    guard: bool = False
+    guard: str = FIRST_CALL
     previous: object = None
     _said: set = field(default_factory=set, init=False, repr=False)
 
     def __post_init__(self):
-        if self.layers not in LAYERS:
-            raise ValueError(f"unknown layers {self.layers!r}; known are {', '.join(LAYERS)}")
+        self.mode = router.known(self.mode)
+        for what, value, known in (("layers", self.layers, LAYERS), ("guard", self.guard, GUARDS)):
+            if value not in known:
+                raise ValueError(f"unknown {what} {value!r}; known are {', '.join(known)}")
         start, end = self.steps
         if not 0 <= start <= end <= 1:
             raise ValueError(f"steps from {start} to {end}: start to end within 0 and 1 is wanted")
@@ -140,17 +174,24 @@ class Override:
         The arguments are those of the host's `BaseModel.apply_model`, which this wraps.
         """
         options = dict(transformer_options or {})
-        active = self._is_active(executor.class_obj.model_sampling, options.get("sigmas"))
-        context = c_crossattn.shape[1] if torch.is_tensor(c_crossattn) else None
-        options[self._key] = Forward(active, context)
-        return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
+        active = self._is_active(executor.class_obj.model_sampling, options)
+        # Wan's blocks get as many tokens of an image as CLIP gave of it.
+        forward = Forward(active, _tokens(c_crossattn), _tokens(kwargs.get("clip_fea")))
+        options[self._key] = _running[self._key] = forward
+        try:
+            return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
+        finally:
+            _running.pop(self._key, None)
 
-    def _is_active(self, sampling, sigmas) -> bool:
+    def _is_active(self, sampling, options: dict) -> bool:
         """Return whether a step is within `steps`, by the host's order: sigma falls."""
         start, end = self.steps
-        if start == end or sigmas is None:
-            return start < end
-        if (start, end) == (0.0, 1.0):
+        sigmas, all_sigmas = options.get("sigmas"), options.get("sample_sigmas")
+        if start == end:
+            return False
+        if router.bits(self.mode) == 4 and not _is_inner(sigmas, all_sigmas):
+            return False
+        if (start, end) == (0.0, 1.0) or sigmas is None:
             return True
         sigma = sigmas[0].item()
         before = start > 0 and sigma > sampling.percent_to_sigma(start) * SAME_SIGMA
@@ -159,28 +200,29 @@ class Override:
 
     def __call__(self, func, q, k, v, *args, **kwargs):
         """Return attention as `func`, the host's function, would; see `read_call`."""
-        call = self._taken(q, k, v, dict(zip(POSITIONAL, args, strict=False)) | kwargs)
-        if call is None:
+        call = self._meant(q, k, v, dict(zip(POSITIONAL, args, strict=False)) | kwargs)
+        if call is None or not self.runs(call):
             if self.previous is not None:
                 return self.previous(func, q, k, v, *args, **kwargs)
             return func(q, k, v, *args, **kwargs)
-        tensors, options = (call.q, call.k, call.v), {"mask": call.mask, "scale": call.scale}
-        out = router.route(*tensors, self.mode, **options)
-        if self.guard and not _is_finite(out):
-            self._say(f"{self.mode} gave NaN or infinity, which the guard replaces by SDPA")
-            out = router.route(*tensors, router.SDPA, **options)
+        out = self.attend(call)
         return out.transpose(1, 2).flatten(2) if call.joined else out
 
-    def _taken(self, q, k, v, options: dict) -> Call | None:
-        """Return the call where it is within layers, blocks and steps and the router takes it."""
+    def attend(self, call: Call) -> torch.Tensor:
+        """Return the attention of a call that `runs`, [B, H, Lq, D], guarded as asked."""
+        options = {"mask": call.mask, "scale": call.scale, "guard": self.guard}
+        return router.route(call.q, call.k, call.v, self._way(call), **options)
+
+    def _meant(self, q, k, v, options: dict) -> Call | None:
+        """Return the call where it is within layers, blocks and steps, else None."""
         transformer = options.get("transformer_options") or {}
-        forward = transformer.get(self._key)
+        compiling = torch.compiler.is_compiling()
+        forward = (_running if compiling else transformer).get(self._key)
         if forward is None or not forward.active or not self._in_blocks(transformer):
             return None
         call = read_call(q, k, v, **options)
-        if call is None or not self._in_layers(call, forward.context):
-            return None
-        return call if self._runs(call) else None
+        meant = call is not None and self.layers in (ALL, layer_of(call, forward))
+        return call if meant else None
 
     def _in_blocks(self, transformer: dict) -> bool:
         if self._ranges is None:
@@ -188,28 +230,24 @@ class Override:
         index = transformer.get("block_index")
         return index is not None and any(index in r for r in self._ranges)
 
-    def _in_layers(self, call: Call, context: int | None) -> bool:
-        """Return whether a call is of `layers`.
-
-        The host does not say. As many keys as queries are self-attention, unless the text has as
-        many tokens too: such a call may be either, and only `all` means it.
-        """
-        if self.layers == "all":
-            return True
-        queries, keys = call.q.shape[2], call.k.shape[2]
-        if queries != keys:
-            return self.layers == "cross"
-        return self.layers == "self" and keys != context
-
-    def _runs(self, call: Call) -> bool:
-        given = (call.q, call.k, call.v)
-        way = router.choose(*given, self.mode, call.mask)
+    def runs(self, call: Call) -> bool:
+        """Return whether the mode takes a call; warns once of each reason why it does not."""
+        way = self._way(call)
         if self.mode == "auto" and way == router.SDPA:
             return False
-        reason = router.refusal(way, *given, call.mask)
+        if router.bits(way) < self._bits_min(call):
+            return False
+        reason = router.refusal(way, call.q, call.k, call.v, call.mask)
         if reason:
-            self._say(f"left to ComfyUI's own attention: {reason}")
+            self._say(f"left to the attention that was there: {reason}")
         return reason is None
+
+    def _way(self, call: Call) -> str:
+        options = {"bits_min": self._bits_min(call)}
+        return router.choose(call.q, call.k, call.v, self.mode, call.mask, **options)
+
+    def _bits_min(self, call: Call) -> int:
+        return 0 if call.low else 16
 
     def _say(self, text: str) -> None:
         """Warn, once for each text."""
@@ -219,6 +257,30 @@ class Override:
             logger.warning("LowBit attention: %s", text)
 
 
-def _is_finite(out: torch.Tensor) -> bool:
-    """Return whether a result has neither NaN nor infinity, reading it once."""
-    return bool(out.sum(dtype=torch.float32).isfinite())
+def forget_graphs() -> None:
+    """Have every compiled model compiled anew when it runs next.
+
+    The host's TorchCompileModel compares nothing that hangs on transformer options: a model that it
+    compiled before there was an override would go on without it.
+    """
+    # Where nothing was compiled yet, that would be a long import.
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.reset()
+
+
+def _tokens(x) -> int | None:
+    """Return how many tokens [B, L, C] has; None of what is no tensor."""
+    return x.shape[-2] if torch.is_tensor(x) else None
+
+
+def _is_inner(sigmas, all_sigmas) -> bool:
+    """Return whether a step is neither among the first nor among the last ones of a sampling.
+
+    all_sigmas: those of its steps, and where it ends. Of a step that is not known: False.
+    """
+    if sigmas is None or all_sigmas is None:
+        return False
+    steps = len(all_sigmas) - 1
+    edge = -(-steps // EDGE)
+    begun = int((all_sigmas[:-1] * SAME_SIGMA >= sigmas[0].to(all_sigmas.device)).sum())
+    return edge < begun <= steps - edge

@@ -1,18 +1,22 @@
 """Inputs that several nodes share. The same on every machine: hardware is checked when one runs."""
 
-from ..quant import formats, recipe
+from ..quant import best, formats, recipe
 
-AS_STORED = "as_stored"
+AUTO, AS_STORED = "auto", "as_stored"
 CATEGORY = "LowBit"
 
 
 def format_input(default: str) -> tuple:
-    """Return the `format` input: `as_stored`, then every number format."""
+    """Return the `format` input: `as_stored`, then every number format; first `auto` if default."""
     tooltip = (
         "Number format of the weights. int8_convrot: 8 bits, the most exact. fp8_*: 8 bits. "
         "nvfp4, asym_w4a8_int8, convrot_w4a4: 4 bits, the smallest. as_stored: keep what is there."
     )
-    return ([AS_STORED, *formats.names()], {"default": default, "tooltip": tooltip})
+    names = [AS_STORED, *formats.names()]
+    if default == AUTO:
+        tooltip = f"auto: {best.BEST}, or as_stored where the file is quantized already. {tooltip}"
+        names.insert(0, AUTO)
+    return (names, {"default": default, "tooltip": tooltip})
 
 
 def recipe_input() -> tuple:

@@ -1,7 +1,17 @@
 """The node that loads a diffusion model and quantizes it on the way."""
 
+from ..quant.best import best_format
+from ..quant.checkpoint import Checkpoint
 from . import host
-from .inputs import AS_STORED, CATEGORY, format_input, keep_input, keep_patterns, recipe_input
+from .inputs import (
+    AS_STORED,
+    AUTO,
+    CATEGORY,
+    format_input,
+    keep_input,
+    keep_patterns,
+    recipe_input,
+)
 
 
 class LowBitLoadDiffusionModel:
@@ -11,7 +21,7 @@ class LowBitLoadDiffusionModel:
     DESCRIPTION = (
         "Loads a WanVideo, Qwen-Image or other diffusion model and quantizes it while reading: the "
         "16-bit model is never in memory as a whole. Files that are quantized already load as they "
-        "are with as_stored."
+        "are, unless a format is chosen."
     )
     CATEGORY = CATEGORY
     RETURN_TYPES = ("MODEL",)
@@ -25,7 +35,7 @@ class LowBitLoadDiffusionModel:
         return {
             "required": {
                 "model_name": (host.model_names(), {"tooltip": tooltip}),
-                "format": format_input(AS_STORED),
+                "format": format_input(AUTO),
                 "recipe": recipe_input(),
                 "keep": keep_input(),
             }
@@ -33,6 +43,8 @@ class LowBitLoadDiffusionModel:
 
     def load(self, model_name, format, recipe, keep):
         path = host.model_path(model_name)
+        if format == AUTO:
+            format = best_format(Checkpoint(path)) or AS_STORED
         return (host.load_model(path, format, recipe, tuple(keep_patterns(keep))),)
 
 

@@ -32,6 +32,8 @@ QWEN_TEXT_DIM = 3584
 LATENT_CHANNELS = 16
 # an I2V model sees the noise, the image's latent and a 4-channel mask
 WAN_I2V_CHANNELS = 2 * LATENT_CHANNELS + 4
+# VACE's own input: a video's latent in two parts, and a mask of 64 channels
+WAN_VACE_CHANNELS = 2 * LATENT_CHANNELS + 64
 DTYPE_NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
 Shapes = dict[str, tuple[int, ...]]
@@ -49,13 +51,14 @@ def write_wan(
 ) -> Path:
     """Write a Wan 2.1 transformer with dim / 128 heads and return `path`.
 
-    variant: "t2v" or "i2v" (36 input channels, image embedding, k_img and v_img).
+    variant: "t2v", "i2v" (36 input channels, image embedding, k_img and v_img) or "vace" (one more
+    block, beside the first).
     Raises ValueError if `dim` is not a multiple of 128 or `variant` is unknown.
     """
     if dim % HEAD_SIZE:
         raise ValueError(f"dim={dim} is not a multiple of {HEAD_SIZE}")
-    if variant not in ("t2v", "i2v"):
-        raise ValueError(f"variant={variant!r}: choose 't2v' or 'i2v'")
+    if variant not in ("t2v", "i2v", "vace"):
+        raise ValueError(f"variant={variant!r}: choose 't2v', 'i2v' or 'vace'")
     return _write(path, wan_shapes(dim, ffn, layers, variant), dtype, seed)
 
 
@@ -99,6 +102,12 @@ def wan_shapes(dim: int, ffn: int, layers: int, variant: str) -> Shapes:
     shapes |= _linear("time_projection.1", 6 * dim, dim)
     for i in range(layers):
         shapes |= _wan_block(f"blocks.{i}.", dim, ffn, image)
+    if variant == "vace":
+        shapes["vace_patch_embedding.weight"] = (dim, WAN_VACE_CHANNELS, 1, 2, 2)
+        shapes["vace_patch_embedding.bias"] = (dim,)
+        shapes |= _wan_block("vace_blocks.0.", dim, ffn, image)
+        shapes |= _linear("vace_blocks.0.before_proj", dim, dim)
+        shapes |= _linear("vace_blocks.0.after_proj", dim, dim)
     shapes["head.modulation"] = (1, 2, dim)
     shapes |= _linear("head.head", 4 * LATENT_CHANNELS, dim)
     if image:

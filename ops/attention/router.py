@@ -1,30 +1,36 @@
-"""The router: one attention by many ways, by name or by what was measured (`table.py`).
+"""The router: one attention by many ways (`ways.py`), by name or by what `table.py` has of each."""
 
-Each way registers with its needs, like the backends of an operation. Its schemes are dtypes, with
-`_masked` or `_causal` after them.
-"""
-
-from collections.abc import Callable
-from itertools import product
+import operator
 
 import torch
-import torch.nn.functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .. import registry, tuning
-from ..registry import Backend, Call, Needs, NoBackendError, register
+from ..custom_op import custom_op
+from ..registry import Call, NoBackendError
 from . import OP as ATTENTION
-from . import attention, scheme
+from . import empty_out, guard, scheme, ways
 from .check import DTYPES
-from .modes import MODES
+from .guard import GUARDS, OFF
 from .table import AUTO
+from .ways import CAUSAL, MASKED, OP, PLAIN, SDPA, bits
 
-OP = "attention router"
-SDPA = "sdpa"
-PLAIN, MASKED, CAUSAL, BOTH = "", "_masked", "_causal", "_masked_causal"
 # The names of older wrappers for what is here under another one, or not at all.
-ALIASES = {"sageattn_3_fp8": "lowbit_fp8"}
-NOT_BUILT = {"sageattn_3_fp4": "attention in FP4 is not built yet; choose lowbit_fp8"}
+ALIASES = {
+    "flash_attn_2": "flash",
+    "sageattn_3": "sageattn3_fp4",
+    "sageattn_3_fp4": "sageattn3_fp4",
+    "sageattn_3_fp8": "lowbit_fp8",
+    "sageattn_compiled": "sageattn",
+}
+_OTHER_MATHS = "computes something else than attention, and is not here; choose auto"
+NOT_BUILT = {
+    "comfy": "ComfyUI's own attention is what runs without this; choose auto, or none",
+    "flash_attn_3": "FlashAttention 3 is not here; choose cudnn, or auto",
+    "radial_sage_attention": _OTHER_MATHS,
+    "sageattn_ultravico": _OTHER_MATHS,
+}
+# What may be asked for.
+NAMES = ("auto", *dict.fromkeys(backend.name for backend in registry.backends(OP)))
 
 
 def route(
@@ -36,6 +42,7 @@ def route(
     mask: torch.Tensor | None = None,
     causal: bool = False,
     scale: float | None = None,
+    guard: str = OFF,
 ) -> torch.Tensor:
     """Return softmax(scale · q·kᵀ + mask) · v, [B, H, Lq, D], in the dtype of q.
 
@@ -43,20 +50,24 @@ def route(
     written to. mask: bool (True: the key counts) or added to the logits, broadcast to
     [B, H, Lq, Lk]. scale: None is D**-0.5. mode: one of NAMES, or an older name of ALIASES.
     `auto` takes what `table.py` has for the call, else torch's own attention. On a CPU a `lowbit_*`
-    mode runs the exact reference of `attention`, on float32 rounded to bfloat16.
-    Raises ValueError for an unknown mode, NoBackendError with the reason where the named one cannot
-    run the call.
+    mode runs the exact reference of `attention`, on float32 rounded to bfloat16. guard: one of
+    GUARDS; `guard.run` says what each does. There are no gradients, but for `sdpa`.
+    Raises ValueError for an unknown mode or guard, NoBackendError with the reason where the named
+    mode cannot run the call.
     """
+    if guard not in GUARDS:
+        raise ValueError(f"{OP}: unknown guard {guard!r}; known are {', '.join(GUARDS)}")
     way = choose(q, k, v, mode, mask, causal)
     reason = refusal(way, q, k, v, mask, causal)
     if reason:
         raise NoBackendError(f"{OP}: {reason}")
-    run = next(b.run for b in registry.backends(OP) if b.name == way)
-    return run(q, k, v, mask, causal, scale)
+    if way == SDPA:
+        return ways.sdpa(q, k, v, mask, causal, scale)
+    return _ROUTED(q, k, v, mask, way, causal, scale, guard)
 
 
-def choose(q, k, v, mode: str, mask=None, causal: bool = False) -> str:
-    """Return the name of the way that `mode` means for a call: itself, but for `auto`.
+def known(mode: str) -> str:
+    """Return the way, or `auto`, that a mode is a name of.
 
     Raises ValueError for an unknown mode and NoBackendError for one that is not built.
     """
@@ -65,13 +76,22 @@ def choose(q, k, v, mode: str, mask=None, causal: bool = False) -> str:
     mode = ALIASES.get(mode, mode)
     if mode not in NAMES:
         raise ValueError(f"{OP}: unknown mode {mode!r}; known are {', '.join(NAMES)}")
+    return mode
+
+
+def choose(q, k, v, mode: str, mask=None, causal: bool = False, bits_min: int = 0) -> str:
+    """Return the name of the way that `mode` means for a call: itself, but for `auto`.
+
+    bits_min: the least bits of what `auto` takes. Raises what `known` raises.
+    """
+    mode = known(mode)
     if mode != "auto":
         return mode
-    plain = mask is None and not causal and q.dtype in DTYPES and _alike(q, k, v)
-    if plain:
+    if mask is None and not causal and q.dtype in DTYPES and _alike(q, k, v):
         tokens = min(q.shape[2], k.shape[2])
         for index, row in enumerate(AUTO):
-            if tokens >= row.tokens_min and _fits(index, q.device, q.shape[3]):
+            takes = tokens >= row.tokens_min and bits(row.way) >= bits_min
+            if takes and _fits(index, q.device, _head_size(q)):
                 return row.way
     return SDPA
 
@@ -85,18 +105,21 @@ def refusal(way: str, q, k, v, mask=None, causal: bool = False) -> str | None:
     if mask is not None and mask.dtype != torch.bool and not mask.is_floating_point():
         return f"{way}: the mask is {mask.dtype}; bool or a float dtype is wanted"
     kind = (PLAIN if mask is None else MASKED) + (CAUSAL if causal else PLAIN)
-    return _unmet(way, f"{_named(q.dtype)}{kind}", q.device, q.shape[3])
+    reason = _unmet(way, f"{ways.named(q.dtype)}{kind}", q.device, _head_size(q))
+    if reason is None and causal and not way.startswith("lowbit_") and q.shape[2] != k.shape[2]:
+        return f"{way}: causal wants as many keys as queries"
+    return reason
 
 
 def missing(mode: str, device: torch.device) -> str | None:
     """Return why `mode` can run nothing on `device`, such as a package, or None.
 
-    Raises ValueError for an unknown mode and NoBackendError for one that is not built.
+    Raises what `known` raises.
     """
-    mode = ALIASES.get(mode, mode)
-    empty = torch.empty(1, 1, 1, 128, dtype=torch.bfloat16, device="meta")
-    way = choose(empty, empty, empty, mode)
-    return None if way == SDPA else _unmet(way, _named(torch.bfloat16), device, 128)
+    way = known(mode)
+    if way in ("auto", SDPA):
+        return None
+    return _unmet(way, ways.named(torch.bfloat16), device, 128)
 
 
 def _alike(q, k, v) -> bool:
@@ -105,8 +128,9 @@ def _alike(q, k, v) -> bool:
     return fits and q.shape[1] % max(k.shape[1], 1) == 0 and q.dtype == k.dtype == v.dtype
 
 
-def _named(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+def _head_size(q: torch.Tensor) -> int:
+    """Return the head size as a number, of which torch.compile makes no symbol."""
+    return operator.index(q.shape[3])
 
 
 # A constant of the graph: torch.compile can trace neither the imports nor the self-tests.
@@ -127,8 +151,11 @@ def _look_up(index: int, device: torch.device, head_size: int) -> bool:
     row, has = AUTO[index], registry.capability(device)
     if has is None or not row.capability[0] <= has < row.capability[1]:
         return False
-    if head_size != row.head_size:
+    if head_size not in row.head_sizes:
         return False
+    if row.backend is None:
+        # Both dtypes that `auto` takes have the same needs.
+        return _reason(row.way, ways.named(DTYPES[0]), device, head_size) is None
     mode = row.way.removeprefix("lowbit_")
     call = Call(scheme(mode, False), device, 0, head_size)
     found = [b for b in registry.backends(ATTENTION) if b.name == row.backend]
@@ -144,85 +171,28 @@ def _reason(way: str, kind: str, device: torch.device, head_size: int) -> str | 
             reason = registry.unmet(backend.needs, call)
             if reason is None:
                 return None
-            reasons.append((reason.startswith("needs a device"), reason))
-    # Of several, a reason that is not the device says more.
-    return f"{way}: {min(reasons)[1]}"
+            reasons.append(reason)
+    # Of several, one that is not the device says more, and the last set of needs takes the most.
+    telling = [reason for reason in reasons if not reason.startswith("needs a device")]
+    return f"{way}: {(telling or reasons)[-1]}"
 
 
-def _schemes(*kinds: str, dtypes: tuple[torch.dtype, ...] = DTYPES) -> frozenset[str]:
-    return frozenset(f"{_named(dtype)}{kind}" for dtype, kind in product(dtypes, kinds))
+def _run(q, k, v, mask, way, causal, scale, checked):
+    compute = next(b.run for b in registry.backends(OP) if b.name == way)
+    out = guard.run(way, compute, checked, q, k, v, mask, causal, scale)
+    # Every way's result lies in memory as q does, which a compiled graph relies on.
+    if q.stride(1) < q.stride(2):
+        return out.transpose(1, 2).contiguous().transpose(1, 2)
+    return out.contiguous()
 
 
-def _sdpa(q, k, v, mask, causal: bool, scale: float | None) -> torch.Tensor:
-    gqa = q.shape[1] != k.shape[1]
-    return F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=gqa
-    )
+def _empty(q, k, v, mask, way, causal, scale, checked):
+    return empty_out(q)
 
 
-def _cudnn(q, k, v, mask, causal, scale) -> torch.Tensor:
-    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
-        return _sdpa(q, k, v, mask, causal, scale)
-
-
-def _lowbit(mode: str) -> Callable:
-    def run(q, k, v, mask, causal, scale) -> torch.Tensor:
-        dtype = q.dtype
-        # Float32 gets here on a CPU alone.
-        if dtype not in DTYPES:
-            q, k, v = (x.bfloat16() for x in (q, k, v))
-        return attention(q, k, v, mode, mask=mask, causal=causal, scale=scale).to(dtype)
-
-    return run
-
-
-def _kitchen(q, k, v, mask, causal, scale) -> torch.Tensor:
-    import comfy_kitchen
-
-    return comfy_kitchen.int8_attention(q, k, v, scale=scale, attn_mask=mask)
-
-
-def _kitchen_missing(device: torch.device) -> str | None:
-    import comfy_kitchen
-
-    available = getattr(comfy_kitchen, "int8_attention_is_available", None)
-    if available is None:
-        return "this comfy_kitchen has no INT8 attention"
-    return None if available() else "comfy_kitchen's INT8 attention does not run on this GPU"
-
-
-def _sage(q, k, v, mask, causal, scale) -> torch.Tensor:
-    import sageattention
-
-    return sageattention.sageattn(q, k, v, tensor_layout="HND", is_causal=causal, sm_scale=scale)
-
-
-def _register(name: str, run: Callable, schemes: frozenset[str], **needs) -> None:
-    rank = len(registry.backends(OP))
-    register(Backend(OP, name, rank, Needs(schemes, **needs), run))
-
-
-CUDA, CPU = frozenset({"cuda"}), frozenset({"cpu"})
-ALL = (PLAIN, MASKED, CAUSAL, BOTH)
-FLOATS = (*DTYPES, torch.float32, torch.float64)
-_register(SDPA, _sdpa, _schemes(*ALL, dtypes=FLOATS))
-_cudnn_takes = _schemes(PLAIN, MASKED, CAUSAL)
-_register("cudnn", _cudnn, _cudnn_takes, devices=CUDA, capability=(8, 0), k_multiple=8, k_max=256)
-for _mode in MODES.values():
-    _name = f"lowbit_{_mode.name}"
-    _register(
-        *(_name, _lowbit(_mode.name), _schemes(*ALL)),
-        **{"devices": CUDA, "capability": _mode.capability, "k_max": 256, "package": "triton"},
-    )
-    _on_cpu = _schemes(*ALL, dtypes=(*DTYPES, torch.float32))
-    _register(_name, _lowbit(_mode.name), _on_cpu, devices=CPU)
-_register(
-    *("kitchen_int8", _kitchen, _schemes(PLAIN, MASKED)),
-    **{"devices": CUDA, "k_max": 256, "package": "comfy_kitchen", "self_test": _kitchen_missing},
+_ROUTED = custom_op(
+    "routed_attention(Tensor q, Tensor k, Tensor v, Tensor? mask, str way, bool causal, "
+    "float? scale, str guard) -> Tensor",
+    _run,
+    _empty,
 )
-_register(
-    *("sageattn", _sage, _schemes(PLAIN, CAUSAL)),
-    **{"devices": CUDA, "capability": (8, 0), "k_max": 128, "package": "sageattention"},
-)
-# What may be asked for.
-NAMES = ("auto", *dict.fromkeys(backend.name for backend in registry.backends(OP)))

@@ -125,7 +125,9 @@ def test_node_shows_its_widgets(editor, node_id):
         if name != "model_name":
             assert widget["value"] == schema[name][1]["default"]
     if "format" in widgets:
-        assert widgets["format"]["options"] == [AS_STORED, *formats.names()]
+        options = widgets["format"]["options"]
+        assert options == schema["format"][0]
+        assert options[-len(formats.names()) - 1 :] == [AS_STORED, *formats.names()]
         assert widgets["recipe"]["options"] == list(recipe.names())
         assert widgets["keep"]["type"] == "customtext"
     if "model_name" in widgets:

@@ -94,9 +94,9 @@ def session(mode: str, base: str) -> dict:
         seen["dynamic"] = plain.is_dynamic()
         seen["capability"] = torch.cuda.get_device_capability()
         seen["attention"] = {}
-        for mode in ("auto", "sdpa", "lowbit_exact", "lowbit_int8"):
+        for mode in ("auto", "sdpa", "cudnn", "flash", "lowbit_exact", "lowbit_int8"):
             # 1,280 tokens: long enough for auto.
-            (model,) = attention.set_attention(plain, mode, "self", "", 0.0, 1.0, True)
+            (model,) = attention.set_attention(plain, mode, "self", "", 0.0, 1.0, "every_call")
             seen["attention"][mode] = difference(sample(model), want)
         seen["attention_plain_untouched"] = torch.equal(sample(plain), want)
         seen["formats"] = {}

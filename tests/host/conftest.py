@@ -10,7 +10,8 @@ from tests.host import graphs
 from tests.host.server import HostMissingError, Server, find_host
 
 HERE = Path(__file__).parent
-WAN, WAN_I2V, WAN_LORA = "wan.safetensors", "wan_i2v.safetensors", "wan_lora.safetensors"
+WAN, WAN_LORA = "wan.safetensors", "wan_lora.safetensors"
+WAN_I2V, WAN_VACE = "wan_i2v.safetensors", "wan_vace.safetensors"
 QWEN_IMAGE = "qwen_image.safetensors"
 
 
@@ -55,6 +56,13 @@ def wan_i2v(comfy):
     """The name of the image-to-video variant of `wan`."""
     write_wan(comfy.model_path(WAN_I2V), variant="i2v")
     return WAN_I2V
+
+
+@pytest.fixture(scope="session")
+def wan_vace(comfy):
+    """The name of the variant of `wan` with a block of VACE's."""
+    write_wan(comfy.model_path(WAN_VACE), variant="vace")
+    return WAN_VACE
 
 
 @pytest.fixture(scope="session")

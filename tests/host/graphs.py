@@ -73,7 +73,7 @@ def quantize(
 def attention(graph: Graph, model: Ref, mode: str, **options) -> Ref:
     """The pack's attention, in all layers, blocks and steps unless `options` say otherwise."""
     inputs = {"layers": "all", "blocks": "", "start_percent": 0.0, "end_percent": 1.0}
-    inputs |= {"guard": False, **options}
+    inputs |= {"guard": "first_call", **options}
     return graph.add("LowBitAttention", model=model, mode=mode, **inputs)
 
 
@@ -101,12 +101,15 @@ def sample(
     steps: int = 2,
     cfg: float = 1.0,
     start: Ref | None = None,
+    image_tokens: int = 0,
+    hidden: int = 0,
 ) -> Ref:
     """Sample a small latent and return a reference to it.
 
     The sampler really runs on every call: its conditioning carries a new nonce, so the server's
     cache holds no result for it. Loaders stay cached, as they do for a user.
     start: only orders the work; the latent whose noise is replaced, the family's empty one if None.
+    image_tokens, hidden: of `LowBitTestConditioning`.
     """
     spec = FAMILIES[family]
     model = graph.add(spec.sampling_node, model=model, shift=spec.shift)
@@ -117,6 +120,8 @@ def sample(
             width=spec.text_width,
             seed=text_seed,
             nonce=next(_nonces),
+            image_tokens=image_tokens,
+            hidden=hidden,
         )
         for text_seed in (11, 12)
     )

@@ -7,6 +7,7 @@ from lowbit.ops.attention.modes import MODES
 from tests.host import graphs
 from tests.host.server import PromptError
 
+IMAGE_TOKENS = 257
 LOWBIT = [f"lowbit_{name}" for name in MODES]
 
 
@@ -94,12 +95,46 @@ def test_quantized_model_takes_it(sample, wan):
     assert 0 < difference(latent, sample(quantized)) < 2 * MODES["exact"].max_error
 
 
-def test_image_to_video_takes_it(sample, wan_i2v):
-    def load(graph):
-        return graphs.load(graph, wan_i2v)
+@pytest.fixture
+def image_to_video(sample, wan_i2v):
+    """A function (mode or None, **inputs of the node) -> latent of the small I2V, with an image."""
 
-    latent = sample(lambda graph: graphs.attention(graph, load(graph), "lowbit_exact", guard=True))
-    assert 0 < difference(latent, sample(load)) < MODES["exact"].max_error
+    def run(mode: str | None, **options) -> torch.Tensor:
+        def build(graph):
+            model = graphs.load(graph, wan_i2v)
+            return graphs.attention(graph, model, mode, **options) if mode else model
+
+        return sample(build, image_tokens=IMAGE_TOKENS)
+
+    return run
+
+
+def test_image_to_video_takes_it(image_to_video):
+    plain = image_to_video(None)
+    latent = image_to_video("lowbit_exact", guard="every_call")
+    assert 0 < difference(latent, plain) < MODES["exact"].max_error
+
+
+def test_attention_to_the_image_stays_in_16_bits(image_to_video):
+    """The host marks it as not for low precision."""
+    plain = image_to_video(None)
+    assert torch.equal(image_to_video("lowbit_exact", layers="image_cross"), plain)
+    assert torch.equal(image_to_video("sdpa", layers="image_cross"), plain)
+    assert not torch.equal(image_to_video("lowbit_exact", layers="cross"), plain)
+
+
+def test_vace_takes_it(sample, wan_vace):
+    def attend(mode, **options):
+        return lambda graph: graphs.attention(graph, graphs.load(graph, wan_vace), mode, **options)
+
+    plain = sample(lambda graph: graphs.load(graph, wan_vace))
+    assert torch.equal(sample(attend("sdpa")), plain)
+    exact = sample(attend("lowbit_exact"))
+    assert 0 < difference(exact, plain) < MODES["exact"].max_error
+    # VACE's block runs as the first one does; the second block is the same without it.
+    second = sample(attend("lowbit_exact", blocks="1"))
+    assert difference(second, plain) > 0
+    assert not torch.equal(second, exact)
 
 
 def test_qwen_image_takes_it(sample, qwen_image):
@@ -109,10 +144,15 @@ def test_qwen_image_takes_it(sample, qwen_image):
     def attend(mode):
         return lambda graph: graphs.attention(graph, load(graph), mode, layers="self")
 
-    latent = sample(load, "qwen_image")
-    assert torch.equal(sample(attend("sdpa"), "qwen_image"), latent)
-    exact = sample(attend("lowbit_exact"), "qwen_image")
-    assert 0 < difference(exact, latent) < MODES["exact"].max_error
+    for hidden in (0, 5):
+        latent = sample(load, "qwen_image", hidden=hidden)
+        assert torch.equal(sample(attend("sdpa"), "qwen_image", hidden=hidden), latent)
+        exact = sample(attend("lowbit_exact"), "qwen_image", hidden=hidden)
+        assert 0 < difference(exact, latent) < MODES["exact"].max_error
+
+
+def test_older_name_of_a_mode_is_taken(sampled):
+    assert torch.equal(sampled("sageattn_3_fp8"), sampled("lowbit_fp8"))
 
 
 @pytest.mark.parametrize(
@@ -120,7 +160,10 @@ def test_qwen_image_takes_it(sample, qwen_image):
     [
         ("kitchen_int8", {}, "kitchen_int8: needs a device of"),
         ("sageattn", {}, "sageattn: needs a device of"),
-        ("sageattn_3_fp4", {}, "not in"),
+        ("cudnn", {}, "cudnn: needs a device of"),
+        ("sageattn_3_fp4", {}, "sageattn3_fp4: needs a device of"),
+        ("sageattn_ultravico", {}, "computes something else"),
+        ("fast", {}, "unknown mode 'fast'"),
         ("auto", {"blocks": "first"}, "neither a block nor a range"),
         ("auto", {"start_percent": 0.5, "end_percent": 0.2}, "start to end"),
     ],

@@ -63,6 +63,19 @@ def test_as_stored_gives_the_stock_loaders_latent(sample, wan, plain):
     assert torch.equal(sample(lambda graph: graphs.load_lowbit(graph, wan, "as_stored")), plain)
 
 
+def test_auto_quantizes_what_is_not_quantized(comfy, sample, wan):
+    def load(name, format_name):
+        return sample(lambda graph: graphs.load_lowbit(graph, name, format_name))
+
+    assert torch.equal(load(wan, "auto"), load(wan, "int8_convrot"))
+    graph = graphs.Graph()
+    model = graphs.load_lowbit(graph, wan, "fp8_e4m3")
+    path = graph.add("LowBitSaveModel", model=model, filename_prefix="diffusion_models/auto")
+    shown = graph.add("PreviewAny", source=path)[0]
+    file = comfy.offer(comfy.text(comfy.run(graph), shown), "saved_for_auto.safetensors")
+    assert torch.equal(load(file, "auto"), load(file, "as_stored"))
+
+
 @pytest.mark.parametrize("quantized_first", [True, False])
 def test_plain_branch_beside_a_quantized_one_is_untouched(comfy, wan, plain, quantized_first):
     graph = graphs.Graph()

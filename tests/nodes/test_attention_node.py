@@ -13,14 +13,17 @@ INPUTS = {
         "lowbit_int8",
         "lowbit_fp8",
         "sdpa",
+        "cudnn",
+        "flash",
         "kitchen_int8",
         "sageattn",
+        "sageattn3_fp4",
     ],
-    "layers": ["self", "cross", "all"],
+    "layers": ["self", "cross", "image_cross", "all"],
     "blocks": "STRING",
     "start_percent": "FLOAT",
     "end_percent": "FLOAT",
-    "guard": "BOOLEAN",
+    "guard": ["off", "first_call", "every_call"],
 }
 
 
@@ -30,6 +33,32 @@ def test_inputs_are_those_that_workflows_hold():
     assert list(required) == list(INPUTS)
 
 
-@pytest.mark.parametrize("mode", MODES)
-def test_router_knows_every_mode(mode):
-    assert mode in router.NAMES
+def test_defaults_are_those_of_the_best_choice():
+    required = LowBitAttention.INPUT_TYPES()["required"]
+    defaults = {
+        name: settings["default"]
+        for name, (_, settings) in required.items()
+        if "default" in settings
+    }
+    assert defaults == {
+        "mode": "auto",
+        "layers": "self",
+        "blocks": "",
+        "start_percent": 0.0,
+        "end_percent": 1.0,
+        "guard": "first_call",
+    }
+
+
+def test_every_way_of_the_router_can_be_chosen():
+    assert set(MODES) == set(router.NAMES)
+
+
+@pytest.mark.parametrize("mode", [*MODES, *router.ALIASES, None])
+def test_names_of_older_wrappers_are_valid(mode):
+    assert LowBitAttention.VALIDATE_INPUTS(mode) is True
+
+
+@pytest.mark.parametrize(("mode", "text"), [("fast", "unknown mode"), ("flash_attn_3", "cudnn")])
+def test_other_names_are_refused_with_what_is_wrong(mode, text):
+    assert text in LowBitAttention.VALIDATE_INPUTS(mode)

@@ -7,9 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch._dynamo.testing import CompileCounter
 
-from lowbit.nodes import attention_override
 from lowbit.nodes.attention_override import LAYERS, Override, parse_blocks
-from lowbit.ops.attention import router
+from lowbit.ops.attention import guard as check
+from lowbit.ops.attention import router, ways
+from lowbit.ops.attention.guard import GUARDS
 
 HEADS, D, TEXT = 2, 64, 7
 EPS = torch.finfo(torch.bfloat16).eps
@@ -22,18 +23,26 @@ class Sampling:
         return 1.0 - percent
 
 
-def options_of(override: Override, sigma: float = 1.0, text: int | None = TEXT, **given) -> dict:
-    """What the host's blocks find among the options, once the wrapper has run."""
+def within(
+    override: Override, body, sigma: float = 1.0, text: int | None = TEXT, image=None, **given
+):
+    """Return body(options) as run within a run of the model, with the host's options there."""
 
     class Executor:
         class_obj = type("Model", (), {"model_sampling": Sampling()})
 
         def __call__(self, x, t, concat, context, control, options, **kwargs):
-            return options
+            return body(options)
 
     context = None if text is None else torch.zeros(1, text, 3)
+    clip = {} if image is None else {"clip_fea": torch.zeros(1, image, 5)}
     options = {"sigmas": torch.tensor([sigma]), **given}
-    return override.forward(Executor(), None, None, None, context, None, options)
+    return override.forward(Executor(), None, None, None, context, None, options, **clip)
+
+
+def options_of(override: Override, **given) -> dict:
+    """What the host's blocks find among the options, once the wrapper has run."""
+    return within(override, lambda options: options, **given)
 
 
 class Host:
@@ -76,10 +85,19 @@ def host():
     return Host()
 
 
-def call(override: Override, host, q, k, v, *args, sigma=1.0, text=TEXT, given=None, **kwargs):
-    options = options_of(override, sigma, text, **(given or {}))
-    kwargs = {"transformer_options": options, "_inside_attn_wrapper": True, **kwargs}
-    return override(host, q, k, v, *args, **kwargs)
+def call(override: Override, host, q, k, v, *args, given=None, **kwargs):
+    """Return one call of attention within a run of the model; given: arguments of `within`."""
+
+    def body(options):
+        given = {"transformer_options": options, "_inside_attn_wrapper": True, **kwargs}
+        return override(host, q, k, v, *args, **given)
+
+    return within(override, body, **(given or {}))
+
+
+def ran(*args, **kwargs) -> bool:
+    """Return whether the override itself ran a call of attention, not the host."""
+    return torch.is_tensor(call(*args, **kwargs))
 
 
 def test_flat_inputs_with_heads_by_name_give_flat_results(host):
@@ -142,31 +160,53 @@ def test_call_that_the_mode_cannot_run_goes_to_the_host_and_is_told_once(host, c
         got = call(override, host, *flat(dtype=torch.float64), heads=HEADS)
         assert got == "the host's"
     (record,) = caplog.records
-    assert "left to ComfyUI's own attention: lowbit_exact: does not know float64" in record.message
+    want = "left to the attention that was there: lowbit_exact: does not know float64"
+    assert want in record.message
 
 
 def test_auto_leaves_a_cpu_to_the_host(host):
     assert call(Override("auto"), host, *flat(), heads=HEADS) == "the host's"
 
 
+@pytest.mark.parametrize("mode", ["sdpa", "cudnn", "flash"])
+def test_sixteen_bits_are_no_low_precision(host, mode, monkeypatch):
+    monkeypatch.setattr(router, "refusal", lambda *arguments: None)
+    routed = []
+    monkeypatch.setattr(router, "route", lambda q, k, v, way, **o: routed.append(way) or q)
+    assert ran(Override(mode), host, *flat(), heads=HEADS, low_precision_attention=False)
+    assert routed == [mode]
+
+
 @pytest.mark.parametrize(
-    ("length", "keys", "text", "meant"),
+    ("length", "keys", "given", "meant"),
     [
-        (9, 9, TEXT, {"self", "all"}),
-        (9, TEXT, TEXT, {"cross", "all"}),
+        (9, 9, {}, {"self", "all"}),
+        (9, TEXT, {}, {"cross", "all"}),
         # As many tokens as the text has: it may be either.
-        (TEXT, TEXT, TEXT, {"all"}),
-        (9, 9, None, {"self", "all"}),
+        (TEXT, TEXT, {}, {"all"}),
+        (9, 9, {"text": None}, {"self", "all"}),
+        (9, 5, {"image": 5}, {"image_cross", "all"}),
+        (9, TEXT, {"image": 5}, {"cross", "all"}),
+        (5, 5, {"image": 5}, {"all"}),
+        # As many tokens of text as of the image.
+        (9, TEXT, {"image": TEXT}, {"cross", "all"}),
     ],
+    ids=str,
 )
-def test_layers_are_told_apart_by_their_lengths(host, length, keys, text, meant):
+def test_layers_are_told_apart_by_their_lengths(host, length, keys, given, meant):
     q, k, v = flat(length, keys)
-    ran = {
-        layers
-        for layers in LAYERS
-        if torch.is_tensor(call(Override("sdpa", layers), host, q, k, v, heads=HEADS, text=text))
+    assert {
+        n for n in LAYERS if ran(Override("sdpa", n), host, q, k, v, heads=HEADS, given=given)
+    } == meant
+
+
+def test_image_is_told_from_as_long_a_text_by_its_precision(host):
+    q, k, v = flat(9, TEXT)
+    options = {"heads": HEADS, "low_precision_attention": False, "given": {"image": TEXT}}
+    assert {n for n in LAYERS if ran(Override("sdpa", n), host, q, k, v, **options)} == {
+        "image_cross",
+        "all",
     }
-    assert ran == meant
 
 
 @pytest.mark.parametrize(
@@ -182,23 +222,39 @@ def test_layers_are_told_apart_by_their_lengths(host, length, keys, text, meant)
 )
 def test_steps_begin_with_the_first_and_end_before_the_last(host, steps, meant):
     override = Override("sdpa", steps=steps)
-    ran = {
-        sigma
-        for sigma in (1.0, 0.75, 0.5, 0.25, 0.1)
-        if torch.is_tensor(call(override, host, *flat(), heads=HEADS, sigma=sigma))
-    }
-    assert ran == meant
+    sigmas = (1.0, 0.75, 0.5, 0.25, 0.1)
+    assert {
+        s for s in sigmas if ran(override, host, *flat(), heads=HEADS, given={"sigma": s})
+    } == meant
+
+
+@pytest.mark.parametrize(("count", "first", "end"), [(1, 0, 0), (2, 0, 0), (4, 1, 3), (30, 3, 27)])
+def test_four_bits_keep_to_the_middle_of_the_steps(host, monkeypatch, count, first, end):
+    monkeypatch.setattr(router, "refusal", lambda *arguments: None)
+    monkeypatch.setattr(router, "route", lambda q, k, v, way, **options: q)
+    sigmas = torch.linspace(1, 0, count + 1)
+    # The second of two evaluations of one step lies between two sigmas, and is of that step.
+    for between in (0.0, 0.3 / count):
+        inner = [
+            index
+            for index, sigma in enumerate(sigmas[:-1].tolist())
+            if ran(
+                *(Override("sageattn3_fp4"), host, *flat()),
+                heads=HEADS,
+                given={"sigma": sigma - between, "sample_sigmas": sigmas},
+            )
+        ]
+        assert inner == list(range(first, end))
+    assert not ran(Override("sageattn3_fp4"), host, *flat(), heads=HEADS, given={"sigma": 0.5})
 
 
 def test_blocks_are_counted_by_the_hosts_index(host):
     override = Override("sdpa", blocks="1-2, 5, 8-")
-    ran = [
-        index
-        for index in range(11)
-        if torch.is_tensor(call(override, host, *flat(), heads=HEADS, given={"block_index": index}))
+    blocks = [
+        i for i in range(11) if ran(override, host, *flat(), heads=HEADS, given={"block_index": i})
     ]
-    assert ran == [1, 2, 5, 8, 9, 10]
-    assert call(override, host, *flat(), heads=HEADS) == "the host's"
+    assert blocks == [1, 2, 5, 8, 9, 10]
+    assert not ran(override, host, *flat(), heads=HEADS)
 
 
 def test_call_outside_a_run_of_the_model_is_the_hosts(host):
@@ -209,50 +265,79 @@ def test_what_one_override_leaves_the_one_before_it_gets(host):
     first = Override("sdpa", "all")
     second = Override("lowbit_exact", blocks="0", previous=first)
     q, k, v = flat()
-    options = options_of(second, **options_of(first), block_index=1)
-    got = second(host, q, k, v, HEADS, transformer_options=options)
+    options = options_of(first)
+    got = call(second, host, q, k, v, HEADS, given={**options, "block_index": 1})
     assert torch.equal(got, joined(F.scaled_dot_product_attention(*map(split, (q, k, v)))))
     assert not host.calls
 
 
-@pytest.mark.parametrize("guard", [True, False])
-def test_guard_replaces_what_is_not_finite_and_says_so_once(host, monkeypatch, caplog, guard):
+@pytest.mark.parametrize(("guard", "replaced"), [("off", 0), ("first_call", 1), ("every_call", 1)])
+def test_guard_reaches_the_router(host, monkeypatch, caplog, guard, replaced):
     def broken(q, k, v, mode, **options):
-        out = router.route(q, k, v, "sdpa", **options)
-        return out if mode == "sdpa" else out.index_fill(2, torch.tensor([3]), torch.nan)
+        return torch.full_like(q, torch.nan)
 
-    shim = type("Router", (), {**vars(router), "route": staticmethod(broken)})
-    monkeypatch.setattr(attention_override, "router", shim)
-    override = Override("lowbit_exact", guard=guard)
+    monkeypatch.setattr(ways, "attention", broken)
+    check.forget()
     q, k, v = flat()
     for _ in range(2):
-        got = call(override, host, q, k, v, heads=HEADS)
-        assert got.isfinite().all() == guard
-    assert len(caplog.records) == guard
-    assert not guard or "lowbit_exact gave NaN or infinity" in caplog.records[0].message
+        got = call(Override("lowbit_exact", guard=guard), host, q, k, v, heads=HEADS)
+        assert got.isfinite().all() == bool(replaced)
+    check.forget()
+    assert len(caplog.records) == replaced
 
 
+@pytest.mark.parametrize("guard", GUARDS)
 @pytest.mark.parametrize("mode", ["sdpa", "lowbit_exact"])
-def test_compiled_override_is_one_graph(host, mode):
-    override = Override(mode)
-    options = options_of(override)
-    run = functools.partial(override, host, heads=HEADS, transformer_options=options)
+def test_compiled_override_is_one_graph(host, mode, guard):
+    override = Override(mode, guard=guard)
     q, k, v = flat()
-    compiled = torch.compile(lambda q: run(q, k, v) + 1, fullgraph=True, backend="aot_eager")
-    assert torch.equal(compiled(q), run(q, k, v) + 1)
+
+    def body(options):
+        run = functools.partial(override, host, heads=HEADS, transformer_options=options)
+        compiled = torch.compile(lambda q: run(q, k, v) + 1, fullgraph=True, backend="aot_eager")
+        return compiled(q), run(q, k, v) + 1
+
+    got, want = within(override, body)
+    assert torch.equal(got, want)
+
+
+def compiled(host, counter):
+    """Attention as the host compiles a model: what hangs on transformer options is not checked."""
+    q, k, v = flat()
+
+    def run(q, options):
+        override = options["optimized_attention_override"]
+        return override(host, q, k, v, heads=HEADS, transformer_options=options)
+
+    forgetful = {"guard_filter_fn": lambda entries: ["options" not in e.name for e in entries]}
+    model = torch.compile(run, fullgraph=True, backend=counter, options=forgetful)
+    return functools.partial(model, q)
 
 
 def test_another_step_compiles_nothing_anew(host):
     override, counter = Override("sdpa"), CompileCounter()
-    q, k, v = flat()
-    compiled = torch.compile(
-        lambda q, options: override(host, q, k, v, heads=HEADS, transformer_options=options),
-        fullgraph=True,
-        backend=counter,
-    )
+    model = compiled(host, counter)
     for sigma in (1.0, 0.75, 0.5):
-        compiled(q, options_of(override, sigma))
+        within(override, model, sigma, optimized_attention_override=override)
     assert counter.frame_count == 1
+
+
+def test_compiled_model_sees_where_the_steps_begin_and_end(host):
+    override, counter = Override("sdpa", steps=(0.25, 0.75)), CompileCounter()
+    model = compiled(host, counter)
+    sigmas = (1.0, 0.75, 0.5, 0.25, 0.1)
+    given = {"optimized_attention_override": override}
+    outs = [within(override, model, sigma, **given) for sigma in sigmas]
+    assert [torch.is_tensor(out) for out in outs] == [False, True, True, False, False]
+    # The host's double gives no graph; what the override computes is compiled once.
+    assert counter.frame_count == 1
+
+
+def test_compiled_model_sees_another_override(host):
+    model = compiled(host, CompileCounter())
+    overrides = [Override("sdpa"), Override("sdpa", "cross"), Override("sdpa")]
+    outs = [within(o, model, optimized_attention_override=o) for o in overrides]
+    assert [torch.is_tensor(out) for out in outs] == [True, False, True]
 
 
 @pytest.mark.parametrize(
@@ -272,10 +357,12 @@ def test_blocks_are_read(text, ranges):
         ({"blocks": "-3"}, "'-3' is neither"),
         ({"blocks": "5-3"}, "5-3 ends before it starts"),
         ({"steps": (0.6, 0.5)}, r"steps from 0\.6 to 0\.5"),
-        ({"layers": "image"}, "unknown layers 'image'; known are self, cross, all"),
+        ({"layers": "image"}, "unknown layers 'image'; known are self, cross, image_cross, all"),
+        ({"guard": True}, "unknown guard True; known are off, first_call, every_call"),
+        ({"mode": "fast"}, "unknown mode 'fast'"),
     ],
     ids=str,
 )
 def test_settings_that_mean_nothing_are_refused(given, message):
     with pytest.raises(ValueError, match=message):
-        Override("auto", **given)
+        Override(**{"mode": "auto", **given})

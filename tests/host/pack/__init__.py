@@ -5,15 +5,21 @@ cached output; it changes nothing else.
 """
 
 import hashlib
+import types
 
 import comfy.model_management
 import torch
 
+CLIP_WIDTH = 1280
 NONCE = ("INT", {"default": 0, "min": 0, "max": 2**31})
 
 
 class LowBitTestConditioning:
-    """Random text embeddings, so that tests need no text encoder."""
+    """Random text embeddings, so that tests need no text encoder.
+
+    image_tokens: of an image as CLIP sees it, beside the text. hidden: the last tokens of the text
+    that a mask hides.
+    """
 
     RETURN_TYPES = ("CONDITIONING",)
     FUNCTION = "make"
@@ -28,12 +34,24 @@ class LowBitTestConditioning:
                 "width": ("INT", {"default": 4096, **size}),
                 "seed": ("INT", {"default": 0, "min": 0, "max": 2**31}),
                 "nonce": NONCE,
-            }
+            },
+            "optional": {
+                "image_tokens": ("INT", {"default": 0, "min": 0, "max": 65536}),
+                "hidden": ("INT", {"default": 0, "min": 0, "max": 65536}),
+            },
         }
 
-    def make(self, length, width, seed, nonce):
+    def make(self, length, width, seed, nonce, image_tokens=0, hidden=0):
         generator = torch.Generator().manual_seed(seed)
-        return ([[torch.randn(1, length, width, generator=generator), {}]],)
+        text = torch.randn(1, length, width, generator=generator)
+        options = {}
+        if image_tokens:
+            image = torch.randn(1, image_tokens, CLIP_WIDTH, generator=generator)
+            seen = types.SimpleNamespace(penultimate_hidden_states=image)
+            options["clip_vision_output"] = seen
+        if hidden:
+            options["attention_mask"] = (torch.arange(length) < length - hidden)[None].long()
+        return ([[text, options]],)
 
 
 class LowBitTestUnload:

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from lowbit.ops import registry, tuning
 from lowbit.ops.attention import router
@@ -66,7 +67,7 @@ def test_auto_takes_the_measured_kernel_for_long_sequences(hopper):
     [
         {"length": 1023},
         {"keys": 512},
-        {"d": 64},
+        {"d": 96},
         {"dtype": torch.float32},
         {"mask": torch.ones(1024, 1024, dtype=torch.bool)},
         {"causal": True},
@@ -79,6 +80,26 @@ def test_auto_leaves_what_was_not_measured_to_torch(hopper, change):
     assert router.choose(q, k, v, "auto", **options) == "sdpa"
 
 
+@pytest.mark.parametrize("d", [64, 256])
+def test_auto_takes_cudnn_for_other_heads(hopper, d):
+    q, k, v = on_gpu(*inputs(length=1024, keys=1024, d=d))
+    assert router.choose(q, k, v, "auto") == "cudnn"
+
+
+def test_auto_takes_cudnn_where_8_bits_are_not_wanted(hopper):
+    q, k, v = on_gpu(*inputs(length=1024, keys=1024))
+    assert router.choose(q, k, v, "auto", bits_min=16) == "cudnn"
+
+
+def test_auto_takes_cudnn_where_the_kernel_cannot_run(hopper, monkeypatch):
+    def only_cudnn(test, device):
+        return "NVRTC is missing" if test.__module__.endswith("hopper") else None
+
+    monkeypatch.setattr(registry, "_self_test", only_cudnn)
+    q, k, v = on_gpu(*inputs(length=1024, keys=1024))
+    assert router.choose(q, k, v, "auto") == "cudnn"
+
+
 @pytest.mark.parametrize("has", [(8, 0), (8, 9), (10, 0), (12, 0)])
 def test_auto_leaves_gpus_that_were_not_measured_to_torch(hopper, monkeypatch, has):
     monkeypatch.setattr(registry, "capability", lambda device: has)
@@ -86,7 +107,7 @@ def test_auto_leaves_gpus_that_were_not_measured_to_torch(hopper, monkeypatch, h
     assert router.choose(q, k, v, "auto") == "sdpa"
 
 
-def test_auto_leaves_a_kernel_that_cannot_run_to_torch(hopper, monkeypatch):
+def test_auto_leaves_what_nothing_else_can_run_to_torch(hopper, monkeypatch):
     monkeypatch.setattr(registry, "_self_test", lambda test, device: "NVRTC is missing")
     q, k, v = on_gpu(*inputs(length=1024, keys=1024))
     assert router.choose(q, k, v, "auto") == "sdpa"
@@ -95,7 +116,8 @@ def test_auto_leaves_a_kernel_that_cannot_run_to_torch(hopper, monkeypatch):
 def test_rows_of_auto_name_ways_and_backends():
     for row in AUTO:
         assert row.way in router.NAMES
-        assert row.backend in {b.name for b in registry.backends("attention")}
+        assert row.backend in {None, *(b.name for b in registry.backends("attention"))}
+        assert (row.backend is None) != row.way.startswith("lowbit_")
 
 
 def test_auto_on_a_cpu_is_torch_bit_for_bit():
@@ -134,22 +156,42 @@ def test_both_layouts_give_equal_results(mode):
     assert torch.equal(router.route(*moved, mode), router.route(q, k, v, mode))
 
 
-def test_older_names_are_known():
-    q, k, v = inputs()
-    assert router.choose(q, k, v, "sageattn_3_fp8") == "lowbit_fp8"
-    assert router.choose(q, k, v, "sageattn") == "sageattn"
-    with pytest.raises(registry.NoBackendError, match="FP4 is not built yet"):
-        router.route(q, k, v, "sageattn_3_fp4")
+@pytest.mark.parametrize(
+    ("name", "way"),
+    [
+        ("sageattn", "sageattn"),
+        ("sageattn_compiled", "sageattn"),
+        ("sageattn_3", "sageattn3_fp4"),
+        ("sageattn_3_fp4", "sageattn3_fp4"),
+        ("sageattn_3_fp8", "lowbit_fp8"),
+        ("flash_attn_2", "flash"),
+    ],
+)
+def test_older_names_are_known(name, way):
+    assert router.choose(*inputs(), name) == way
+
+
+@pytest.mark.parametrize("name", router.NOT_BUILT)
+def test_older_names_of_what_is_not_here_are_refused_with_a_choice(name):
+    with pytest.raises(registry.NoBackendError, match=rf"{name}: .* choose .*auto"):
+        router.route(*inputs(), name)
 
 
 def test_unknown_mode_is_refused_with_the_known_ones():
-    with pytest.raises(ValueError, match="unknown mode 'fast'; known are auto, sdpa, cudnn, lowb"):
+    with pytest.raises(ValueError, match="unknown mode 'fast'; known are auto, sdpa, cudnn, flash"):
         router.route(*inputs(), "fast")
 
 
-@pytest.mark.parametrize("mode", ["cudnn", "kitchen_int8", "sageattn"])
+def test_unknown_guard_is_refused_with_the_known_ones():
+    with pytest.raises(ValueError, match="unknown guard 'on'; known are off, first_call, every"):
+        router.route(*inputs(), guard="on")
+
+
+@pytest.mark.parametrize(
+    "mode", ["cudnn", "flash", "kitchen_int8", "sageattn", "sageattn3_fp4", "sageattn_3_fp4"]
+)
 def test_ways_of_gpus_are_refused_on_a_cpu(mode):
-    with pytest.raises(registry.NoBackendError, match=rf"{mode}: needs a device of \['cuda'\]"):
+    with pytest.raises(registry.NoBackendError, match=r"needs a device of \['cuda'\], got cpu"):
         router.route(*inputs(), mode)
     assert "needs a device" in router.missing(mode, CPU)
 
@@ -179,6 +221,12 @@ def test_old_gpu_is_named(hopper, monkeypatch):
         ("kitchen_int8", {}, {"causal": True}, "does not know bfloat16_causal"),
         ("lowbit_int8", {}, {"mask": torch.ones(9, 11, dtype=torch.int32)}, "bool or a float"),
         ("cudnn", {"d": 60}, {}, "not a multiple of 8"),
+        ("cudnn", {}, {"causal": True}, "as many keys as queries"),
+        ("cudnn", {"d": 264}, {}, "above 256"),
+        ("flash", {}, {"mask": torch.ones(9, 11)}, "does not know bfloat16_masked"),
+        ("sageattn", {}, {"mask": torch.ones(9, 11)}, "does not know bfloat16_masked"),
+        ("sageattn", {}, {}, "sageattention is missing"),
+        ("sageattn3_fp4", {}, {}, "needs compute capability (10, 0), got (9, 0)"),
     ],
     ids=lambda x: str(x)[:20],
 )
@@ -201,3 +249,15 @@ def test_compiled_router_is_one_graph(mode):
         lambda q, k, v: router.route(q * 2, k, v, mode) + 1, fullgraph=True, backend="aot_eager"
     )
     assert torch.equal(compiled(q, k, v), router.route(q * 2, k, v, mode) + 1)
+
+
+def test_other_lengths_compile_nothing_anew():
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(
+        lambda q, k, v: router.route(q, k, v, "lowbit_exact"),
+        **{"fullgraph": True, "dynamic": True, "backend": counter},
+    )
+    for length in (9, 12, 17):
+        q, k, v = inputs(length=length)
+        assert torch.equal(compiled(q, k, v), router.route(q, k, v, "lowbit_exact"))
+    assert counter.frame_count == 1

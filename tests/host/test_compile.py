@@ -1,0 +1,46 @@
+"""The attention node in a ComfyUI that compiles: one graph, the same latent, the calls it means."""
+
+import json
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.host.server import REPO, HostMissingError, find_host
+
+SESSION = Path(__file__).with_name("compile_session.py")
+# The small model's blocks, each of which attends to itself, to the text and to the image.
+BLOCKS = 2
+
+
+@pytest.fixture(scope="module")
+def seen():
+    try:
+        root, python = find_host()
+    except HostMissingError as error:
+        pytest.skip(str(error))
+    run = subprocess.run([python, SESSION, REPO, root], capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr[-4000:]
+    return json.loads(run.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize(
+    ("kind", "graphs"),
+    [
+        ("default", 1),
+        ("every call checked", 1),
+        # One for the steps before, one for those after.
+        ("from a step on", 2),
+        ("vace", 1),
+    ],
+)
+def test_compiled_model_is_one_graph_and_gives_the_same_latent(seen, kind, graphs):
+    row = seen["compiled"][kind]
+    assert row["graphs"] == graphs
+    assert row["difference"] == 0
+    assert row["changed"] > 0
+
+
+def test_layers_of_image_to_video_are_told_apart(seen):
+    one_each = dict.fromkeys(("self", "cross", "image_cross"), BLOCKS)
+    assert seen["layers"] == {**one_each, "all": 3 * BLOCKS}

@@ -1,0 +1,14 @@
+"""The `format` input, which workflows hold: its options and what it is by itself."""
+
+from lowbit.nodes.load_diffusion_model import LowBitLoadDiffusionModel
+from lowbit.nodes.quantize_model import LowBitQuantizeModel
+from lowbit.quant import formats
+
+
+def test_loader_offers_it_first_and_the_quantizer_does_not():
+    """The quantizer has nothing to leave as it is in what nobody quantized."""
+    options, settings = LowBitLoadDiffusionModel.INPUT_TYPES()["required"]["format"]
+    assert options == ["auto", "as_stored", *formats.names()]
+    assert settings["default"] == "auto"
+    options, _ = LowBitQuantizeModel.INPUT_TYPES()["required"]["format"]
+    assert options == ["as_stored", *formats.names()]
