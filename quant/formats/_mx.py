@@ -10,7 +10,7 @@ from comfy_kitchen.float_utils import from_blocked, to_blocked
 from comfy_kitchen.tensor import TensorCoreMXFP8Layout
 
 from ...ops.block_scales import e8m0_to_float, e8m0_without_cutting
-from ._blocks import misfit
+from ._blocks import misfit, mixed
 from .base import LowBitLayout
 
 GROUP = 32
@@ -23,6 +23,7 @@ class MXLayout(LowBitLayout, TensorCoreMXFP8Layout):
     """
 
     kitchen_layout = "TensorCoreMXFP8Layout"
+    mixed = staticmethod(mixed)
     top: float
 
     @classmethod

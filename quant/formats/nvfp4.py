@@ -13,7 +13,7 @@ from comfy_kitchen.float_utils import from_blocked
 from ...ops.block_scales import pack_e2m1
 from ...ops.linear.nvfp4 import E2M1_MAX, NVFP4Layout
 from ...ops.rounding import round_stochastic
-from ._blocks import misfit
+from ._blocks import misfit, mixed
 from .base import Format, LowBitLayout, register_layout
 
 GROUP = 16
@@ -22,6 +22,8 @@ GROUP = 16
 @register_layout
 class LowBitNVFP4Layout(LowBitLayout, NVFP4Layout):
     """Packed E2M1 payload [N, K/2], scalar scale, swizzled block scales; pads N and K to 16."""
+
+    mixed = staticmethod(mixed)
 
     @classmethod
     def whole_tensor(cls, weight: torch.Tensor, largest: torch.Tensor) -> dict[str, Any]:
