@@ -69,7 +69,8 @@ def mxfp8(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Return (stored [N, K] E4M3, block scales [N, K/32] E8M0), not swizzled.
 
     values: [N, K] float32, K a multiple of 32. The first candidate is comfy-kitchen's, which never
-    cuts off; the other halves the steps of small values where the largest is just above 448.
+    cuts off; the other, half of it, is tried where it can win: every value but the largest has the
+    same relative step under both, so it must cut off less than the largest is rounded by.
     """
 
     def candidates(largest: torch.Tensor) -> Iterator[torch.Tensor]:
@@ -77,7 +78,14 @@ def mxfp8(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         exponent = torch.ceil(torch.log2(needed)).int() + E8M0_BIAS
         yield from (exponent, exponent - 1)
 
-    return _quantize(values, 32, E4M3, candidates, E8M0_RANGE, e8m0_to_float, torch.float8_e8m0fnu)
+    def open_to_choice(largest: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
+        # Under half the scale, a value above 464 loses more than 16 by being cut off at 448; under
+        # the whole one at most 16, as the grid has 224, 240 and 256. One more is for the values
+        # below the smallest normal number, whose steps do differ.
+        return largest <= 465 / 2 * e8m0_to_float(codes.to(torch.uint8))
+
+    limits, scales = E8M0_RANGE, torch.float8_e8m0fnu
+    return _quantize(values, 32, E4M3, candidates, limits, e8m0_to_float, scales, open_to_choice)
 
 
 def e8m0_without_cutting(largest: torch.Tensor, top: float) -> torch.Tensor:
@@ -122,10 +130,12 @@ def _quantize(
     limits: tuple[int, int],
     decode: Callable[[torch.Tensor], torch.Tensor],
     scale_dtype: torch.dtype,
+    open_to_choice: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return (stored, scales) of values [N, K]: per block the best candidate within `limits`.
 
-    A block of zeros has scale 0, one that holds NaN or Inf the scale NaN.
+    open_to_choice: (largest values, first candidates) → where another candidate can win; None:
+    everywhere. A block of zeros has scale 0, one that holds NaN or Inf the scale NaN.
     """
     n = values.shape[0]
     stored, scales = [], []
@@ -133,7 +143,14 @@ def _quantize(
         signed = piece.t().contiguous()
         magnitudes = signed.abs()
         largest = magnitudes.amax(dim=0)
-        codes = _best(magnitudes, grid, (c.clamp(*limits) for c in candidates(largest)), decode)
+        tried = (c.clamp(*limits) for c in candidates(largest))
+        if open_to_choice is None:
+            codes = _best(magnitudes, grid, tried, decode)
+        else:
+            codes = next(tried)
+            few = open_to_choice(largest, codes).nonzero().squeeze(1)
+            rest = (c[few] for c in (codes, *tried))
+            codes = codes.index_copy(0, few, _best(magnitudes[:, few], grid, rest, decode))
         codes = torch.where(largest == 0, 0, codes)
         codes = torch.where(largest.isfinite(), codes, NAN_CODE[scale_dtype]).to(torch.uint8)
         scale = decode(codes)

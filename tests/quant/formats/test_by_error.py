@@ -28,6 +28,24 @@ def test_no_block_errs_more_than_kitchens(name, kind):
     assert ours.sum() <= theirs.sum()
 
 
+def test_no_mxfp8_block_gains_by_half_its_scale_or_twice():
+    """Not even where only one candidate is tried: the largest values lie all over a binade."""
+    fmt = formats.get("mxfp8")
+    generator = torch.Generator().manual_seed(5)
+    weight = torch.randn(2048, 32, generator=generator)
+    weight *= torch.linspace(1, 2, 2048).unsqueeze(1) / weight.abs().amax(dim=1, keepdim=True)
+    # Some of the others so small that their steps are absolute.
+    weight[:, 20:] *= 1e-4
+    quantized = fmt.quantize(weight)
+    scale = fmt.layout.unswizzled(quantized._params.scale, 2048, 32)
+    ours = squared(quantized.dequantize(), weight, 32)
+    assert scale.unique().numel() > 1
+    for factor in (0.5, 2):
+        codes = (weight / (scale * factor)).clamp(-fmt.max, fmt.max).to(fmt.storage)
+        others_error = squared(codes.float() * scale * factor, weight, 32)
+        assert (ours <= others_error * (1 + 2**-18)).all()
+
+
 def error(values: torch.Tensor, weight: torch.Tensor) -> float:
     """Return the relative L2 error, in float64."""
     return ((values.double() - weight.double()).norm() / weight.double().norm()).item()
