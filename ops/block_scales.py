@@ -3,8 +3,8 @@
 The largest magnitude of a block fixes its scale only up to a choice: NVFP4 may put it at 6 or at 4
 (Cook et al., "Four Over Six"), or a step of E4M3 beside; MX formats may cut it off and halve every
 other error. Each candidate is tried, and the block keeps the one of least squared error. The first
-candidate is comfy-kitchen's, so no block errs more than by its quantizer; a least-squares scale for
-the codes of a candidate errs more than its neighbours tried in full, for the same time.
+candidate is comfy-kitchen's where it has the format, so no block errs more than by its quantizer; a
+least-squares scale for the codes of a candidate errs more than its neighbours tried in full.
 
 Everything is elementwise, so blocks do not depend on what is quantized beside them, nor on strides,
 devices or threads. Within, a block is a column of [group, blocks]: scales and sums are rows then,
@@ -46,8 +46,7 @@ def nvfp4(values: torch.Tensor, tensor_scale: torch.Tensor) -> tuple[torch.Tenso
     def decode(codes: torch.Tensor) -> torch.Tensor:
         return tensor_scale * codes.view(E4M3).float()
 
-    packed, scales = _quantize(values, 16, E2M1, candidates, (1, E4M3_MAX_CODE), decode, E4M3)
-    return packed, scales
+    return _quantize(values, 16, E2M1, candidates, (1, E4M3_MAX_CODE), decode, E4M3)
 
 
 def mxfp4(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -59,7 +59,7 @@ def of(backend: str, call: registry.Call) -> Arithmetic:
         return Arithmetic("emulated on the CPU: right, not fast", True)
     if backend == KITCHEN and not _kitchen_has_kernels():
         return Arithmetic("emulated: comfy-kitchen has no kernels here", True)
-    capability = registry.capability(call.device)
+    capability = registry.capability(call.device) or (0, 0)
     if backend in BY_BACKEND:
         eight = "FP8" if capability >= FP8_CAPABILITY else "INT8"
         return Arithmetic(BY_BACKEND[backend].format(eight=eight), False)
