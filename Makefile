@@ -6,7 +6,7 @@ OUT ?= demo
 PYTEST := $(BIN)/python -m pytest -m "not gpu and not slow"
 KERNEL_TESTS := tests/ops/test_aot.py tests/ops/attention/test_aot.py \
 	tests/ops/attention/test_interpreted.py tests/ops/test_interpreted.py \
-	tests/ops/test_triton_versions.py
+	tests/ops/test_triton_versions.py tests/ops/attention_fp4
 
 .PHONY: demo test test-kernels test-rest tritons aot lint format clean
 

@@ -22,7 +22,7 @@ from ..ops.attention import router
 from ..ops.linear import linear
 from ..ops.linear.activation import Kind, kind_of
 from ..ops.registry import NoBackendError
-from ..quant import convert, families, formats, recipe
+from ..quant import arithmetic, convert, families, formats, recipe
 from ..quant.checkpoint import Checkpoint, CheckpointWriter
 from ..quant.checkpoint.stored import (
     INPUT_SCALES,
@@ -33,7 +33,7 @@ from ..quant.checkpoint.stored import (
 )
 from ..quant.checkpoint.writer import ENTRY_BYTES
 from ..quant.record import RECORD_KEY, LayerRecord, decode, encode
-from . import fusion
+from . import fusion, stand_in
 from .attention_override import Override
 from .inputs import AS_STORED
 
@@ -76,7 +76,7 @@ def load_model(path, format_name, recipe_name, keep=(), disable_dynamic=False):
     else:
         work = convert.plan(checkpoint, format_name, recipe_name, keep)
         state, records = _streamed(work), work.records
-    formats_by_layer = _stand_in(state)
+    formats_by_layer = stand_in.disguise(state)
     # Layers are marked by tensors now; the host would let the header's word replace them.
     metadata = {k: v for k, v in checkpoint.metadata.items() if k != convert.METADATA_KEY}
     patcher = comfy.sd.load_diffusion_model_state_dict(
@@ -92,6 +92,7 @@ def load_model(path, format_name, recipe_name, keep=(), disable_dynamic=False):
             _show(module, fmt, module.weight)
             ours[name] = module
     _fuse(patcher, patcher, ours)
+    _log(patcher, ours)
     patcher.cached_patcher_init = (load_model, (path, format_name, recipe_name, tuple(keep)))
     patcher.set_attachments(ATTACHMENT, list(records))
     return patcher
@@ -127,6 +128,8 @@ def _streamed(work: convert.Plan) -> dict[str, torch.Tensor]:
 def _as_stored(checkpoint: Checkpoint) -> tuple[dict[str, torch.Tensor], list[LayerRecord]]:
     """Return the tensors as the host maps them, under the names it knows, and the records."""
     stored = stored_layers(checkpoint)
+    for layer in stored.values():
+        layer.check(checkpoint)
     parts = {t: f"{n}.{p}" for n, layer in stored.items() for p, t in layer.parts.items()}
     model = families.recognise(logical_shapes(checkpoint, stored))
     state = {
@@ -160,19 +163,6 @@ def _stored_records(checkpoint: Checkpoint, stored, model) -> Iterator[LayerReco
         yield LayerRecord(bare, layer.format.name, shape, size, error, "as stored")
 
 
-def _stand_in(state: dict[str, torch.Tensor]) -> dict[str, formats.Format]:
-    """Put markers that the host knows in place of ours; return the true formats by layer."""
-    found = {}
-    prefix = families.recognise({n: tuple(t.shape) for n, t in state.items()}).prefix
-    for name in [n for n in state if n.endswith(f".{MARKER}")]:
-        marker = json.loads(state[name].numpy().tobytes())
-        fmt = formats.from_marker(marker)
-        if fmt.stand_in:
-            found[name.removesuffix(f".{MARKER}").removeprefix(prefix)] = fmt
-            state[name] = marker_tensor({**marker, "format": fmt.stand_in})
-    return found
-
-
 def _linears(patcher) -> Iterator[tuple[str, torch.nn.Module]]:
     """Yield (name below the diffusion model, module) of every linear layer as `patcher` has it."""
     root = patcher.get_model_object(ROOT)
@@ -193,7 +183,8 @@ def _show(module, fmt: formats.Format, weight: QuantizedTensor) -> None:
     """Give a module, which nobody else holds, `weight` under our layout."""
     import comfy.quant_ops
 
-    quantized = QuantizedTensor(weight._qdata, fmt.layout.__name__, weight._params)
+    payload = weight._qdata.view(fmt.storage)
+    quantized = QuantizedTensor(payload, fmt.layout.__name__, weight._params)
     module.weight = torch.nn.Parameter(quantized, requires_grad=False)
     module.quant_format = fmt.marker["format"]
     module.layout_type = fmt.layout.__name__
@@ -218,6 +209,12 @@ def _fuse(patcher, clone, layers: dict[str, torch.nn.Module]) -> None:
         fused = fusion.fused(plain, record, _run_after_gelu)
         if fused is not plain:
             clone.add_object_patch(f"{ROOT}.{name}", fused)
+
+
+def _log(patcher, layers: dict[str, torch.nn.Module]) -> None:
+    """Say, once for a model, by which arithmetic `layers`, our own, run on its device."""
+    weights = (module.weight for module in layers.values())
+    logger.info("LowBit layers: %s", arithmetic.summary(weights, patcher.load_device))
 
 
 def _run_after_gelu(module, x: torch.Tensor) -> torch.Tensor:
@@ -290,6 +287,7 @@ def quantize_model(patcher, format_name: str, recipe_name: str = recipe.AUTO, ke
             known[name] = dataclasses.replace(known[name], reason=choice.reason)
         bar.update(1)
     _fuse(patcher, clone, ours)
+    _log(patcher, ours)
     # The clone's layers are others: without a new id the host would not load them.
     clone.patches_uuid = uuid.uuid4()
     clone.size = max(patcher.model_size() - saved, 1)

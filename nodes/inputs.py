@@ -10,7 +10,8 @@ def format_input(default: str) -> tuple:
     """Return the `format` input: `as_stored`, then every number format; first `auto` if default."""
     tooltip = (
         "Number format of the weights. int8_convrot: 8 bits, the most exact. fp8_*: 8 bits. "
-        "nvfp4, asym_w4a8_int8, convrot_w4a4: 4 bits, the smallest. as_stored: keep what is there."
+        "nvfp4, mxfp4, asym_w4a8_int8, convrot_w4a4: 4 bits, the smallest. as_stored: keep what is "
+        "there."
     )
     names = [AS_STORED, *formats.names()]
     if default == AUTO:

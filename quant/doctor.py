@@ -15,7 +15,7 @@ import torch
 from ..ops import registry, tuning, tuning_file
 from ..ops.linear import OP
 from ..ops.scaled_mm import OP as PRODUCT
-from . import formats
+from . import arithmetic, formats
 
 # Packages by module name, with the names under which they are published.
 PACKAGES = {
@@ -26,12 +26,6 @@ PACKAGES = {
 HOST_VERSION_FILE = "comfyui_version.py"
 # A shape [N, K] that every backend's multiples divide.
 N = K = 4096
-REFERENCE = "reference"
-EAGER = "eager"
-KITCHEN = "kitchen"
-# Generations whose INT4 tensor cores comfy-kitchen uses; on later ones it unpacks INT4 to INT8.
-INT4_SCHEME = "convrot_w4a4"
-INT4_MAJORS = {7, 8}
 
 
 @dataclass(frozen=True)
@@ -61,7 +55,7 @@ class Host:
 
 @dataclass(frozen=True)
 class FormatSupport:
-    """How a format runs here. unfit: backend → why it does not fit."""
+    """How a format runs here, in words. unfit: backend → why it does not fit."""
 
     format: str
     backend: str
@@ -101,7 +95,6 @@ class Diagnosis:
 def diagnose() -> Diagnosis:
     """Return what this machine has. Runs no kernel but the self-tests of backends."""
     gpus = tuple(_gpus())
-    kitchen = tuple(_kitchen_backends())
     device = torch.device("cuda", 0) if gpus else torch.device("cpu")
     return Diagnosis(
         python=platform.python_version(),
@@ -110,12 +103,12 @@ def diagnose() -> Diagnosis:
         cuda=torch.version.cuda or torch.version.hip,
         gpus=gpus,
         kitchen=importlib.metadata.version("comfy-kitchen"),
-        kitchen_backends=kitchen,
+        kitchen_backends=tuple(_kitchen_backends()),
         packages={module: _version(module, names) for module, names in PACKAGES.items()},
         host=find_host(),
         device=str(device),
         tuned=_tuned(device),
-        formats=tuple(_support(formats.get(name), device, kitchen) for name in formats.names()),
+        formats=tuple(_support(formats.get(name), device) for name in formats.names()),
     )
 
 
@@ -167,7 +160,7 @@ def find_host() -> Host | None:
     return None
 
 
-def _support(fmt: formats.Format, device: torch.device, kitchen) -> FormatSupport:
+def _support(fmt: formats.Format, device: torch.device) -> FormatSupport:
     call = registry.Call(fmt.layout.scheme, device, N, K)
     unfit = {}
     for backend in registry.backends(OP):
@@ -176,19 +169,5 @@ def _support(fmt: formats.Format, device: torch.device, kitchen) -> FormatSuppor
             if reason:
                 unfit[backend.name] = reason
     chosen = registry.select(OP, call).name
-    runs, emulated = _arithmetic(chosen, call, kitchen)
+    runs, emulated = arithmetic.of(chosen, call)
     return FormatSupport(fmt.name, chosen, runs, emulated, unfit)
-
-
-def _arithmetic(backend: str, call: registry.Call, kitchen) -> tuple[str, bool]:
-    """Return how a backend computes here, in words, and whether that is emulation."""
-    if backend == REFERENCE:
-        return "emulated: the weight is dequantized, then multiplied", True
-    if call.device.type == "cpu":
-        return "emulated on the CPU: right, not fast", True
-    kernels = [b.name for b in kitchen if b.reason is None and b.name != EAGER]
-    if backend == KITCHEN and not kernels:
-        return "emulated: comfy-kitchen has no kernels here", True
-    if call.scheme == INT4_SCHEME and registry.capability(call.device)[0] not in INT4_MAJORS:
-        return "on INT8 tensor cores, in 4-bit numbers", False
-    return "on tensor cores", False

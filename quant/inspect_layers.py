@@ -170,6 +170,15 @@ def _check_payload(layer: Layer, info: TensorInfo) -> Iterator[Finding]:
 def _check_scales(checkpoint: Checkpoint, layer: Layer) -> Iterator[Finding]:
     """Yield scales that are missing or of another shape than the format's."""
     fmt, parts = layer.format, layer.parts
+    # Shapes and dtypes are enough, so tensors without memory show what the file holds.
+    empty = {
+        part: torch.empty(checkpoint[name].shape, dtype=checkpoint[name].dtype, device="meta")
+        for part, name in parts.items()
+        if part != MARKER
+    }
+    if mixed := fmt.mixed(empty):
+        yield Finding("scale_kind", layer.name, f"marked {fmt.name}: {mixed}")
+        return
     missing = [n for n in fmt.scales.values() if n not in parts and n not in fmt.optional]
     if missing:
         yield Finding("scale_missing", layer.name, f"{', '.join(missing)} not there")
@@ -181,12 +190,6 @@ def _check_scales(checkpoint: Checkpoint, layer: Layer) -> Iterator[Finding]:
         affects = (HOST, PACK) if fmt.native else (HOST,)
         yield Finding("per_channel_as_tensor", layer.name, detail, affects)
         return
-    # `unpack` looks at shapes only, so tensors without memory show it what the file holds.
-    empty = {
-        part: torch.empty(checkpoint[name].shape, dtype=checkpoint[name].dtype, device="meta")
-        for part, name in parts.items()
-        if part != MARKER
-    }
     try:
         fmt.unpack(empty, torch.float32, None, layer.marker)
     except (ValueError, TypeError, RuntimeError) as error:

@@ -96,6 +96,13 @@ _KINDS = (
         AGAIN,
     ),
     Kind(
+        "scale_kind",
+        BOTH,
+        "NVFP4's block scales and those of MX formats do not mix: every block is multiplied by a "
+        "wrong number, or the file is refused.",
+        "Correct the marking if the tensors are whole. " + AGAIN,
+    ),
+    Kind(
         "scale_not_finite",
         BOTH,
         "One such scale makes the picture black.",

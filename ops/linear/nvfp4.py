@@ -7,8 +7,10 @@ wants them, in blocks of 128 rows; N and K are padded to multiples of 16.
 import comfy_kitchen
 import torch
 import torch.nn.functional as F
+from comfy_kitchen.float_utils import to_blocked
 from comfy_kitchen.tensor import QuantizedTensor, TensorCoreNVFP4Layout, register_layout_class
 
+from .. import block_scales
 from ..custom_op import custom_op
 from ..kitchen import kitchen_eager
 from ..rounding import GRIDS, SMALLEST_SCALE
@@ -37,15 +39,25 @@ class NVFP4Layout(TensorCoreNVFP4Layout):
 
     @classmethod
     def pack(cls, values: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return (packed [N, K/2], swizzled block scales), computed in float32.
+        """Return (packed [N, K/2], swizzled block scales), the scales chosen by their error.
 
         values: [N, K] float; padded with zeros to multiples of 16. scale: of the whole tensor.
         """
+        packed, blocks = block_scales.nvfp4(cls.padded(values), scale)
+        return packed, to_blocked(blocks, flatten=False)
+
+    @classmethod
+    def absmax_scales(cls, values: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        """Return comfy-kitchen's swizzled block scales: the largest value of a block is at 6."""
+        with kitchen_eager():
+            return comfy_kitchen.quantize_nvfp4(cls.padded(values), scale)[1]
+
+    @classmethod
+    def padded(cls, values: torch.Tensor) -> torch.Tensor:
+        """Return values [N, K] in float32, padded with zeros to multiples of 16."""
         n, k = values.shape
         rows, columns = cls.get_padded_shape((n, k))
-        values = F.pad(values.float(), (0, columns - k, 0, rows - n))
-        with kitchen_eager():
-            return comfy_kitchen.quantize_nvfp4(values, scale)
+        return F.pad(values.float(), (0, columns - k, 0, rows - n))
 
     @classmethod
     def dequantize(cls, qdata, params):

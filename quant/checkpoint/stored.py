@@ -45,6 +45,18 @@ class StoredLayer:
     def load(self, checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> QuantizedTensor:
         """Return the weight as stored. Raises CheckpointError that names the layer."""
         tensors = {part: checkpoint.read(name) for part, name in self.parts.items()}
+        return self._unpack(checkpoint, tensors, dtype)
+
+    def check(self, checkpoint: Checkpoint) -> None:
+        """Raise CheckpointError as `load` would, for what names and shapes tell; reads nothing."""
+        infos = {part: checkpoint[name] for part, name in self.parts.items()}
+        tensors = {
+            part: torch.empty(info.shape, dtype=info.dtype, device="meta")
+            for part, info in infos.items()
+        }
+        self._unpack(checkpoint, tensors, torch.float32)
+
+    def _unpack(self, checkpoint: Checkpoint, tensors, dtype: torch.dtype) -> QuantizedTensor:
         try:
             return self.format.unpack(tensors, dtype, self.shape, self.marker)
         except (ValueError, TypeError) as error:

@@ -139,6 +139,9 @@ class Format:
         pad, or takes the padded shape. marker: the layer's `comfy_quant`. Raises ValueError when a
         scale is missing or of a shape that does not fit, naming it.
         """
+        problem = self.mixed(tensors)
+        if problem:
+            raise ValueError(f"{self.name}: {problem}")
         wanted = ["weight", *(n for n in self.scales.values() if n not in self.optional)]
         missing = [n for n in wanted if n not in tensors]
         if missing:
@@ -164,6 +167,14 @@ class Format:
             raise ValueError(f"{self.name}: K={full[1]} is not a multiple of rotation {rotation}")
         params = self.layout.Params(**values, orig_dtype=dtype, orig_shape=shape, **options)
         return QuantizedTensor(stored, self.layout.__name__, params)
+
+    def mixed(self, tensors: Mapping[str, torch.Tensor]) -> str | None:
+        """Return why the scales of a block-scaled layer are of another format's kind, or None."""
+        weight = tensors.get("weight")
+        if self.layout.mixed is None or weight is None or weight.dim() != 2:
+            return None
+        shape = (weight.shape[0], weight.shape[1] * self.packed)
+        return self.layout.mixed(tensors, shape, self.group)
 
     def _scale(self, name: str, value: torch.Tensor) -> torch.Tensor:
         dtype = self.scale_dtypes.get(name, torch.float32)
@@ -208,12 +219,13 @@ class LowBitLayout:
 
     `scheme` names the arithmetic for `ops.linear`; `kitchen_layout` is the registered name of the
     layout that is extended; `shared` are tensors of `Params` that all rows have in common, scalars
-    aside.
+    aside; `mixed` tells block scales of another kind, see `_blocks.mixed`.
     """
 
     scheme: str
     kitchen_layout: str
     shared: frozenset[str] = frozenset()
+    mixed: Callable | None = None
 
     @classmethod
     def whole_tensor(cls, weight: torch.Tensor, largest: torch.Tensor) -> dict[str, Any]:

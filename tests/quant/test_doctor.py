@@ -1,16 +1,7 @@
 import pytest
 import torch
 
-from lowbit.ops import registry
 from lowbit.quant import doctor, formats
-from lowbit.quant.doctor import KitchenBackend
-
-KERNELS = (KitchenBackend("eager", None), KitchenBackend("cuda", None))
-EAGER_ONLY = (KitchenBackend("eager", None), KitchenBackend("cuda", "no GPU"))
-
-
-def call(scheme, device):
-    return registry.Call(scheme, torch.device(device), 256, 256)
 
 
 def test_every_format_tells_its_backend_and_why_others_do_not_fit():
@@ -26,25 +17,6 @@ def test_nothing_runs_on_tensor_cores_without_a_gpu():
     found = doctor.diagnose()
     assert found.device == "cpu" and not found.gpus
     assert all(f.emulated and "tensor cores" not in f.runs for f in found.formats)
-
-
-def test_reference_is_emulation_even_on_a_gpu():
-    runs, emulated = doctor._arithmetic("reference", call("nvfp4", "cuda:0"), KERNELS)
-    assert emulated and "dequantized" in runs
-
-
-def test_kitchen_without_kernels_is_emulation():
-    assert doctor._arithmetic("kitchen", call("int8_row", "cuda:0"), EAGER_ONLY)[1]
-    assert not doctor._arithmetic("kitchen", call("int8_row", "cuda:0"), KERNELS)[1]
-
-
-@pytest.mark.parametrize(
-    ("capability", "words"), [((8, 9), "on tensor cores"), ((9, 0), "on INT8 tensor cores")]
-)
-def test_int4_is_named_for_the_arithmetic_that_it_really_does(monkeypatch, capability, words):
-    monkeypatch.setattr(registry, "capability", lambda device: capability)
-    runs, _ = doctor._arithmetic("kitchen", call("convrot_w4a4", "cuda:0"), KERNELS)
-    assert runs.startswith(words)
 
 
 def test_missing_package_has_no_version():

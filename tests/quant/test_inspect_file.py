@@ -201,6 +201,16 @@ BAD = {
         "scale_shape",
         BOTH,
     ),
+    "MXFP4 tensors marked NVFP4": (
+        lambda: changed(layer("mxfp4"), "comfy_quant", marker_tensor({"format": "nvfp4"})),
+        "scale_kind",
+        BOTH,
+    ),
+    "NVFP4 tensors marked MXFP4": (
+        lambda: changed(layer("nvfp4"), "comfy_quant", marker_tensor({"format": "mxfp4"})),
+        "scale_kind",
+        BOTH,
+    ),
     "NaN in an FP8 scale": (lambda: with_nan(layer("fp8_e4m3")), "scale_not_finite", BOTH),
     "Inf in an INT8 scale": (
         lambda: changed(layer("int8"), "weight_scale", torch.full((256, 1), torch.inf)),

@@ -49,6 +49,10 @@ def expect_refused(checkpoint: Checkpoint, reason: str) -> None:
         for found in stored_layers(checkpoint).values():
             found.load(checkpoint)
     assert checkpoint.path in str(error.value)
+    with pytest.raises(CheckpointError) as unread:
+        for found in stored_layers(checkpoint).values():
+            found.check(checkpoint)
+    assert str(unread.value) == str(error.value)
 
 
 @pytest.fixture(params=formats.names())

@@ -47,7 +47,9 @@ def test_one_outlier_stays_within_max_error(fmt, gaussian, size):
     assert values.isfinite().all()
     # Where one step serves a whole row, each of its 512 values may be off by half of it.
     row = 512**0.5 * size / fmt.max / 2 if fmt.group is None and fmt.storage == torch.int8 else 0
-    assert wrong <= max(fmt.max_error * weight.norm(), row)
+    # Under a scale that is a power of two, E2M1 has nothing between 4 and 6: 5 is off by a fifth.
+    own = size / 5 if fmt.name == "mxfp4" else 0
+    assert wrong <= max(fmt.max_error * weight.norm(), row) + own
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

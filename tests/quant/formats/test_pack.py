@@ -84,6 +84,39 @@ def test_each_misshapen_scale_is_named(fmt, packed):
         assert "shape" in str(caught.value) or "elements" in str(caught.value)
 
 
+def test_scale_of_another_size_is_refused(fmt, packed):
+    """Truncated, padded once too often, or of a wider weight: each by the name of the tensor."""
+    for name in (n for n in fmt.scales.values() if n in packed and packed[n].numel() > 1):
+        for wrong in (packed[name][:-1], torch.cat([packed[name]] * 2)):
+            # comfy-kitchen's own checks have the parameter's name.
+            with pytest.raises(ValueError, match=rf"{name}|{name.removeprefix('weight_')} must"):
+                unpack(fmt, packed | {name: wrong})
+
+
+BLOCKS = [name for name in formats.names() if formats.get(name).pad_multiple > 1]
+
+
+@pytest.mark.parametrize("plain", [False, True], ids=["named bytes", "plain bytes"])
+@pytest.mark.parametrize("name", BLOCKS)
+@pytest.mark.parametrize("other", BLOCKS)
+def test_nvfp4s_and_mx_scales_do_not_mix(name, other, plain, quantized):
+    """Told by their dtype, by the scale of the tensor, or by their number; never read as ours."""
+    fmt, foreign = formats.get(name), formats.get(other)
+    if fmt.group == foreign.group:
+        pytest.skip("the same kind of scales")
+    packed = foreign.pack(quantized(foreign, (160, 512)))
+    weight = fmt.pack(quantized(fmt, (160, 512)))["weight"]
+    scales = {n: t for n, t in packed.items() if n != "weight"}
+    if plain:
+        scales["weight_scale"] = scales["weight_scale"].view(torch.uint8)
+    words = "power of two" if foreign.group == 32 else "weight_scale_2"
+    with pytest.raises(ValueError, match=rf"{name}: weight_scale.*{words}.*do not mix"):
+        unpack(fmt, {"weight": weight, **scales})
+    if fmt.group == 32:
+        with pytest.raises(ValueError, match=rf"{name}: weight_scale .*do not mix"):
+            unpack(fmt, {"weight": weight, "weight_scale": scales["weight_scale"]})
+
+
 def test_payload_of_another_type_is_refused(fmt, packed):
     others = {torch.bfloat16, torch.float32, torch.float8_e4m3fn, torch.float8_e5m2}
     for dtype in others - {fmt.storage}:

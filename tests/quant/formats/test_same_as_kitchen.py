@@ -1,4 +1,8 @@
-"""Payload and scales, byte for byte, against comfy-kitchen's own quantizers."""
+"""Payload and scales, byte for byte, against comfy-kitchen's own quantizers.
+
+Block scales that are chosen by their error (`test_by_error.py`) take the first candidate here,
+which is comfy-kitchen's.
+"""
 
 import math
 
@@ -6,12 +10,19 @@ import pytest
 import torch
 from comfy_kitchen.tensor import QuantizedTensor
 
+from lowbit.ops import block_scales
 from lowbit.quant import formats
 from lowbit.quant.formats import base
 
 DTYPES = (torch.float32, torch.bfloat16)
 # Formats for which comfy-kitchen has no quantizer of a whole weight.
-OURS_ALONE = {"fp8_row"}
+OURS_ALONE = {"fp8_row", "mxfp4"}
+
+
+@pytest.fixture
+def first_candidate(monkeypatch):
+    """Block scales are the first candidate of each block."""
+    monkeypatch.setattr(block_scales, "_best", lambda _, __, candidates, ___: next(candidates))
 
 
 def by_kitchen(fmt: formats.Format, weight: torch.Tensor) -> QuantizedTensor:
@@ -40,14 +51,14 @@ def assert_nearly_same(fmt, got: QuantizedTensor, want: QuantizedTensor) -> None
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(33, 512), (1, 256)])
-def test_bytes_are_those_of_kitchen(fmt, gaussian, same_bits, shape, dtype):
+def test_bytes_are_those_of_kitchen(fmt, gaussian, same_bits, first_candidate, shape, dtype):
     if fmt.layout.scheme in OURS_ALONE:
-        pytest.skip("comfy-kitchen has no FP8 with a scale per row")
+        pytest.skip("comfy-kitchen has no such format")
     weight = gaussian(*shape, dtype)
     assert_same(fmt, fmt.quantize(weight), by_kitchen(fmt, weight), same_bits)
 
 
-def test_bytes_of_padded_weight_are_those_of_kitchen(fmt, gaussian, same_bits):
+def test_bytes_of_padded_weight_are_those_of_kitchen(fmt, gaussian, same_bits, first_candidate):
     weight = gaussian(37, 100)
     if fmt.unfit(weight.shape) or fmt.layout.scheme in OURS_ALONE:
         pytest.skip("K=100 does not fit, or comfy-kitchen has no such format")

@@ -1,0 +1,44 @@
+"""Attention in NVFP4, both products: EXPERIMENTAL, its kernel has not run on a GPU that has them.
+
+As SageAttention 3 describes it (arXiv 2505.11594): the mean key is taken off K, the mean query of
+each tile off Q and added to the logits exactly; P has two levels of scales, one per row of a tile,
+so that the E4M3 scales of its blocks use their whole range. It errs ten times as much as attention
+in 8 bits. `reference` gives the same numerics on any device.
+"""
+
+import torch
+
+from .. import registry
+
+OP = "attention_fp4"
+SCHEME = "nvfp4"
+WIDTHS = (64, 128)
+
+
+def attention_fp4(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    scale: float | None = None,
+    backend: str = "auto",
+) -> torch.Tensor:
+    """Return nearly softmax(scale · q·kᵀ) · v, [B, H, Lq, D], in the dtype of q.
+
+    q: [B, H, Lq, D]; k, v: [B, Hkv, Lk, D], H % Hkv = 0, D of WIDTHS, bf16 or fp16, never written
+    to. scale: None is D**-0.5. backend: `auto` is the reference; the kernel runs when named.
+    Raises ValueError on other inputs, NoBackendError when the backend cannot run them.
+    """
+    if q.dim() != 4 or k.shape != v.shape or q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
+        shapes = ", ".join(str(list(t.shape)) for t in (q, k, v))
+        raise ValueError(f"{OP}: q [B, H, Lq, D] and k, v [B, Hkv, Lk, D] are wanted, got {shapes}")
+    if q.shape[3] not in WIDTHS or q.shape[1] % k.shape[1] or 0 in (q.numel(), k.numel()):
+        raise ValueError(
+            f"{OP}: head sizes {WIDTHS} are taken, heads of q a multiple of k's, none empty; got "
+            f"{list(q.shape)} and {list(k.shape)}"
+        )
+    call = registry.Call(SCHEME, q.device, 0, q.shape[3])
+    run = registry.select(OP, call, backend).run
+    return run(q, k, v, q.shape[3] ** -0.5 if scale is None else float(scale))
+
+
+registry.discover(__name__)
