@@ -11,6 +11,7 @@ from ..registry import Backend, Needs, capability, register
 from . import OP, nvrtc, scheme
 from .modes import MODES, Mode
 from .prepare import TILE, prepare
+from .prologue import NOTHING
 
 HOPPER = (9, 0)
 D = 128
@@ -108,9 +109,9 @@ def _kernel(mode: Mode, dtype: torch.dtype, device: int) -> nvrtc.Kernel:
     return nvrtc.Kernel(code, "attention", shared_bytes(mode))
 
 
-def run(out, lse, q, k, v, mode: Mode, mask, causal: bool, scale: float) -> None:
+def run(out, lse, q, k, v, mode, mask, causal, scale, prologue=NOTHING, rotate=False) -> None:
     """Write to out and lse what `attention` describes; there is no mask, and causal is False."""
-    ready = prepare(q, k, v, scale, mode, groups=GROUPS, swizzled=True, shift=lse is not None)
+    ready = prepare(q, k, v, scale, mode, GROUPS, True, lse is not None, prologue, rotate)
     (b, h, length, _), (heads, keys) = q.shape, k.shape[1:3]
     # Held until the launch: the map has its address.
     v = _readable(v)
