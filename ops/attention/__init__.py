@@ -14,6 +14,9 @@ from .prologue import NOTHING, Prologue
 __all__ = ["Prologue", "attention", "scheme"]
 
 OP = "attention"
+# What hides keys: one mask for all queries, the order of the tokens, or anything.
+KEYS, CAUSAL, MASKED = "keys", "causal", "masked"
+KINDS = (None, KEYS, CAUSAL, MASKED)
 
 
 def attention(
@@ -54,9 +57,17 @@ def attention(
     return (out, lse) if return_lse else out
 
 
-def scheme(mode: str, masked: bool) -> str:
-    """Return the name under which backends register what they can do."""
-    return f"{mode}_masked" if masked else mode
+def scheme(mode: str, kind: str | None) -> str:
+    """Return the name under which backends register what they can do; kind: one of KINDS."""
+    return f"{mode}_{kind}" if kind else mode
+
+
+def kind_of(mask: torch.Tensor | None, causal: bool) -> str | None:
+    """Return what hides keys, one of KINDS."""
+    if mask is None:
+        return CAUSAL if causal else None
+    of_keys = mask.dim() < 2 or mask.shape[-2] == 1
+    return KEYS if of_keys and not causal else MASKED
 
 
 def empty_out(q: torch.Tensor) -> torch.Tensor:
@@ -68,9 +79,8 @@ def empty_out(q: torch.Tensor) -> torch.Tensor:
 
 
 def _run(q, k, v, mask, mode, causal, scale, return_lse, backend, rotate, norm, *steps):
-    masked = mask is not None or causal
     # Any number of keys: a call is remembered, and lengths vary.
-    call = registry.Call(scheme(mode, masked), q.device, 0, q.shape[-1])
+    call = registry.Call(scheme(mode, kind_of(mask, causal)), q.device, 0, q.shape[-1])
     run = registry.select(OP, call, backend).run
     out, lse = _empty(q, k, v, mask, mode, causal, scale, return_lse, backend)
     if q.numel() == 0 or k.numel() == 0:

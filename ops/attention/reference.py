@@ -3,7 +3,7 @@
 import torch
 
 from ..registry import Backend, Needs, register
-from . import OP, scheme
+from . import KINDS, OP, scheme
 from .modes import MODES
 from .prologue import NOTHING, TOKEN, Prologue
 
@@ -51,5 +51,5 @@ def run(out, lse, q, k, v, mode, mask, causal, scale, prologue=NOTHING, rotate=F
                 lse[b, h] = logits.logsumexp(dim=1).float()
 
 
-SCHEMES = frozenset(scheme(mode, masked) for mode in MODES for masked in (False, True))
+SCHEMES = frozenset(scheme(mode, kind) for mode in MODES for kind in KINDS)
 register(Backend(OP, "reference", 100, Needs(SCHEMES), run))

@@ -6,7 +6,7 @@ import torch
 
 from ..launch import ALIGNMENT, TRITON_MIN, alignment, launch
 from ..registry import Backend, Needs, capability, register
-from . import OP, scheme
+from . import KINDS, OP, scheme
 from .modes import MODES, Mode
 from .prepare import TILE, count, prepare, width
 from .prologue import NOTHING
@@ -117,7 +117,7 @@ def run_cut(
 
 def _register(mode: Mode) -> None:
     needs = Needs(
-        frozenset({scheme(mode.name, False), scheme(mode.name, True)}),
+        frozenset(scheme(mode.name, kind) for kind in KINDS),
         devices=frozenset({"cuda"}),
         capability=mode.capability,
         k_max=D_MAX,
