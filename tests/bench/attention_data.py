@@ -41,10 +41,12 @@ def _clustered(x: torch.Tensor, seed: int) -> torch.Tensor:
     return x + offsets.repeat_interleave(-(-x.shape[2] // CLUSTERS), 2)[:, :, : x.shape[2]]
 
 
-def exact(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rows: slice) -> torch.Tensor:
-    """Return the attention of some rows in float64, a head at a time."""
+def exact(q, k, v, rows: slice, mask: torch.Tensor | None = None) -> torch.Tensor:
+    """Return the attention of some rows in float64, a head at a time. mask: bool, of keys."""
     heads = []
     for h in range(q.shape[1]):
         logits = q[0, h, rows].double() @ k[0, h].double().t() * D**-0.5
+        if mask is not None:
+            logits = logits.masked_fill(~mask, -torch.inf)
         heads.append(logits.softmax(1) @ v[0, h].double())
     return torch.stack(heads)[None]

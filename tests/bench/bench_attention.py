@@ -1,9 +1,9 @@
 """Attention of real models: ours in each mode, and what else can be installed, side by side.
 
 Run on a GPU: `python -m tests.bench.bench_attention`, with `--short` for short sequences and texts,
-where quantizing weighs more. Quantization of Q, K and V is included everywhere. SageAttention,
+where quantizing weighs more, or `--masked`, where a text before an image has padding. Quantization of Q, K and V is included everywhere. SageAttention,
 which its users compile, takes part if it is installed. Prints a table and appends it to
-docs/results/attention.jsonl, or attention_short.jsonl.
+docs/results/attention.jsonl, attention_short.jsonl or attention_masked.jsonl.
 """
 
 import argparse
@@ -48,6 +48,8 @@ SHORT = (
     Shape("wan 14B image", 40, 32760, 257),
     Shape("qwen_image 20B text", 24, 7145, 256),
 )
+# Keys of a text's padding: of 256 tokens, 100 are its own.
+PADDING = slice(100, 256)
 CHECKED_ROWS = 48
 # Refuse to time anything that errs more: the error of FP8 in both operands, and half as much.
 MAX_ERROR = 0.06
@@ -58,35 +60,43 @@ def shapes() -> Iterator[Shape]:
     yield from (*LONG, *SHORT)
 
 
-def runs(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Iterator[tuple[str, Callable]]:
-    """Yield (name, function) of each way to run q, k, v [1, H, L, D]."""
+def runs(q, k, v, mask: torch.Tensor | None = None) -> Iterator[tuple[str, Callable]]:
+    """Yield (name, function) of each way to run q, k, v [1, H, L, D], and a mask [Lk]."""
 
     def sdpa(kind: SDPBackend) -> torch.Tensor:
         with sdpa_kernel(kind):
-            return F.scaled_dot_product_attention(q, k, v)
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
+    if mask is not None:
+        mask = mask[None, None, None]
     yield "cudnn", lambda: sdpa(SDPBackend.CUDNN_ATTENTION)
-    yield "flash", lambda: sdpa(SDPBackend.FLASH_ATTENTION)
+    if mask is None:
+        yield "flash", lambda: sdpa(SDPBackend.FLASH_ATTENTION)
     if importlib.util.find_spec("comfy_kitchen"):
         import comfy_kitchen
 
         if comfy_kitchen.int8_attention_is_available():
-            yield "kitchen", lambda: comfy_kitchen.int8_attention(q, k, v)
-    if importlib.util.find_spec("sageattention"):
+            yield "kitchen", lambda: comfy_kitchen.int8_attention(q, k, v, attn_mask=mask)
+    if mask is None and importlib.util.find_spec("sageattention"):
         import sageattention
 
         yield "sageattn", lambda: sageattention.sageattn(q, k, v, tensor_layout="HND")
     for mode in MODES:
-        yield f"hopper {mode}", lambda m=mode: attention(q, k, v, m, backend="hopper")
-        yield f"triton {mode}", lambda m=mode: attention(q, k, v, m, backend="triton")
+        for backend in ("hopper", "triton"):
+            way = {"mode": mode, "backend": backend, "mask": mask}
+            yield f"{backend} {mode}", lambda way=way: attention(q, k, v, **way)
 
 
-def bench(shape: Shape, skip: tuple[str, ...]) -> dict[str, dict]:
+def bench(shape: Shape, skip: tuple[str, ...] = (), masked: bool = False) -> dict[str, dict]:
     """Return times, error and rate by name of the way to run it, but of names that start so."""
     q, k, v = attention_data.make("normal", shape.heads, shape.queries, shape.keys)
     rows = slice(0, shape.queries, max(shape.queries // CHECKED_ROWS, 1))
-    want = attention_data.exact(q, k, v, rows)
-    ways = {name: run for name, run in runs(q, k, v) if not name.startswith(skip)}
+    mask = None
+    if masked:
+        mask = torch.ones(shape.keys, dtype=torch.bool, device="cuda")
+        mask[PADDING] = False
+    want = attention_data.exact(q, k, v, rows, mask)
+    ways = {name: run for name, run in runs(q, k, v, mask) if not name.startswith(skip)}
     errors = {}
     for name, run in ways.items():
         errors[name] = runner.relative_error(run()[:, :, rows], want)
@@ -122,16 +132,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", default="", help="only shapes whose model holds this")
     parser.add_argument("--short", action="store_true", help="short sequences, and texts")
+    parser.add_argument("--masked", action="store_true", help="with a mask of keys")
     given = parser.parse_args()
-    # What is slower than cuDNN at length is not timed where sequences are short.
-    skip = ("triton", "kitchen", "flash") if given.short else ()
+    kind = "_short" if given.short else "_masked" if given.masked else ""
     for shape in SHORT if given.short else LONG:
         if given.only in shape.model:
-            results = bench(shape, skip)
+            # What is slower than cuDNN at length is not timed where sequences are short.
+            skip = ("triton", "kitchen", "flash") if given.short else ()
+            results = bench(shape, skip, given.masked)
             print(line(shape, results), flush=True)
-            record = {**vars(shape), "head_size": D}
-            name = "attention_short" if given.short else "attention"
-            runner.append(name, {**record, "results": results})
+            record = {**vars(shape), "head_size": D, "results": results}
+            runner.append(f"attention{kind}", record)
 
 
 if __name__ == "__main__":

@@ -35,7 +35,12 @@ def errors(kind: str, length: int) -> dict[str, float]:
     q, k, v = make(kind, HEADS, length, length)
     rows = slice(0, length, length // ROWS)
     want = exact(q, k, v, rows)
-    return {name: runner.relative_error(run()[:, :, rows], want) for name, run in runs(q, k, v)}
+    ways = dict(runs(q, k, v))
+    for mode in MODES:
+        ways[f"hopper {mode} rotated"] = lambda m=mode: attention(
+            q, k, v, m, rotate=True, backend="hopper"
+        )
+    return {name: runner.relative_error(run()[:, :, rows], want) for name, run in ways.items()}
 
 
 def call(chance: random.Random, seed: int, mode: str, backend: str) -> torch.Tensor:
