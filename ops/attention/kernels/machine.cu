@@ -72,8 +72,6 @@ constexpr int BIASES = N + 4;
 constexpr int BIAS_BYTES = BIASED ? BIASES * 4 : 0;
 // The maximum of a row of which every key is hidden so far.
 constexpr float FLOOR = -1e30f;
-// What E4M3 holds.
-constexpr float E4M3_MAX = 448.0f;
 
 __device__ __forceinline__ u32 shared_address(const void* p) {
     return static_cast<u32>(__cvta_generic_to_shared(p));

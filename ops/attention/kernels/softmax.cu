@@ -129,44 +129,9 @@ __device__ __forceinline__ bool follow(Rows& rows, float (&top)[2]) {
     return true;
 }
 
-// p = 2 to what stands there; FIRST: some keys may be none.
-template <bool FIRST>
-__device__ __forceinline__ void exponentials(float (&p)[64], const int (&s)[64], float (&sum)[4]) {
-#pragma unroll
-    for (int i = 0; i < 64; ++i) {
-        p[i] = exp2(p[i]);
-        if (FIRST && s[i] == EMPTY) p[i] = 0.0f;
-        if (PV != PV_INT8) sum[i % 4] += p[i];
-    }
-}
-
-// Makes P fit E4M3, where a row's sum does not say that it does, and returns whether it had to.
-__device__ __forceinline__ bool fit_e4m3(Rows& rows, float (&p)[64], float (&sum)[4]) {
-    bool fits = sum[0] + sum[1] <= E4M3_MAX && sum[2] + sum[3] <= E4M3_MAX;
-    if (__all_sync(0xffffffff, fits)) return false;
-    float top[2] = {0.0f, 0.0f};
-#pragma unroll
-    for (int i = 0; i < 64; ++i) top[(i / 2) % 2] = fmaxf(top[(i / 2) % 2], p[i]);
-    top[0] = largest_of_row(top[0]);
-    top[1] = largest_of_row(top[1]);
-    if (!__any_sync(0xffffffff, top[0] > E4M3_MAX || top[1] > E4M3_MAX)) return false;
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-        float rise = fmaxf(log2(top[r]) - SHIFT, 0.0f);
-        rows.keep[r] = exp2(-rise);
-        rows.sum[r] *= rows.keep[r];
-        rows.top[r] += rise;
-    }
-#pragma unroll
-    for (int i = 0; i < 64; ++i) p[i] *= rows.keep[(i / 2) % 2];
-#pragma unroll
-    for (int i = 0; i < 4; ++i) sum[i] *= rows.keep[i / 2];
-    return true;
-}
-
-// INT8: P as codes over the tile's own maximum `top`.
-__device__ __forceinline__ void scale_codes(Rows& rows, float (&p)[64], const float (&top)[2]) {
 #if PV == PV_INT8
+// P as codes over the tile's own maximum.
+__device__ __forceinline__ void scale_codes(Rows& rows, float (&p)[64], const float (&top)[2]) {
     float code[2];
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
@@ -175,13 +140,23 @@ __device__ __forceinline__ void scale_codes(Rows& rows, float (&p)[64], const fl
     }
 #pragma unroll
     for (int i = 0; i < 64; ++i) p[i] = fmaf(p[i], code[(i / 2) % 2], ROUND);
+}
 #endif
+
+// p[FROM..FROM + 31] = 2 to what stands there.
+template <bool FIRST, int FROM>
+__device__ __forceinline__ void exponentials(float (&p)[64], const int (&s)[64], float (&sum)[4]) {
+#pragma unroll
+    for (int i = FROM; i < FROM + 32; ++i) {
+        p[i] = exp2(p[i]);
+        if (FIRST && s[i] == EMPTY) p[i] = 0.0f;
+        if (PV != PV_INT8) sum[i % 4] += p[i];
+    }
 }
 
 // p = the exponentials of a tile, to be packed. Returns whether sums before it must be multiplied
-// by `keep`. BOUNDED: no logit can overflow, so that the maximum need not be known beforehand: FP8,
-// which has a narrow range, sees from the sums whether P fits, and INT8, which scales each tile,
-// looks for it beside the exponentials.
+// by `keep`. BOUNDED: no logit can overflow, so that the maximum need not be known beforehand, and
+// is looked for beside the exponentials: FP8 has a narrow range, INT8 scales each tile.
 template <bool FIRST, bool BOUNDED>
 __device__ __forceinline__ bool softmax(float (&p)[64], const int (&s)[64], Rows& rows,
                                         float k_scale) {
@@ -189,7 +164,7 @@ __device__ __forceinline__ bool softmax(float (&p)[64], const int (&s)[64], Rows
     float sum[4] = {0.0f, 0.0f, 0.0f, 0.0f};
     float top[2];
     bool moved = false;
-    if constexpr (FIRST || !BOUNDED || PV == PV_INT8) {
+    if constexpr (FIRST || !BOUNDED || PV != PV_EXACT) {
 #pragma unroll
         for (int r = 0; r < 2; ++r) top[r] = largest(s, r) * factor[r];
     }
@@ -205,15 +180,32 @@ __device__ __forceinline__ bool softmax(float (&p)[64], const int (&s)[64], Rows
 #pragma unroll
     for (int i = 0; i < 64; ++i)
         p[i] = fmaf(float(s[i]), factor[(i / 2) % 2], -rows.top[(i / 2) % 2]);
-    exponentials<FIRST>(p, s, sum);
-    if constexpr (!FIRST && BOUNDED && PV == PV_FP8) moved = fit_e4m3(rows, p, sum);
-    if constexpr (!FIRST && BOUNDED && PV == PV_INT8) {
+    exponentials<FIRST, 0>(p, s, sum);
+    if constexpr (!FIRST && BOUNDED && PV == PV_FP8) {
+        float old[2] = {rows.top[0], rows.top[1]};
+        moved = follow(rows, top);
+        if (moved) {
+#pragma unroll
+            for (int i = 0; i < 32; ++i) {
+                int r = (i / 2) % 2;
+                p[i] *= rows.keep[r];
+                p[i + 32] += old[r] - rows.top[r];
+            }
+#pragma unroll
+            for (int i = 0; i < 4; ++i) sum[i] *= rows.keep[i / 2];
+        }
+    }
+    exponentials<FIRST, 32>(p, s, sum);
+#if PV == PV_INT8
+    if constexpr (!FIRST && BOUNDED) {
         top[0] = largest_of_row(top[0]);
         top[1] = largest_of_row(top[1]);
     }
     scale_codes(rows, p, top);
+#else
     rows.sum[0] += sum[0] + sum[1];
     rows.sum[1] += sum[2] + sum[3];
+#endif
     return moved;
 }
 
@@ -252,10 +244,14 @@ __device__ __forceinline__ bool softmax_biased(float (&p)[64], const int (&s)[64
     }
 #pragma unroll
     for (int i = 0; i < 64; ++i) p[i] -= rows.top[(i / 2) % 2];
-    exponentials<false>(p, s, sum);
+    exponentials<false, 0>(p, s, sum);
+    exponentials<false, 32>(p, s, sum);
+#if PV == PV_INT8
     scale_codes(rows, p, top);
+#else
     rows.sum[0] += sum[0] + sum[1];
     rows.sum[1] += sum[2] + sum[3];
+#endif
     return moved;
 }
 
