@@ -29,14 +29,12 @@ def options(warps: int) -> dict[str, int]:
     return {"num_warps": warps, "enable_fp_fusion": False}
 
 
-def k_warps(prologue: bool, rotate: bool) -> int:
+def k_warps(plain: bool) -> int:
     """Return the warps of a program of 128 keys: as many as keep a tile in registers.
 
-    With 8 a rotation is more than Triton 3.6 can compile for SM100.
+    plain: they are quantized only, with no prologue and no rotation.
     """
-    if rotate:
-        return 16
-    return 8 if prologue else 4
+    return 4 if plain else 16
 
 
 @dataclass(frozen=True)
@@ -241,7 +239,7 @@ def _keys(
         quantize_k_kernel,
         bh * blocks,
         (k, k_mean, stored, scale, bound, *sizes, *steps.arguments, *constants),
-        options(k_warps(steps is not NO_STEPS, rotate)),
+        options(k_warps(steps is NO_STEPS and not rotate)),
         (k.dtype, alignment(k), _key(*sizes), *steps.key, constants),
         k.device,
     )

@@ -1,9 +1,10 @@
 """Attention of real models: ours in each mode, and what else can be installed, side by side.
 
 Run on a GPU: `python -m tests.bench.bench_attention`, with `--short` for short sequences and texts,
-where quantizing weighs more, or `--masked`, where a text before an image has padding. Quantization of Q, K and V is included everywhere. SageAttention,
-which its users compile, takes part if it is installed. Prints a table and appends it to
-docs/results/attention.jsonl, attention_short.jsonl or attention_masked.jsonl.
+where quantizing weighs more, or `--masked`, where a text before an image has padding. Quantization
+of Q, K and V is included everywhere. SageAttention, which its users compile, takes part if it is
+installed. Prints a table and appends it to docs/results/attention.jsonl, attention_short.jsonl or
+attention_masked.jsonl.
 """
 
 import argparse

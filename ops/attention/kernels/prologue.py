@@ -7,10 +7,8 @@ import triton.language as tl
 NO_NORM: tl.constexpr = tl.constexpr(0)
 HEAD: tl.constexpr = tl.constexpr(1)
 TOKEN: tl.constexpr = tl.constexpr(2)
-# Channels that a rotation mixes at most.
-BLOCK_MAX: tl.constexpr = tl.constexpr(128)
-# In the interpreter products of bf16 are wrong.
-ROTATED: tl.constexpr = tl.constexpr(tl.float32 if triton.knobs.runtime.interpret else tl.bfloat16)
+# A rotation is made of products with matrices of this size.
+SIDE: tl.constexpr = tl.constexpr(16)
 
 
 @triton.jit
@@ -119,19 +117,30 @@ def apply(
 
 
 @triton.jit
-def rotate(x, ROWS: tl.constexpr, WIDTH: tl.constexpr):
-    """Return x [ROWS, WIDTH] times the orthonormal Hadamard matrix, of 128 channels at most.
-
-    Rounded to bf16 before: to a quarter of what INT8 rounds.
-    """
-    BLOCK: tl.constexpr = min(WIDTH, BLOCK_MAX)
-    i = tl.arange(0, BLOCK)
+def _hadamard(SIZE: tl.constexpr):
+    """Return the Hadamard matrix of ±1 of SIZE, repeated down the diagonal of [16, 16]."""
+    i = tl.arange(0, SIDE)[:, None]
+    j = tl.arange(0, SIDE)[None, :]
     # -1 where the numbers of row and column have an odd number of ones in common.
-    ones = i[:, None] & i[None, :]
-    ones ^= ones >> 4
+    ones = i % SIZE & j % SIZE
     ones ^= ones >> 2
     ones ^= ones >> 1
-    matrix = tl.where((ones & 1) != 0, -1.0, 1.0).to(ROTATED)
-    blocks = tl.reshape(x, (ROWS * (WIDTH // BLOCK), BLOCK)).to(ROTATED)
-    turned = tl.dot(blocks, matrix, input_precision="tf32") * (1.0 / BLOCK**0.5)
-    return tl.reshape(turned, (ROWS, WIDTH))
+    sign = tl.where((ones & 1) != 0, -1.0, 1.0)
+    return tl.where(i // SIZE == j // SIZE, sign, 0.0)
+
+
+@triton.jit
+def rotate(x, ROWS: tl.constexpr, WIDTH: tl.constexpr):
+    """Return x [ROWS, WIDTH] times the orthonormal Hadamard matrix, in another order of channels.
+
+    The matrix is the Kronecker product of one of WIDTH / 16 and one of 16: two products with
+    [16, 16] and a transposition between them. Another one would restore the order, which Q·Kᵀ does
+    not see. Operands are rounded to TF32 (11 bits), far below the rounding to 8 bits that follows.
+    """
+    PARTS: tl.constexpr = WIDTH // SIDE
+    x = tl.reshape(x, (ROWS * PARTS, SIDE))
+    x = tl.dot(x, _hadamard(SIDE), input_precision="tf32")
+    x = tl.permute(tl.reshape(x, (ROWS, PARTS, SIDE)), (0, 2, 1))
+    x = tl.reshape(x, (ROWS * PARTS, SIDE))
+    x = tl.dot(x, _hadamard(PARTS), input_precision="tf32")
+    return tl.reshape(x * (1.0 / WIDTH**0.5), (ROWS, WIDTH))

@@ -90,13 +90,13 @@ def test_attention_after_a_prologue_is_near_float64(mode, name, rotate):
 
 
 def unrotated(stored: torch.Tensor) -> torch.Tensor:
-    """[..., W] times the Hadamard matrix in blocks of 128, by its recursion."""
-    width = min(stored.shape[-1], 128)
+    """[..., W], in the order of `rotate`, times the Hadamard matrix, by its recursion."""
+    stored = stored.double().unflatten(-1, (16, -1)).transpose(-1, -2).flatten(-2)
+    width = stored.shape[-1]
     matrix = torch.ones(1, 1, dtype=torch.float64)
     while matrix.shape[0] < width:
         matrix = torch.cat((torch.cat((matrix, matrix), 1), torch.cat((matrix, -matrix), 1)))
-    blocks = stored.double().unflatten(-1, (-1, width))
-    return (blocks @ matrix / width**0.5).flatten(-2)
+    return stored @ matrix / width**0.5
 
 
 @pytest.mark.parametrize("d", [64, 96, 128, 256])

@@ -139,7 +139,7 @@ def quantizers(steps: dict, arch: int, rotate: bool) -> list:
     rotated = {**shared, **steps, "ROTATE": rotate}
     q = {**rotated, "ROWS": prepare_module.Q_ROWS, "SHIFT": True}
     k = {**rotated, "GROUPS": 4 if swizzled else 1}
-    k_warps = prepare_module.k_warps(steps["NORM"] != 0, rotate)
+    k_warps = prepare_module.k_warps(steps["NORM"] == 0 and not rotate)
     statistics = {"ROWS": prepare_module.CHUNK_KEYS, "WIDTH": 128, "RANGE": True, "D": 128}
     cases = [
         (prepare.quantize_q_kernel, q, 8, "i8"),
