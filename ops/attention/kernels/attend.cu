@@ -70,7 +70,6 @@ struct Work {
     const Shared& at;
     const Query& q;
     int group;
-    int blocks;   // tiles of keys
     Ring ring;    // tile to be multiplied by Q
     Ring before;  // tile to be multiplied by P
 };
@@ -99,7 +98,7 @@ template <bool BOUNDED>
 __device__ __forceinline__ void advance(Work& work, int i, float (&o)[64], Sum (&acc)[64],
                                         u32 (&p)[P_REGISTERS], Rows& rows) {
     const Shared& at = work.at;
-    bool last = i + 1 == work.blocks;
+    bool last = i + 1 == key_tiles(work.args);
     bool leader = threadIdx.x % 32 == 0;
     int s[64];
     if (PINGPONG) named_sync(1 + work.group);
@@ -162,7 +161,7 @@ template <bool BOUNDED>
 __device__ __forceinline__ void consume(Work& work, float (&o)[64], u32 (&p)[P_REGISTERS],
                                         Rows& rows) {
     const Shared& at = work.at;
-    int blocks = work.blocks;
+    int blocks = key_tiles(work.args);
 #if PV == PV_INT8
     int acc[64];
 #pragma unroll
@@ -304,24 +303,28 @@ attention(const __grid_constant__ Params args, const __grid_constant__ TensorMap
             mma_wait<0>();
             settle(s);
             float k_scale = scales[threadIdx.x % 4];
+            __syncwarp();
+            if (!BIASED && threadIdx.x % 32 == 0) barrier_arrive(at.k_empty);
             int before = (key_tiles(args) - 1) * N;
             int valid = args.keys - before;
             if (CAUSAL || valid < N) {
 #pragma unroll
                 for (int i = 0; i < 64; ++i) {
-                    int key = i / 4 * 8 + threadIdx.x % 4 * 2 + i % 2;
+                    u32 key = i / 4 * 8 + threadIdx.x % 4 * 2 + i % 2;
                     bool later = CAUSAL && key + before > row + (i / 2) % 2 * 8;
                     if (key >= valid || later) s[i] = EMPTY;
                 }
             }
             float x[64];
             softmax_of<true, false>(x, s, rows, k_scale, at.bias);
-            __syncwarp();
-            if (threadIdx.x % 32 == 0) barrier_arrive(at.k_empty);
+            if (BIASED) {
+                __syncwarp();
+                if (threadIdx.x % 32 == 0) barrier_arrive(at.k_empty);
+            }
             pack_all(p, x);
             add_sums(rows, p);
         }
-        Work work = {args, at, q, group, key_tiles(args)};
+        Work work = {args, at, q, group};
         work.ring.next();
         // Broadcast, so that the compiler knows that no warp diverges.
         if (__shfl_sync(0xffffffff, is_bounded(args, rows, row, scratch), 0))
