@@ -11,8 +11,6 @@ from .modes import Mode
 from .prologue import NORMS, NOTHING, TOKEN, Prologue
 
 TILE = 128
-# Rows of Q of one program: as many as keep a tile in registers.
-Q_ROWS = 64
 # Keys that one program of the statistics adds up.
 CHUNK_KEYS = 512
 # Tokens whose norm over all heads one program takes.
@@ -27,6 +25,15 @@ def options(warps: int) -> dict[str, int]:
     A product and a sum rounded as one would round to other codes than the reference's.
     """
     return {"num_warps": warps, "enable_fp_fusion": False}
+
+
+def q_cut(plain: bool) -> tuple[int, int]:
+    """Return (rows, warps) of a program of Q.
+
+    plain: they are quantized only. A prologue and a rotation move data between threads, which those
+    of one warp do without waiting for others.
+    """
+    return (64, 8) if plain else (16, 1)
 
 
 def k_warps(plain: bool) -> int:
@@ -211,12 +218,13 @@ def _queries(q, k_mean, steps, scale: float, heads: int, swizzled, shift, rotate
     shifts = _empty(q, b * h, length) if shift else None
     sizes = (h, h // heads, length, d, *q.stride(), tiles)
     arguments = (scale * LOG2E, *sizes, *steps.arguments)
-    constants = (rotate, Q_ROWS, w, swizzled, shift)
+    rows, warps = q_cut(steps is NO_STEPS and not rotate)
+    constants = (rotate, rows, w, swizzled, shift)
     launch(
         quantize_q_kernel,
-        b * h * tiles * (TILE // Q_ROWS),
+        b * h * tiles * (TILE // rows),
         (q, k_mean, stored, scales, bound, shifts, *arguments, *constants),
-        options(8),
+        options(warps),
         (q.dtype, alignment(q), _key(*sizes), *steps.key, constants),
         q.device,
     )

@@ -137,13 +137,14 @@ def quantizers(steps: dict, arch: int, rotate: bool) -> list:
     swizzled = arch == HOPPER
     shared = {"WIDTH": 128, "SWIZZLED": swizzled, "D": 128}
     rotated = {**shared, **steps, "ROTATE": rotate}
-    q = {**rotated, "ROWS": prepare_module.Q_ROWS, "SHIFT": True}
+    plain = steps["NORM"] == 0 and not rotate
+    rows, q_warps = prepare_module.q_cut(plain)
+    q = {**rotated, "ROWS": rows, "SHIFT": True}
     k = {**rotated, "GROUPS": 4 if swizzled else 1}
-    k_warps = prepare_module.k_warps(steps["NORM"] == 0 and not rotate)
     statistics = {"ROWS": prepare_module.CHUNK_KEYS, "WIDTH": 128, "RANGE": True, "D": 128}
     cases = [
-        (prepare.quantize_q_kernel, q, 8, "i8"),
-        (prepare.quantize_k_kernel, k, k_warps, "i8"),
+        (prepare.quantize_q_kernel, q, q_warps, "i8"),
+        (prepare.quantize_k_kernel, k, prepare_module.k_warps(plain), "i8"),
         (prepare.quantize_v_kernel, {**shared, "INTEGER": True}, 4, "i8"),
         (prepare.statistics_kernel, {**statistics, **steps}, 8, "i8"),
     ]
