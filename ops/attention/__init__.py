@@ -9,8 +9,14 @@ from .. import registry
 from ..custom_op import custom_op
 from .check import check
 from .modes import MODES
+from .prologue import NOTHING, Prologue
+
+__all__ = ["Prologue", "attention", "scheme"]
 
 OP = "attention"
+# What hides keys: one mask for all queries, the order of the tokens, or anything.
+KEYS, CAUSAL, MASKED = "keys", "causal", "masked"
+KINDS = (None, KEYS, CAUSAL, MASKED)
 
 
 def attention(
@@ -23,6 +29,8 @@ def attention(
     causal: bool = False,
     scale: float | None = None,
     return_lse: bool = False,
+    prologue: Prologue = NOTHING,
+    rotate: bool = False,
     backend: str = "auto",
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Return softmax(scale · q·kᵀ + mask) · v, [B, H, Lq, D], in the dtype of q.
@@ -32,19 +40,34 @@ def attention(
     mode: a key of MODES. mask: bool (True: the key counts) or added to the logits, broadcast to
     [B, H, Lq, Lk]. causal: a query sees the keys up to its own index. scale: positive; None is
     D**-0.5. return_lse: also the natural log-sum-exp of the logits, [B, H, Lq] float32.
+    prologue: norms and rotary embedding of q and k, done as they are quantized. rotate: q and k are
+    multiplied by a Hadamard matrix before rounding, which q·kᵀ does not see: it spreads channels
+    that are larger than the others.
     A row for which no key counts gives zeros, and -inf. NaN in a row of q reaches that row; NaN in
     k or v reaches the rows or channels of its head.
     Raises ValueError or TypeError on other inputs, NoBackendError when no backend can run them.
     """
     check(q, k, v, mode, mask, scale)
+    if prologue is not NOTHING:
+        prologue.check(q, k)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    out, lse = _OP(q, k, v, mask, mode, causal, scale, return_lse, backend)
+    p = prologue
+    steps = (p.norm or "", p.eps, p.q_weight, p.k_weight, p.first, p.cos, p.sin)
+    out, lse = _OP(q, k, v, mask, mode, causal, scale, return_lse, backend, rotate, *steps)
     return (out, lse) if return_lse else out
 
 
-def scheme(mode: str, masked: bool) -> str:
-    """Return the name under which backends register what they can do."""
-    return f"{mode}_masked" if masked else mode
+def scheme(mode: str, kind: str | None) -> str:
+    """Return the name under which backends register what they can do; kind: one of KINDS."""
+    return f"{mode}_{kind}" if kind else mode
+
+
+def kind_of(mask: torch.Tensor | None, causal: bool) -> str | None:
+    """Return what hides keys, one of KINDS."""
+    if mask is None:
+        return CAUSAL if causal else None
+    of_keys = mask.dim() < 2 or mask.shape[-2] == 1
+    return KEYS if of_keys and not causal else MASKED
 
 
 def empty_out(q: torch.Tensor) -> torch.Tensor:
@@ -55,28 +78,31 @@ def empty_out(q: torch.Tensor) -> torch.Tensor:
     return q.new_empty(b, h, length, d)
 
 
-def _run(q, k, v, mask, mode, causal, scale, return_lse, backend):
-    masked = mask is not None or causal
+def _run(q, k, v, mask, mode, causal, scale, return_lse, backend, rotate, norm, *steps):
     # Any number of keys: a call is remembered, and lengths vary.
-    call = registry.Call(scheme(mode, masked), q.device, 0, q.shape[-1])
+    call = registry.Call(scheme(mode, kind_of(mask, causal)), q.device, 0, q.shape[-1])
     run = registry.select(OP, call, backend).run
     out, lse = _empty(q, k, v, mask, mode, causal, scale, return_lse, backend)
     if q.numel() == 0 or k.numel() == 0:
         return out.zero_(), lse.fill_(-torch.inf)
     if mask is not None:
         mask = mask.expand(*q.shape[:3], k.shape[2])
-    run(out, lse if return_lse else None, q, k, v, MODES[mode], mask, causal, scale)
+    prologue = Prologue(norm or None, *steps)
+    prologue = NOTHING if prologue.does_nothing else prologue
+    wanted = lse if return_lse else None
+    run(out, wanted, q, k, v, MODES[mode], mask, causal, scale, prologue, rotate)
     return out, lse
 
 
-def _empty(q, k, v, mask, mode, causal, scale, return_lse, backend):
+def _empty(q, k, v, mask, mode, causal, scale, return_lse, backend, *steps):
     shape = q.shape[:3] if return_lse else (0,)
     return empty_out(q), torch.empty(shape, dtype=torch.float32, device=q.device)
 
 
 _OP = custom_op(
     "attention(Tensor q, Tensor k, Tensor v, Tensor? mask, str mode, bool causal, float scale, "
-    "bool return_lse, str backend) -> (Tensor, Tensor)",
+    "bool return_lse, str backend, bool rotate, str norm, float eps, Tensor? q_weight, "
+    "Tensor? k_weight, int first, Tensor? cos, Tensor? sin) -> (Tensor, Tensor)",
     _run,
     _empty,
 )

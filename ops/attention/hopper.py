@@ -8,9 +8,10 @@ import torch
 
 from ..launch import TRITON_MIN
 from ..registry import Backend, Needs, capability, register
-from . import OP, nvrtc, scheme
+from . import CAUSAL, KEYS, OP, nvrtc, scheme
 from .modes import MODES, Mode
-from .prepare import TILE, prepare
+from .prepare import LOG2E, TILE, prepare
+from .prologue import NOTHING
 
 HOPPER = (9, 0)
 D = 128
@@ -35,6 +36,8 @@ MAP_BYTES = 128
 MAP_ALIGNMENT = 64
 # Elements of a row of 128 bytes.
 BOX_COLUMNS = 64
+# Elements after the biases of a tile of keys: the first says whether any is not zero.
+BIAS_MORE = 4
 
 
 class Params(ctypes.Structure):
@@ -42,8 +45,9 @@ class Params(ctypes.Structure):
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("q", "k", "v", "q_scale", "k_scale", "v_scale")),
-        *((name, ctypes.c_void_p) for name in ("v_offset", "q_bound", "k_bound", "out", "lse")),
-        *((name, ctypes.c_longlong) for name in ("out_b", "out_h", "out_l")),
+        *((name, ctypes.c_void_p) for name in ("v_offset", "q_bound", "k_bound")),
+        *((name, ctypes.c_void_p) for name in ("bias", "out", "lse")),
+        *((name, ctypes.c_longlong) for name in ("out_b", "out_h", "out_l", "bias_b", "bias_h")),
         *((name, ctypes.c_int) for name in ("group", "rows", "keys", "tiles", "blocks")),
     )
 
@@ -90,9 +94,12 @@ def source() -> str:
     return "\n".join((FOLDER / name).read_text(encoding="utf-8") for name in SOURCES)
 
 
-def options(mode: Mode, dtype: torch.dtype) -> tuple[str, ...]:
-    """Return NVRTC's options for one mode and dtype."""
-    defined = {"PV": mode.code, "FP16": int(dtype == torch.float16), **VARIANTS[mode.name]}
+def options(mode: Mode, dtype: torch.dtype, causal: bool, biased: bool) -> tuple[str, ...]:
+    """Return NVRTC's options for one mode and dtype. biased: there is a mask of keys."""
+    defined = {
+        **{"PV": mode.code, "FP16": int(dtype == torch.float16), **VARIANTS[mode.name]},
+        **{"CAUSAL": int(causal), "BIASED": int(biased)},
+    }
     return (*OPTIONS, *(f"-D{name}={value}" for name, value in defined.items()))
 
 
@@ -102,30 +109,66 @@ def shared_bytes(mode: Mode) -> int:
     return 1024 + TILE * D * (1 + VARIANTS[mode.name]["STAGES"] * (1 + v_bytes))
 
 
+def _once(mask: torch.Tensor) -> torch.Tensor:
+    """Return an expanded mask with one element where all are the same: of queries, they are."""
+    for i in (0, 1, 2):
+        if i == 2 or mask.stride(i) == 0:
+            mask = mask.narrow(i, 0, 1)
+    return mask
+
+
+def bias_of(mask: torch.Tensor) -> torch.Tensor:
+    """Return a mask of keys [B, H, 1, Lk] as [B, H, blocks, 132] float32: what the logits gain.
+
+    In log2 units, -inf for hidden keys and for those that fill the last block of 128; after them 1
+    where any of the 128 is not zero, else 0.
+    """
+    b, h, _, keys = mask.shape
+    blocks = -(-keys // TILE)
+    bias = torch.full((b, h, blocks * TILE), -torch.inf, device=mask.device)
+    if mask.dtype == torch.bool:
+        bias[..., :keys] = torch.where(mask[:, :, 0], 0.0, -torch.inf)
+    else:
+        bias[..., :keys] = mask[:, :, 0].float() * LOG2E
+    tiles = bias.unflatten(2, (blocks, TILE))
+    some = (tiles != 0).any(3, keepdim=True).float()
+    return torch.cat((tiles, some.expand(-1, -1, -1, BIAS_MORE)), 3)
+
+
+def _strides(bias: torch.Tensor | None) -> tuple[int, int]:
+    """Return the strides of batch and heads, zero where one is for all."""
+    if bias is None:
+        return 0, 0
+    return tuple(0 if bias.shape[i] == 1 else bias.stride(i) for i in (0, 1))
+
+
 @functools.cache
-def _kernel(mode: Mode, dtype: torch.dtype, device: int) -> nvrtc.Kernel:
-    code = nvrtc.compile_source(source(), options(mode, dtype))
+def _kernel(
+    mode: Mode, dtype: torch.dtype, causal: bool, biased: bool, device: int
+) -> nvrtc.Kernel:
+    code = nvrtc.compile_source(source(), options(mode, dtype, causal, biased))
     return nvrtc.Kernel(code, "attention", shared_bytes(mode))
 
 
-def run(out, lse, q, k, v, mode: Mode, mask, causal: bool, scale: float) -> None:
-    """Write to out and lse what `attention` describes; there is no mask, and causal is False."""
-    ready = prepare(q, k, v, scale, mode, groups=GROUPS, swizzled=True, shift=lse is not None)
+def run(out, lse, q, k, v, mode, mask, causal, scale, prologue=NOTHING, rotate=False) -> None:
+    """Write to out and lse what `attention` describes; a mask is of keys, and not with causal."""
+    ready = prepare(q, k, v, scale, mode, GROUPS, True, lse is not None, prologue, rotate)
     (b, h, length, _), (heads, keys) = q.shape, k.shape[1:3]
     # Held until the launch: the map has its address.
     v = _readable(v)
+    bias = None if mask is None else bias_of(_once(mask))
     tiles, blocks = ready.q.shape[1], ready.k.shape[1]
     tensors = (
         *(ready.q, ready.k, ready.v, ready.q_scale, ready.k_scale, ready.v_scale),
-        *(ready.v_offset, ready.q_bound, ready.k_bound, out, lse),
+        *(ready.v_offset, ready.q_bound, ready.k_bound, bias, out, lse),
     )
     pointers = (None if t is None else t.data_ptr() for t in tensors)
     sizes = (h // heads, length, keys, tiles, blocks)
-    params = Params(*pointers, *out.stride()[:3], *sizes)
+    params = Params(*pointers, *out.stride()[:3], *_strides(bias), *sizes)
     with torch.cuda.device(q.device):
         tensor_map = _map_of(v) if ready.v is None else _aligned_map()
         stream = torch.cuda.current_stream(q.device).cuda_stream
-        kernel = _kernel(mode, q.dtype, q.device.index)
+        kernel = _kernel(mode, q.dtype, causal, bias is not None, q.device.index)
         kernel.launch((tiles, h, b), THREADS, (params, tensor_map), stream)
     if lse is not None:
         lse += ready.shift.view_as(lse)
@@ -139,7 +182,7 @@ def _missing(device: torch.device) -> str | None:
 
 
 NEEDS = Needs(
-    frozenset(scheme(mode, False) for mode in MODES),
+    frozenset(scheme(mode, kind) for mode in MODES for kind in (None, KEYS, CAUSAL)),
     devices=frozenset({"cuda"}),
     capability=HOPPER,
     k_multiple=D,

@@ -8,12 +8,13 @@ import torch
 
 from ..launch import ALIGNMENT, alignment, launch
 from .modes import Mode
+from .prologue import NORMS, NOTHING, TOKEN, Prologue
 
 TILE = 128
-# Rows of Q of one program: as many as keep a tile in registers.
-Q_ROWS = 64
 # Keys that one program of the statistics adds up.
 CHUNK_KEYS = 512
+# Tokens whose norm over all heads one program takes.
+NORM_ROWS = 16
 LOG2E = math.log2(math.e)
 MIN_WIDTH = 64
 
@@ -24,6 +25,23 @@ def options(warps: int) -> dict[str, int]:
     A product and a sum rounded as one would round to other codes than the reference's.
     """
     return {"num_warps": warps, "enable_fp_fusion": False}
+
+
+def q_cut(plain: bool) -> tuple[int, int]:
+    """Return (rows, warps) of a program of Q.
+
+    plain: they are quantized only. A prologue and a rotation move data between threads, which those
+    of one warp do without waiting for others.
+    """
+    return (64, 8) if plain else (16, 1)
+
+
+def k_warps(plain: bool) -> int:
+    """Return the warps of a program of 128 keys: as many as keep a tile in registers.
+
+    plain: they are quantized only, with no prologue and no rotation.
+    """
+    return 4 if plain else 16
 
 
 @dataclass(frozen=True)
@@ -67,28 +85,99 @@ def _key(*values: int) -> tuple:
     return tuple((value == 1, value % ALIGNMENT == 0, value >= 2**31) for value in values)
 
 
+@dataclass(frozen=True)
+class Steps:
+    """What a prologue is to the kernels that read q or k.
+
+    tensors: `inverse_rms` or None, weight, cos, sin; then come its `first` and `eps`. constants:
+    the kernels' number of the norm, whether the weight has two rows.
+    """
+
+    tensors: tuple[torch.Tensor | None, ...]
+    numbers: tuple[int, float]
+    constants: tuple[int, bool]
+
+    @property
+    def arguments(self) -> tuple:
+        """Return the kernels' arguments, in their order."""
+        return (*self.tensors, *self.numbers, *self.constants)
+
+    @property
+    def key(self) -> tuple:
+        """Return what Triton's code depends on."""
+        types = tuple(None if t is None else t.dtype for t in self.tensors)
+        return types, alignment(*self.tensors), _key(self.numbers[0]), self.constants
+
+
+NO_STEPS = Steps((None,) * 4, (0, 0.0), (0, False))
+
+
 def prepare(
-    q, k, v, scale: float, mode: Mode, groups: int, swizzled: bool, shift: bool
+    q,
+    k,
+    v,
+    scale: float,
+    mode: Mode,
+    groups: int,
+    swizzled: bool,
+    shift: bool,
+    prologue: Prologue = NOTHING,
+    rotate: bool = False,
 ) -> Prepared:
     """Return the copies of q [B, H, Lq, D] and k, v [B, Hkv, Lk, D], of any strides.
 
     scale: of the softmax. groups: scales of 128 keys, 4 (of keys whose (key % 8) / 2 is the same)
     or 1. swizzled: as the Hopper kernel reads them. shift: also what the log-sum-exp needs.
+    prologue: what is done to q and k before. rotate: both are multiplied by a Hadamard matrix.
     """
-    k_mean, _ = _statistics(k, None)
-    *queries, shifts = _queries(q, k_mean, scale, k.shape[1], swizzled, shift)
-    keys = _keys(k, k_mean, groups, swizzled)
+    steps = _steps(prologue, "k", k)
+    k_mean, _ = _statistics(k, None, steps)
+    keys = _keys(k, k_mean, steps, groups, swizzled, rotate)
+    steps = _steps(prologue, "q", q)
+    *queries, shifts = _queries(q, k_mean, steps, scale, k.shape[1], swizzled, shift, rotate)
     values = (None, None, None, None)
     if mode.storage is not None:
-        values = _values(v, *_statistics(v, mode.limit), mode, swizzled)
+        values = _values(v, *_statistics(v, mode.limit, NO_STEPS), mode, swizzled)
     return Prepared(*queries, *keys, *values, shifts)
+
+
+def _steps(prologue: Prologue, name: str, x: torch.Tensor) -> Steps:
+    """Return the steps of the prologue for x, which is "q" or "k"."""
+    if prologue is NOTHING:
+        return NO_STEPS
+    inverse = inverse_rms(x, prologue.eps) if prologue.norm == TOKEN else None
+    weight = prologue.weight(name)
+    norm = 0 if prologue.norm is None else 1 + NORMS.index(prologue.norm)
+    tensors = (inverse, weight, prologue.cos, prologue.sin)
+    split = weight is not None and weight.dim() == 2
+    return Steps(tensors, (prologue.first, prologue.eps), (norm, split))
+
+
+def inverse_rms(x: torch.Tensor, eps: float) -> torch.Tensor:
+    """Return 1 / sqrt(mean(x²) + eps) over the channels of all heads, [B, L] float32."""
+    from .kernels.prologue import inverse_rms_kernel
+
+    b, heads, length, d = x.shape
+    inverse = _empty(x, b, length)
+    tiles = -(-length // NORM_ROWS)
+    sizes = (heads, length, d, *x.stride(), tiles)
+    constants = (NORM_ROWS, width(d))
+    launch(
+        inverse_rms_kernel,
+        b * tiles,
+        (x, inverse, eps, *sizes, *constants),
+        options(4),
+        (x.dtype, alignment(x), _key(*sizes), constants),
+        x.device,
+    )
+    return inverse
 
 
 def _empty(x: torch.Tensor, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     return torch.empty(shape, dtype=dtype, device=x.device)
 
 
-def _statistics(x, limit: float | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+def _statistics(x, limit: float | None, steps: Steps) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Return the mean token of x and, with a limit, each channel's scale, [B · Hkv, W]."""
     from .kernels.prepare import gather_kernel, statistics_kernel
 
@@ -101,9 +190,9 @@ def _statistics(x, limit: float | None) -> tuple[torch.Tensor, torch.Tensor | No
     launch(
         statistics_kernel,
         bh * chunks,
-        (x, partial, *sizes, *constants),
+        (x, partial, *sizes, *steps.arguments, *constants),
         options(8),
-        (x.dtype, alignment(x), _key(*sizes), constants),
+        (x.dtype, alignment(x), _key(*sizes), *steps.key, constants),
         x.device,
     )
     constants = (limit, w, limit is not None)
@@ -118,7 +207,7 @@ def _statistics(x, limit: float | None) -> tuple[torch.Tensor, torch.Tensor | No
     return mean, scale
 
 
-def _queries(q, k_mean, scale: float, heads: int, swizzled: bool, shift: bool) -> tuple:
+def _queries(q, k_mean, steps, scale: float, heads: int, swizzled, shift, rotate) -> tuple:
     """Return q, q_scale, q_bound and shift of `Prepared`."""
     from .kernels.prepare import quantize_q_kernel
 
@@ -128,19 +217,23 @@ def _queries(q, k_mean, scale: float, heads: int, swizzled: bool, shift: bool) -
     scales, bound = _empty(q, b * h, tiles * TILE), _empty(q, b * h, tiles * TILE)
     shifts = _empty(q, b * h, length) if shift else None
     sizes = (h, h // heads, length, d, *q.stride(), tiles)
-    constants = (Q_ROWS, w, swizzled, shift)
+    arguments = (scale * LOG2E, *sizes, *steps.arguments)
+    rows, warps = q_cut(steps is NO_STEPS and not rotate)
+    constants = (rotate, rows, w, swizzled, shift)
     launch(
         quantize_q_kernel,
-        b * h * tiles * (TILE // Q_ROWS),
-        (q, k_mean, stored, scales, bound, shifts, scale * LOG2E, *sizes, *constants),
-        options(8),
-        (q.dtype, alignment(q), _key(*sizes), constants),
+        b * h * tiles * (TILE // rows),
+        (q, k_mean, stored, scales, bound, shifts, *arguments, *constants),
+        options(warps),
+        (q.dtype, alignment(q), _key(*sizes), *steps.key, constants),
         q.device,
     )
     return stored, scales, bound, shifts
 
 
-def _keys(k, k_mean, groups: int, swizzled: bool) -> tuple[torch.Tensor, ...]:
+def _keys(
+    k, k_mean, steps: Steps, groups: int, swizzled: bool, rotate: bool
+) -> tuple[torch.Tensor, ...]:
     """Return k, k_scale and k_bound of `Prepared`."""
     from .kernels.prepare import quantize_k_kernel
 
@@ -149,13 +242,13 @@ def _keys(k, k_mean, groups: int, swizzled: bool) -> tuple[torch.Tensor, ...]:
     stored = _empty(k, bh, blocks, TILE, w, dtype=torch.int8)
     scale, bound = _empty(k, bh, blocks, groups), _empty(k, bh, blocks)
     sizes = (heads, keys, d, *k.stride(), blocks)
-    constants = (groups, w, swizzled)
+    constants = (rotate, groups, w, swizzled)
     launch(
         quantize_k_kernel,
         bh * blocks,
-        (k, k_mean, stored, scale, bound, *sizes, *constants),
-        options(4),
-        (k.dtype, alignment(k), _key(*sizes), constants),
+        (k, k_mean, stored, scale, bound, *sizes, *steps.arguments, *constants),
+        options(k_warps(steps is NO_STEPS and not rotate)),
+        (k.dtype, alignment(k), _key(*sizes), *steps.key, constants),
         k.device,
     )
     return stored, scale, bound

@@ -3,12 +3,35 @@
 import torch
 
 from ..registry import Backend, Needs, register
-from . import OP, scheme
+from . import KINDS, OP, scheme
 from .modes import MODES
+from .prologue import NOTHING, TOKEN, Prologue
 
 
-def run(out, lse, q, k, v, mode, mask, causal: bool, scale: float) -> None:
+def prepared(x: torch.Tensor, weight: torch.Tensor | None, p: Prologue) -> torch.Tensor:
+    """Return x [B, H, L, D] after the steps of p, in float64. weight: of x's norm."""
+    length, d = x.shape[2:]
+    x = x.double()
+    if p.norm is not None:
+        over = (1, 3) if p.norm == TOKEN else (3,)
+        x = x / (x.square().mean(over, keepdim=True) + p.eps).sqrt()
+    if weight is not None:
+        rows = weight.double().expand(2, -1) if weight.dim() == 1 else weight.double()
+        second = (torch.arange(length, device=x.device) >= p.first).long()
+        # [L, heads or 1, D] -> [heads or 1, L, D].
+        x = x * rows[second].view(length, -1, d).transpose(0, 1)
+    if p.cos is not None:
+        cos, sin = p.cos[:length].double(), p.sin[:length].double()
+        even, odd = x[..., ::2], x[..., 1::2]
+        x = torch.stack((even * cos - odd * sin, even * sin + odd * cos), -1).flatten(-2)
+    return x
+
+
+def run(out, lse, q, k, v, mode, mask, causal, scale, prologue=NOTHING, rotate=False) -> None:
     """Write to out and lse what `attention` describes. Every mode gives the exact result."""
+    if prologue is not NOTHING:
+        q = prepared(q, prologue.q_weight, prologue)
+        k = prepared(k, prologue.k_weight, prologue)
     group = q.shape[1] // k.shape[1]
     for b in range(q.shape[0]):
         for h in range(q.shape[1]):
@@ -28,5 +51,5 @@ def run(out, lse, q, k, v, mode, mask, causal: bool, scale: float) -> None:
                 lse[b, h] = logits.logsumexp(dim=1).float()
 
 
-SCHEMES = frozenset(scheme(mode, masked) for mode in MODES for masked in (False, True))
+SCHEMES = frozenset(scheme(mode, kind) for mode in MODES for kind in KINDS)
 register(Backend(OP, "reference", 100, Needs(SCHEMES), run))

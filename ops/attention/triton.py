@@ -6,9 +6,10 @@ import torch
 
 from ..launch import ALIGNMENT, TRITON_MIN, alignment, launch
 from ..registry import Backend, Needs, capability, register
-from . import OP, scheme
+from . import KINDS, OP, scheme
 from .modes import MODES, Mode
 from .prepare import TILE, count, prepare, width
+from .prologue import NOTHING
 
 # The largest head size whose tiles fit.
 D_MAX = 256
@@ -69,17 +70,19 @@ def choose(has: tuple[int, int], w: int, mode: Mode, masked: bool) -> Cut:
     return next(fits)
 
 
-def run(out, lse, q, k, v, mode: Mode, mask, causal: bool, scale: float) -> None:
+def run(out, lse, q, k, v, mode, mask, causal, scale, prologue=NOTHING, rotate=False) -> None:
     """Write to out and lse what `attention` describes."""
     cut = choose(capability(q.device), width(q.shape[3]), mode, mask is not None)
-    run_cut(out, lse, q, k, v, mode, mask, causal, scale, cut)
+    run_cut(out, lse, q, k, v, mode, mask, causal, scale, cut, prologue, rotate)
 
 
-def run_cut(out, lse, q, k, v, mode, mask, causal, scale, cut: Cut) -> None:
+def run_cut(
+    out, lse, q, k, v, mode, mask, causal, scale, cut: Cut, prologue=NOTHING, rotate=False
+) -> None:
     """Write to out [B, H, Lq, D] and lse [B, H, Lq], contiguous or None, cut as told."""
     from .kernels.attend import attend_kernel
 
-    ready = prepare(q, k, v, scale, mode, groups=1, swizzled=False, shift=lse is not None)
+    ready = prepare(q, k, v, scale, mode, 1, False, lse is not None, prologue, rotate)
     (b, h, length, d), (heads, keys) = q.shape, k.shape[1:3]
     tiles = count(length)
     kind = NO_MASK if mask is None else BOOL_MASK if mask.dtype == torch.bool else ADDED_MASK
@@ -114,7 +117,7 @@ def run_cut(out, lse, q, k, v, mode, mask, causal, scale, cut: Cut) -> None:
 
 def _register(mode: Mode) -> None:
     needs = Needs(
-        frozenset({scheme(mode.name, False), scheme(mode.name, True)}),
+        frozenset(scheme(mode.name, kind) for kind in KINDS),
         devices=frozenset({"cuda"}),
         capability=mode.capability,
         k_max=D_MAX,

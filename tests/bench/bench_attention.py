@@ -1,12 +1,16 @@
 """Attention of real models: ours in each mode, and what else can be installed, side by side.
 
-Run on a GPU: `python -m tests.bench.bench_attention`. Quantization of Q, K and V is included
-everywhere. Prints a table and appends it to docs/results/attention.jsonl.
+Run on a GPU: `python -m tests.bench.bench_attention`, with `--short` for short sequences and texts,
+where quantizing weighs more, or `--masked`, where a text before an image has padding. Quantization
+of Q, K and V is included everywhere. SageAttention, which its users compile, takes part if it is
+installed. Prints a table and appends it to docs/results/attention.jsonl, attention_short.jsonl or
+attention_masked.jsonl.
 """
 
 import argparse
 import importlib.util
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -14,81 +18,93 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lowbit.ops.attention import attention
 from lowbit.ops.attention.modes import MODES
-from tests.bench import runner
+from tests.bench import attention_data, runner
+from tests.bench.attention_data import D
 
-D = 128
-# Model, heads, tokens: video of 81 frames at 480p and at 720p; an image of 1328² with its text.
-SHAPES = (
-    ("qwen_image 20B 1328", 24, 7145),
-    ("wan 14B 480p", 40, 32760),
-    ("wan 14B 720p", 40, 75600),
+
+@dataclass(frozen=True)
+class Shape:
+    """An attention of `heads` heads of 128 channels, `queries` by `keys`."""
+
+    model: str
+    heads: int
+    queries: int
+    keys: int
+
+
+# Video of 81 frames at 480p and at 720p; an image of 1328² with its text.
+LONG = (
+    Shape("qwen_image 20B 1328", 24, 7145, 7145),
+    Shape("wan 14B 480p", 40, 32760, 32760),
+    Shape("wan 14B 720p", 40, 75600, 75600),
 )
+# Where quantizing begins to pay; then Wan's text and image, Qwen-Image's text.
+SHORT = (
+    *(
+        Shape("short", heads, tokens, tokens)
+        for heads in (24, 40)
+        for tokens in (256, 512, 768, 1024, 1536, 2048, 3072, 4096)
+    ),
+    Shape("wan 14B text", 40, 32760, 512),
+    Shape("wan 14B image", 40, 32760, 257),
+    Shape("qwen_image 20B text", 24, 7145, 256),
+)
+# Keys of a text's padding: of 256 tokens, 100 are its own.
+PADDING = slice(100, 256)
 CHECKED_ROWS = 48
 # Refuse to time anything that errs more: the error of FP8 in both operands, and half as much.
 MAX_ERROR = 0.06
 
 
-def shapes() -> Iterator[tuple[str, int, int]]:
-    """Yield (name, heads, tokens) of self-attention in real models."""
-    yield from SHAPES
+def shapes() -> Iterator[Shape]:
+    """Yield every shape that can be timed."""
+    yield from (*LONG, *SHORT)
 
 
-def runs(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Iterator[tuple[str, Callable]]:
-    """Yield (name, function) of each way to run q, k, v [1, H, L, D]."""
+def runs(q, k, v, mask: torch.Tensor | None = None) -> Iterator[tuple[str, Callable]]:
+    """Yield (name, function) of each way to run q, k, v [1, H, L, D], and a mask [Lk]."""
 
     def sdpa(kind: SDPBackend) -> torch.Tensor:
         with sdpa_kernel(kind):
-            return F.scaled_dot_product_attention(q, k, v)
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
+    if mask is not None:
+        mask = mask[None, None, None]
     yield "cudnn", lambda: sdpa(SDPBackend.CUDNN_ATTENTION)
-    yield "flash", lambda: sdpa(SDPBackend.FLASH_ATTENTION)
+    if mask is None:
+        yield "flash", lambda: sdpa(SDPBackend.FLASH_ATTENTION)
     if importlib.util.find_spec("comfy_kitchen"):
         import comfy_kitchen
 
         if comfy_kitchen.int8_attention_is_available():
-            yield "kitchen", lambda: comfy_kitchen.int8_attention(q, k, v)
-    if importlib.util.find_spec("sageattention"):
+            yield "kitchen", lambda: comfy_kitchen.int8_attention(q, k, v, attn_mask=mask)
+    if mask is None and importlib.util.find_spec("sageattention"):
         import sageattention
 
         yield "sageattn", lambda: sageattention.sageattn(q, k, v, tensor_layout="HND")
     for mode in MODES:
-        yield f"hopper {mode}", lambda m=mode: attention(q, k, v, m, backend="hopper")
-        yield f"triton {mode}", lambda m=mode: attention(q, k, v, m, backend="triton")
+        for backend in ("hopper", "triton"):
+            way = {"mode": mode, "backend": backend, "mask": mask}
+            yield f"{backend} {mode}", lambda way=way: attention(q, k, v, **way)
 
 
-def make(heads: int, tokens: int) -> list[torch.Tensor]:
-    """Return q, k, v [1, H, L, D] that lie as [1, L, H, D], as projections give them."""
-    generator = torch.Generator("cuda").manual_seed(0)
-    return [
-        torch.randn(1, tokens, heads, D, generator=generator, device="cuda")
-        .bfloat16()
-        .transpose(1, 2)
-        for _ in range(3)
-    ]
-
-
-def exact(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rows: slice) -> torch.Tensor:
-    """Return the attention of some rows in float64, a head at a time."""
-    heads = []
-    for h in range(q.shape[1]):
-        logits = q[0, h, rows].double() @ k[0, h].double().t() * D**-0.5
-        heads.append(logits.softmax(1) @ v[0, h].double())
-    return torch.stack(heads)[None]
-
-
-def bench(heads: int, tokens: int) -> dict[str, dict]:
-    """Return, by name of the way to run it, times, error and rate."""
-    q, k, v = make(heads, tokens)
-    rows = slice(0, tokens, tokens // CHECKED_ROWS)
-    want = exact(q, k, v, rows)
-    ways = dict(runs(q, k, v))
+def bench(shape: Shape, skip: tuple[str, ...] = (), masked: bool = False) -> dict[str, dict]:
+    """Return times, error and rate by name of the way to run it, but of names that start so."""
+    q, k, v = attention_data.make("normal", shape.heads, shape.queries, shape.keys)
+    rows = slice(0, shape.queries, max(shape.queries // CHECKED_ROWS, 1))
+    mask = None
+    if masked:
+        mask = torch.ones(shape.keys, dtype=torch.bool, device="cuda")
+        mask[PADDING] = False
+    want = attention_data.exact(q, k, v, rows, mask)
+    ways = {name: run for name, run in runs(q, k, v, mask) if not name.startswith(skip)}
     errors = {}
     for name, run in ways.items():
         errors[name] = runner.relative_error(run()[:, :, rows], want)
         # Not `>`, which NaN would pass.
         if not errors[name] <= MAX_ERROR:
-            raise RuntimeError(f"{name} errs by {errors[name]:.3f} at {heads}x{tokens}: not timed")
-    operations = 4 * heads * tokens**2 * D
+            raise RuntimeError(f"{name} errs by {errors[name]:.3f} at {shape}: not timed")
+    operations = 4 * shape.heads * shape.queries * shape.keys * D
     return {
         name: {
             **vars(timing),
@@ -99,10 +115,10 @@ def bench(heads: int, tokens: int) -> dict[str, dict]:
     }
 
 
-def line(name: str, heads: int, tokens: int, results: dict[str, dict]) -> str:
+def line(shape: Shape, results: dict[str, dict]) -> str:
     """Return the table's line: each way's rate, error and ratio to cuDNN."""
     base = results["cudnn"]["median_ms"]
-    cells = [f"{name} {heads} x {tokens}"]
+    cells = [f"{shape.model} {shape.heads} x {shape.queries} x {shape.keys}"]
     for way, result in results.items():
         cells.append(
             f"{way} {result['median_ms']:.3f} ms, {result['tflops']:.0f}, "
@@ -115,14 +131,19 @@ def line(name: str, heads: int, tokens: int, results: dict[str, dict]) -> str:
 def main() -> None:
     """Time every shape, print the table, append the results."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--only", default="", help="only shapes whose name holds this")
-    only = parser.parse_args().only
-    for name, heads, tokens in shapes():
-        if only in name:
-            results = bench(heads, tokens)
-            print(line(name, heads, tokens, results), flush=True)
-            record = {"model": name, "heads": heads, "tokens": tokens, "head_size": D}
-            runner.append("attention", {**record, "results": results})
+    parser.add_argument("--only", default="", help="only shapes whose model holds this")
+    parser.add_argument("--short", action="store_true", help="short sequences, and texts")
+    parser.add_argument("--masked", action="store_true", help="with a mask of keys")
+    given = parser.parse_args()
+    kind = "_short" if given.short else "_masked" if given.masked else ""
+    for shape in SHORT if given.short else LONG:
+        if given.only in shape.model:
+            # What is slower than cuDNN at length is not timed where sequences are short.
+            skip = ("triton", "kitchen", "flash") if given.short else ()
+            results = bench(shape, skip, given.masked)
+            print(line(shape, results), flush=True)
+            record = {**vars(shape), "head_size": D, "results": results}
+            runner.append(f"attention{kind}", record)
 
 
 if __name__ == "__main__":

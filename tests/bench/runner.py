@@ -2,6 +2,7 @@
 
 import datetime
 import importlib.metadata
+import importlib.util
 import itertools
 import json
 import statistics
@@ -18,10 +19,10 @@ RESULTS = Path(__file__).resolve().parents[2] / "docs" / "results"
 CLEAR_BYTES = 1 << 31
 SAMPLES_MS = 60
 MIN_SAMPLES, MAX_SAMPLES = 15, 60
-HOST_CALLS = 20
 # Of a sustained measurement: a GPU that has been busy for so long has the clock that its power
 # allows, and keeps it.
 SETTLE_S, SUSTAINED_S, ROUNDS = 1.0, 0.7, 3
+MIN_HOST_CALLS, MAX_HOST_CALLS = 3, 20
 
 
 @dataclass(frozen=True)
@@ -49,9 +50,15 @@ def measure(runs: Mapping[str, Callable[[], torch.Tensor]]) -> dict[str, Timing]
     count = int(min(max(SAMPLES_MS / slowest, MIN_SAMPLES), MAX_SAMPLES))
     timings = {}
     for name, times in _samples(runs, clear, count).items():
-        p20, _, _, p80 = statistics.quantiles(times, n=5)
-        timings[name] = Timing(statistics.median(times), p20, p80, _host_us(runs[name]))
+        timings[name] = _timing(runs[name], times)
     return timings
+
+
+def _timing(run: Callable, times: list[float]) -> Timing:
+    p20, _, _, p80 = statistics.quantiles(times, n=5)
+    median = statistics.median(times)
+    calls = int(min(max(SAMPLES_MS / median, MIN_HOST_CALLS), MAX_HOST_CALLS))
+    return Timing(median, p20, p80, _host_us(run, calls))
 
 
 def _samples(
@@ -80,11 +87,7 @@ def measure_sustained(runs: Mapping[str, Callable[[], torch.Tensor]]) -> dict[st
         for name, run in runs.items():
             _repeat(run, SETTLE_S)
             samples[name] += _repeat(run, SUSTAINED_S)
-    timings = {}
-    for name, times in samples.items():
-        p20, _, _, p80 = statistics.quantiles(times, n=5)
-        timings[name] = Timing(statistics.median(times), p20, p80, _host_us(runs[name]))
-    return timings
+    return {name: _timing(runs[name], times) for name, times in samples.items()}
 
 
 def _repeat(run: Callable, seconds: float) -> list[float]:
@@ -103,26 +106,28 @@ def _repeat(run: Callable, seconds: float) -> list[float]:
     return [a.elapsed_time(b) for a, b in itertools.pairwise(events)]
 
 
-def _host_us(run: Callable) -> float:
+def _host_us(run: Callable, calls: int) -> float:
     # The launch queue holds about a thousand kernels: so few calls never wait for the GPU.
     start = time.perf_counter()
-    for _ in range(HOST_CALLS):
+    for _ in range(calls):
         run()
     elapsed = time.perf_counter() - start
     torch.cuda.synchronize()
-    return elapsed / HOST_CALLS * 1e6
+    return elapsed / calls * 1e6
 
 
 def environment() -> dict[str, str]:
     """Return GPU, versions and date: what a result is worth nothing without."""
     import triton
 
+    peers = ("comfy-kitchen", "sageattention")
+    found = [name for name in peers if importlib.util.find_spec(name.replace("-", "_"))]
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
         "gpu": torch.cuda.get_device_name(),
         "torch": torch.__version__,
         "triton": triton.__version__,
-        "comfy_kitchen": importlib.metadata.version("comfy-kitchen"),
+        **{name.replace("-", "_"): importlib.metadata.version(name) for name in found},
     }
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lowbit.ops import registry
-from lowbit.ops.attention import OP, attention, reference, scheme
+from lowbit.ops.attention import OP, Prologue, attention, reference, scheme
 from lowbit.ops.attention.modes import MODES
 
 BACKENDS = ("hopper", "triton")
@@ -33,7 +33,7 @@ def way(request):
     needs = next(
         b.needs for b in registry.backends(OP) if b.name == backend and mode in str(b.needs)
     )
-    call = registry.Call(scheme(mode, False), torch.device("cuda", 0), 0, 128)
+    call = registry.Call(scheme(mode, None), torch.device("cuda", 0), 0, 128)
     reason = registry.unmet(needs, call)
     if reason:
         pytest.skip(f"{backend}: {reason}")
@@ -82,24 +82,107 @@ def test_other_head_sizes(way, d):
     assert error(out, want) <= MODES[way["mode"]].max_error
 
 
-def test_masks_and_causal(way):
+def test_masks(way):
     if way["backend"] != "triton":
-        pytest.skip("has no masks")
+        pytest.skip("has masks of keys only")
     q, k, v = inputs(length=200, keys=333)
     hides = make(1, 1, 200, 333, seed=5) > -0.5
     hides[:, :, 7] = False
-    for options in (
-        {"mask": hides},
-        {"mask": make(1, 2, 1, 333, seed=6).float()},
-        {"mask": make(333, seed=7)},
-        {"causal": True},
-    ):
+    for options in ({"mask": hides}, {"mask": make(1, 1, 1, 333, seed=6), "causal": True}):
         (out, lse), (want, want_lse) = runs(way, q, k, v, **options)
         # Some rows see a few keys only, whose error no others even out.
         assert error(out, want) <= 1.2 * MODES[way["mode"]].max_error
         assert torch.equal(torch.isfinite(lse), torch.isfinite(want_lse))
     out, lse = attention(q, k, v, **way, mask=hides, return_lse=True)
     assert (out[:, :, 7] == 0).all() and (lse[:, :, 7] == -torch.inf).all()
+
+
+def masks_of_keys(b: int, h: int, keys: int) -> dict[str, torch.Tensor]:
+    """A text's that stands before an image; blocks hidden whole, biases, no key left."""
+    text = torch.ones(b, 1, 1, keys, dtype=torch.bool, device="cuda")
+    text[-1, ..., 30:300] = False
+    end = torch.ones_like(text)
+    end[..., keys - 200 :] = False
+    some = make(1, h, 1, keys, seed=5) > 0
+    nothing = torch.ones_like(text)
+    nothing[0] = False
+    return {
+        **{"text": text, "end": end, "some": some, "nothing": nothing},
+        "host": (text.bfloat16() - 1) * torch.finfo(torch.bfloat16).max,
+        "biases": make(1, h, 1, keys, seed=6).float(),
+        "far": torch.linspace(0, 400, keys, device="cuda"),
+        "one": torch.arange(keys, device="cuda") == 5,
+    }
+
+
+@pytest.mark.parametrize("name", ["text", "end", "some", "nothing", "host", "biases", "far", "one"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_masks_of_keys(way, name, dtype):
+    q, k, v = inputs(b=2, h=2, length=200, keys=1000, dtype=dtype)
+    mask = masks_of_keys(2, 2, 1000)[name]
+    (out, lse), (want, want_lse) = runs(way, q, k, v, mask=mask)
+    assert torch.equal(torch.isfinite(lse), torch.isfinite(want_lse))
+    finite = torch.isfinite(want_lse)
+    # A logit of hundreds is a float32 with an error of its own.
+    assert (lse - want_lse)[finite].abs().max() <= LSE_ERROR + 1e-3 * want_lse[finite].abs().max()
+    # A few keys are left, whose error no others even out.
+    few = 3 if name == "far" else 1.1
+    assert error(out, want) <= few * MODES[way["mode"]].max_error
+    if name == "nothing":
+        assert (out[0] == 0).all() and (lse[0] == -torch.inf).all()
+
+
+@pytest.mark.parametrize("lengths", [(200, 333), (333, 200), (1000, 1000), (129, 1), (1, 129)])
+def test_causal(way, lengths):
+    q, k, v = inputs(length=lengths[0], keys=lengths[1])
+    (out, lse), (want, want_lse) = runs(way, q, k, v, causal=True)
+    # The first rows see a few keys only.
+    assert error(out, want) <= 1.2 * MODES[way["mode"]].max_error
+    assert (lse - want_lse).abs().max() <= LSE_ERROR
+
+
+def steps(name: str, heads: int, kv: int, tokens: int) -> Prologue:
+    """What Wan and Qwen-Image do to Q and K."""
+    angle = 3 * make(tokens, 64, seed=9, dtype=torch.float32)
+    tables = {"cos": angle.cos(), "sin": angle.sin()}
+    if name == "wan":
+        w = [1 + 0.2 * make(n * 128, seed=7 + n) for n in (heads, kv)]
+        return Prologue("token", 1e-6, *w, **tables)
+    w = [1 + 0.2 * make(2, 128, seed=n) for n in (7, 8)]
+    return Prologue("head", 1e-6, *w, first=77, **tables)
+
+
+@pytest.mark.parametrize("name", ["wan", "qwen"])
+@pytest.mark.parametrize("rotate", [True, False])
+def test_prologue_is_near_float64_in_both_layouts(way, name, rotate):
+    q, k, v = (3 * x for x in inputs(b=2, h=4, kv=2, length=300, keys=700))
+    options = {"prologue": steps(name, 4, 2, 700), "rotate": rotate}
+    (out, lse), (want, want_lse) = runs(way, q, k, v, **options)
+    assert error(out, want) <= MODES[way["mode"]].max_error
+    assert (lse - want_lse).abs().max() <= LSE_ERROR
+    moved = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v)]
+    assert torch.equal(attention(*moved, **way, **options), out)
+
+
+def test_prologue_with_other_head_sizes(way):
+    if way["backend"] != "triton":
+        pytest.skip("head size 128 only")
+    for d in (40, 64, 256):
+        q, k, v = (3 * x for x in inputs(h=2, length=200, keys=333, d=d))
+        weight = 1 + 0.2 * make(2 * d, seed=9)
+        prologue = Prologue("token", 1e-6, weight, weight)
+        for rotate in (True, False):
+            (out, _), (want, _) = runs(way, q, k, v, prologue=prologue, rotate=rotate)
+            assert error(out, want) <= MODES[way["mode"]].max_error
+
+
+def test_rotation_takes_the_outliers_out_of_q_and_k(way):
+    q, k, v = inputs(length=300, keys=4096)
+    for x in (q, k):
+        x[..., ::37] *= 5
+    (plain, _), (want, _) = runs(way, q, k, v)
+    (rotated, _), _ = runs(way, q, k, v, rotate=True)
+    assert error(rotated, want) <= 0.8 * error(plain, want)
 
 
 def test_both_layouts_give_equal_results_and_strided_views_near_ones(way):

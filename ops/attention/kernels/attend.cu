@@ -3,9 +3,17 @@
 // One block of threads a tile of rows, a head and a batch element: x, y, z.
 __device__ __forceinline__ int q_head() { return blockIdx.z * gridDim.y + blockIdx.y; }
 __device__ __forceinline__ int kv_head(const Params& args) { return q_head() / args.group; }
+// Tiles of rows that see the most keys begin first.
+__device__ __forceinline__ int row_tile() {
+    return CAUSAL ? gridDim.x - 1 - blockIdx.x : blockIdx.x;
+}
+// Tiles of keys that the rows see; of the last one some keys may be none, or later than a row.
+__device__ __forceinline__ int key_tiles(const Params& args) {
+    return CAUSAL ? min(args.blocks, row_tile() + 1) : args.blocks;
+}
 
 struct Shared {
-    u32 q, k, v, k_scale, q_full, k_full, k_empty, v_full, v_empty;
+    u32 q, k, v, k_scale, bias, q_full, k_full, k_empty, v_full, v_empty;
 };
 
 // A place in the ring of stages.
@@ -25,16 +33,21 @@ __device__ __forceinline__ void produce(const Params& args, const TensorMap* map
     int bh = q_head();
     int kv = kv_head(args);
     barrier_expect(at.q_full, Q_BYTES);
-    copy(at.q, args.q + (u64(bh) * args.tiles + blockIdx.x) * Q_BYTES, Q_BYTES, at.q_full);
+    copy(at.q, args.q + (u64(bh) * args.tiles + row_tile()) * Q_BYTES, Q_BYTES, at.q_full);
     Ring ring;
-    for (int i = 0; i < args.blocks; ++i) {
-        int block = args.blocks - 1 - i;
+    int blocks = key_tiles(args);
+    for (int i = 0; i < blocks; ++i) {
+        int block = blocks - 1 - i;
         u64 tile = u64(kv) * args.blocks + block;
         barrier_wait(at.k_empty + 8 * ring.stage, ring.phase ^ 1);
         u32 full = at.k_full + 8 * ring.stage;
-        barrier_expect(full, K_BYTES + 16);
+        barrier_expect(full, K_BYTES + 16 + BIAS_BYTES);
         copy(at.k + ring.stage * K_BYTES, args.k + tile * K_BYTES, K_BYTES, full);
         copy(at.k_scale + ring.stage * 16, args.k_scale + tile * 4, 16, full);
+#if BIASED
+        const float* bias = args.bias + blockIdx.z * args.bias_b + blockIdx.y * args.bias_h;
+        copy(at.bias + ring.stage * BIAS_BYTES, bias + u64(block) * BIASES, BIAS_BYTES, full);
+#endif
         barrier_wait(at.v_empty + 8 * ring.stage, ring.phase ^ 1);
         full = at.v_full + 8 * ring.stage;
         barrier_expect(full, V_BYTES);
@@ -73,12 +86,24 @@ struct Work {
 // Whether `acc` is to be folded before it takes P·V number n, which then starts a new sum.
 __device__ __forceinline__ bool is_full(int n) { return PV != PV_FP8 || n % TILES_SUMMED == 0; }
 
+// The softmax of a tile, by its bias where it has one.
+template <bool FIRST, bool BOUNDED>
+__device__ __forceinline__ bool softmax_of(float (&p)[64], const int (&s)[64], Rows& rows,
+                                           float k_scale, u32 bias) {
+#if BIASED
+    float any;
+    asm volatile("ld.shared.f32 %0, [%1];" : "=f"(any) : "r"(bias + N * 4) : "memory");
+    if (any != 0.0f) return softmax_biased<FIRST>(p, s, rows, k_scale, bias);
+#endif
+    return softmax<FIRST, BOUNDED>(p, s, rows, k_scale);
+}
+
 // One tile: S of tile i beside P·V of the tile before, whose P is in `p`; P of tile i to `p`.
 template <bool BOUNDED>
 __device__ __forceinline__ void advance(Work& work, int i, float (&o)[64], Sum (&acc)[64],
                                         u32 (&p)[P_REGISTERS], Rows& rows) {
     const Shared& at = work.at;
-    bool last = i + 1 == work.args.blocks;
+    bool last = i + 1 == key_tiles(work.args);
     bool leader = threadIdx.x % 32 == 0;
     int s[64];
     if (PINGPONG) named_sync(1 + work.group);
@@ -101,11 +126,16 @@ __device__ __forceinline__ void advance(Work& work, int i, float (&o)[64], Sum (
                  : "=f"(k_scale)
                  : "r"(at.k_scale + work.ring.stage * 16 + threadIdx.x % 4 * 4) : "memory");
     __syncwarp();
-    if (leader) barrier_arrive(at.k_empty + 8 * work.ring.stage);
+    if (!BIASED && leader) barrier_arrive(at.k_empty + 8 * work.ring.stage);
     float x[64];
     rows.pending[0] = rows.part[0];
     rows.pending[1] = rows.part[1];
-    bool moved = softmax<false, BOUNDED>(x, s, rows, k_scale);
+    u32 bias = at.bias + work.ring.stage * BIAS_BYTES;
+    bool moved = softmax_of<false, BOUNDED>(x, s, rows, k_scale, bias);
+    if (BIASED) {
+        __syncwarp();
+        if (leader) barrier_arrive(at.k_empty + 8 * work.ring.stage);
+    }
     u32 packed[P_REGISTERS];
     if (DOUBLE) pack_all(packed, x);
     int used = work.before.stage;
@@ -140,7 +170,7 @@ template <bool BOUNDED>
 __device__ __forceinline__ void consume(Work& work, float (&o)[64], u32 (&p)[P_REGISTERS],
                                         Rows& rows) {
     const Shared& at = work.at;
-    int blocks = work.args.blocks;
+    int blocks = key_tiles(work.args);
 #if PV != PV_EXACT
     Sum acc[64];
 #pragma unroll
@@ -178,7 +208,7 @@ __device__ __forceinline__ void finish(const Params& args, const float (&o)[64],
         sum += __shfl_xor_sync(0xffffffff, sum, 2);
         int at = row + 8 * r;
         if (at >= args.rows) continue;
-        float inverse = 1.0f / sum;
+        float inverse = BIASED && sum == 0.0f ? 0.0f : 1.0f / sum;
         char* out = static_cast<char*>(args.out) +
                     2 * (blockIdx.z * args.out_b + blockIdx.y * args.out_h + at * args.out_l);
 #pragma unroll
@@ -188,8 +218,8 @@ __device__ __forceinline__ void finish(const Params& args, const float (&o)[64],
             u64 channel = u64(kv_head(args)) * D + 8 * j + column;
             float2 scale = *reinterpret_cast<const float2*>(args.v_scale + channel);
             float2 mean = *reinterpret_cast<const float2*>(args.v_offset + channel);
-            x = fmaf(x, scale.x, mean.x);
-            y = fmaf(y, scale.y, mean.y);
+            x = fmaf(x, scale.x, BIASED && sum == 0.0f ? 0.0f : mean.x);
+            y = fmaf(y, scale.y, BIASED && sum == 0.0f ? 0.0f : mean.y);
 #endif
             u32 both;
             asm("cvt.rn." HALF "x2.f32 %0, %1, %2;" : "=r"(both) : "f"(y), "f"(x));
@@ -230,11 +260,13 @@ attention(const __grid_constant__ Params args, const __grid_constant__ TensorMap
     __shared__ __align__(8) u64 barriers[1 + 4 * STAGES];
     __shared__ __align__(16) float scales[STAGES * 4];
     __shared__ float scratch[WARPS];
+    __shared__ __align__(16) float biases[BIASED ? STAGES * BIASES : 1];
     Shared at;
     at.q = (shared_address(raw) + 1023) & ~1023u;
     at.k = at.q + Q_BYTES;
     at.v = at.k + STAGES * K_BYTES;
     at.k_scale = shared_address(scales);
+    at.bias = shared_address(biases);
     at.q_full = shared_address(barriers);
     at.k_full = at.q_full + 8;
     at.k_empty = at.k_full + 8 * STAGES;
@@ -258,7 +290,7 @@ attention(const __grid_constant__ Params args, const __grid_constant__ TensorMap
         if (threadIdx.x == CONSUMERS * 128) produce(args, &map, at);
     } else {
         asm volatile("setmaxnreg.inc.sync.aligned.u32 240;");
-        int row = blockIdx.x * M + group * 64 + threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4;
+        int row = row_tile() * M + group * 64 + threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4;
         const float* q_scale = args.q_scale + u64(q_head()) * args.tiles * M + row;
         Rows rows;
         rows.scale[0] = q_scale[0];
@@ -282,15 +314,23 @@ attention(const __grid_constant__ Params args, const __grid_constant__ TensorMap
             settle(s);
             float k_scale = scales[threadIdx.x % 4];
             __syncwarp();
-            if (threadIdx.x % 32 == 0) barrier_arrive(at.k_empty);
-            int valid = args.keys - (args.blocks - 1) * N;
-            if (valid < N) {
+            if (!BIASED && threadIdx.x % 32 == 0) barrier_arrive(at.k_empty);
+            int before = (key_tiles(args) - 1) * N;
+            int valid = args.keys - before;
+            if (CAUSAL || valid < N) {
 #pragma unroll
-                for (int i = 0; i < 64; ++i)
-                    if (i / 4 * 8 + threadIdx.x % 4 * 2 + i % 2 >= valid) s[i] = EMPTY;
+                for (int i = 0; i < 64; ++i) {
+                    u32 key = i / 4 * 8 + threadIdx.x % 4 * 2 + i % 2;
+                    bool later = CAUSAL && key + before > row + (i / 2) % 2 * 8;
+                    if (key >= valid || later) s[i] = EMPTY;
+                }
             }
             float x[64];
-            softmax<true, false>(x, s, rows, k_scale);
+            softmax_of<true, false>(x, s, rows, k_scale, at.bias);
+            if (BIASED) {
+                __syncwarp();
+                if (threadIdx.x % 32 == 0) barrier_arrive(at.k_empty);
+            }
             pack_all(p, x);
             add_sums(rows, p);
         }

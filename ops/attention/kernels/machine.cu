@@ -19,7 +19,12 @@
 //   DOUBLE          P is packed while the one before is multiplied, at the price of registers
 //   Q_IN_REGISTERS  Q is read from shared memory once
 //   TILES_SUMMED    tiles of FP8 P·V that the tensor cores sum by themselves
+//   CAUSAL          a row sees the keys up to its own index
+//   BIASED          a number for each key is added to its logits, or hides it
 
+#if CAUSAL && BIASED
+#error "not both"
+#endif
 #define PV_EXACT 0
 #define PV_FP8 1
 #define PV_INT8 2
@@ -39,9 +44,10 @@ struct Params {
     const float* v_offset;   // [B·Hkv, 128], added after the sum; unused if exact
     const float* q_bound;  // [B·H, tiles · 128]: norm of the row, scaled
     const float* k_bound;  // [B·Hkv, blocks]: largest norm of a key, scaled
+    const float* bias;     // [blocks, 132]: of 128 keys, in log2 units; then 0 if all of them are 0
     void* out;
     float* lse;            // [B·H, Lq] natural logarithm, or null
-    long long out_b, out_h, out_l;
+    long long out_b, out_h, out_l, bias_b, bias_h;
     int group, rows, keys, tiles, blocks;
 };
 
@@ -62,6 +68,11 @@ constexpr float SAFE = 90.0f;
 constexpr float LOG2_255 = 7.994353436858858f;
 constexpr float ROUND = 12582912.0f;
 constexpr int EMPTY = 0x80000000;
+// Elements of a tile of `bias`: a copy is a multiple of 16 bytes.
+constexpr int BIASES = N + 4;
+constexpr int BIAS_BYTES = BIASED ? BIASES * 4 : 0;
+// The maximum of a row of which every key is hidden so far.
+constexpr float FLOOR = -1e30f;
 
 __device__ __forceinline__ u32 shared_address(const void* p) {
     return static_cast<u32>(__cvta_generic_to_shared(p));

@@ -8,6 +8,8 @@ SWIZZLED: 16-byte chunk c of a row stands at c ^ (row % 8), and V's keys in the 
 import triton
 import triton.language as tl
 
+from .prologue import NO_NORM, apply, rotate
+
 TILE: tl.constexpr = tl.constexpr(128)
 CHUNK: tl.constexpr = tl.constexpr(16)
 # Keys that the statistics add up side by side.
@@ -37,6 +39,46 @@ def _load(x, rows, valid, stride_l, stride_d, D, WIDTH: tl.constexpr):
     return tl.load(x + at, mask=valid[:, None, None] & (d < D)[None, :, :], other=0.0).to(
         tl.float32
     )
+
+
+@triton.jit
+def _prepared(
+    x,
+    rows,
+    valid,
+    b,
+    h,
+    H,
+    LENGTH,
+    D,
+    inverse,
+    weight,
+    cos,
+    sin,
+    first,
+    eps,
+    NORM: tl.constexpr,
+    SPLIT: tl.constexpr,
+    ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """Return x as `_load` gives it, [ROWS, WIDTH / 16, 16], after the prologue's steps."""
+    if NORM != NO_NORM or weight is not None or cos is not None:
+        x = apply(
+            *(tl.reshape(x, (ROWS, WIDTH)), rows, valid, b, h, H, LENGTH, D),
+            *(inverse, weight, cos, sin, first, eps, NORM, SPLIT, ROWS, WIDTH),
+        )
+        x = tl.reshape(x, (ROWS, WIDTH // CHUNK, CHUNK))
+    return x
+
+
+@triton.jit
+def _rotated(x, ROTATE: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr):
+    """Return x [ROWS, WIDTH / 16, 16], its rows times the Hadamard matrix."""
+    if ROTATE:
+        x = rotate(tl.reshape(x, (ROWS, WIDTH)), ROWS, WIDTH)
+        x = tl.reshape(x, (ROWS, WIDTH // CHUNK, CHUNK))
+    return x
 
 
 @triton.jit
@@ -88,11 +130,21 @@ def statistics_kernel(
     x_l,
     x_d,
     CHUNKS,
+    inverse,
+    weight,
+    cos,
+    sin,
+    first,
+    eps,
+    NORM: tl.constexpr,
+    SPLIT: tl.constexpr,
     ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
     RANGE: tl.constexpr,
 ):
     """partial[bh, chunk] = the sum over ROWS keys of x; RANGE: also the largest and the least.
+
+    The keys are those after the prologue's steps.
 
     partial: [B·H, CHUNKS, 3, WIDTH] float32.
     """
@@ -109,6 +161,11 @@ def statistics_kernel(
         valid = (key < KEYS)[:, None] & (column < D)[None, :]
         at = x + key.to(tl.int64)[:, None] * x_l + column[None, :] * x_d
         value = tl.load(at, mask=valid, other=0.0).to(tl.float32)
+        if NORM != NO_NORM or weight is not None or cos is not None:
+            value = apply(
+                *(value, key, key < KEYS, bh // H, bh % H, H, KEYS, D),
+                *(inverse, weight, cos, sin, first, eps, NORM, SPLIT, STEP, WIDTH),
+            )
         total += value
         if RANGE:
             high = tl.maximum(high, tl.where(valid, value, float("-inf")))
@@ -174,12 +231,23 @@ def quantize_q_kernel(
     q_l,
     q_d,
     TILES,
+    inverse,
+    weight,
+    cos,
+    sin,
+    first,
+    eps,
+    NORM: tl.constexpr,
+    SPLIT: tl.constexpr,
+    ROTATE: tl.constexpr,
     ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
     SWIZZLED: tl.constexpr,
     SHIFT: tl.constexpr,
 ):
     """stored, scale = ROWS rows of Q, each over its largest magnitude, times `factor`.
+
+    Before, the prologue's steps; after them ROTATE: times the Hadamard matrix.
 
     bound: the norms of the stored rows, scaled. SHIFT: shift = the rows times the mean key, which
     K has lost, in float32 and times `factor`.
@@ -192,22 +260,27 @@ def quantize_q_kernel(
     rows = tile * ROWS + local
     valid = rows < LENGTH
     x = _load(q, rows, valid, q_l, q_d, D, WIDTH)
-    largest = tl.max(tl.max(_bits(x), axis=2), axis=1).to(tl.float32, bitcast=True)
-    step = tl.div_rn(largest, INT8_MAX)
-    step = tl.where(step < TINY, TINY, step)
-    codes = _whole(x * tl.div_rn(1.0, step)[:, None, None])
-    first = (bh * TILES * PER_TILE + tile) * ROWS
-    tl.store(stored + first * WIDTH + _place(ROWS, WIDTH // CHUNK, SWIZZLED), codes)
-    scaled = step * factor
-    tl.store(scale + first + local, scaled)
-    exact = codes.to(tl.float32)
-    square = tl.sum(tl.sum(exact * exact, axis=2), axis=1)
-    tl.store(bound + first + local, scaled * tl.sqrt(square))
+    x = _prepared(
+        *(x, rows, valid, bh // H, bh % H, H, LENGTH, D),
+        *(inverse, weight, cos, sin, first, eps, NORM, SPLIT, ROWS, WIDTH),
+    )
     if SHIFT:
         d = tl.arange(0, WIDTH // CHUNK)[:, None] * CHUNK + tl.arange(0, CHUNK)[None, :]
         mean = tl.load(k_mean + bh // GROUP * WIDTH + d)
         product = tl.sum(tl.sum(x * mean[None, :, :], axis=2), axis=1)
         tl.store(shift + bh * LENGTH + rows, product * (factor * LN2), mask=valid)
+    x = _rotated(x, ROTATE, ROWS, WIDTH)
+    largest = tl.max(tl.max(_bits(x), axis=2), axis=1).to(tl.float32, bitcast=True)
+    step = tl.div_rn(largest, INT8_MAX)
+    step = tl.where(step < TINY, TINY, step)
+    codes = _whole(x * tl.div_rn(1.0, step)[:, None, None])
+    start = (bh * TILES * PER_TILE + tile) * ROWS
+    tl.store(stored + start * WIDTH + _place(ROWS, WIDTH // CHUNK, SWIZZLED), codes)
+    scaled = step * factor
+    tl.store(scale + start + local, scaled)
+    exact = codes.to(tl.float32)
+    square = tl.sum(tl.sum(exact * exact, axis=2), axis=1)
+    tl.store(bound + start + local, scaled * tl.sqrt(square))
 
 
 @triton.jit
@@ -225,11 +298,22 @@ def quantize_k_kernel(
     k_l,
     k_d,
     BLOCKS,
+    inverse,
+    weight,
+    cos,
+    sin,
+    first,
+    eps,
+    NORM: tl.constexpr,
+    SPLIT: tl.constexpr,
+    ROTATE: tl.constexpr,
     GROUPS: tl.constexpr,
     WIDTH: tl.constexpr,
     SWIZZLED: tl.constexpr,
 ):
     """stored, scale = 128 keys less the mean key, in GROUPS groups over their largest magnitude.
+
+    Before, the prologue's steps; after all ROTATE: times the Hadamard matrix.
 
     scale: [B·H, BLOCKS, GROUPS]. bound: [B·H, BLOCKS], the largest norm of a stored key, scaled.
     """
@@ -240,9 +324,14 @@ def quantize_k_kernel(
     rows = block * TILE + local
     valid = rows < KEYS
     x = _load(k, rows, valid, k_l, k_d, D, WIDTH)
+    x = _prepared(
+        *(x, rows, valid, bh // H, bh % H, H, KEYS, D),
+        *(inverse, weight, cos, sin, first, eps, NORM, SPLIT, TILE, WIDTH),
+    )
     d = tl.arange(0, WIDTH // CHUNK)[:, None] * CHUNK + tl.arange(0, CHUNK)[None, :]
     mean = tl.load(k_mean + bh * WIDTH + d)
     x = tl.where(valid[:, None, None], x - mean[None, :, :], 0.0)
+    x = _rotated(x, ROTATE, TILE, WIDTH)
     largest = tl.max(tl.max(_bits(x), axis=2), axis=1)
     grouped = tl.reshape(largest, (TILE // (2 * GROUPS), GROUPS, 2))
     largest = tl.max(tl.max(grouped, axis=2), axis=0).to(tl.float32, bitcast=True)
@@ -250,12 +339,12 @@ def quantize_k_kernel(
     step = tl.where(step < TINY, TINY, step)
     each = _spread(step, GROUPS)
     codes = _whole(x * tl.div_rn(1.0, each)[:, None, None])
-    first = bh * BLOCKS + block
-    tl.store(stored + first * (TILE * WIDTH) + _place(TILE, WIDTH // CHUNK, SWIZZLED), codes)
-    tl.store(scale + first * GROUPS + tl.arange(0, GROUPS), step)
+    tile = bh * BLOCKS + block
+    tl.store(stored + tile * (TILE * WIDTH) + _place(TILE, WIDTH // CHUNK, SWIZZLED), codes)
+    tl.store(scale + tile * GROUPS + tl.arange(0, GROUPS), step)
     exact = codes.to(tl.float32)
     norm = each * tl.sqrt(tl.sum(tl.sum(exact * exact, axis=2), axis=1))
-    tl.store(bound + first, tl.max(_bits(norm), axis=0).to(tl.float32, bitcast=True))
+    tl.store(bound + tile, tl.max(_bits(norm), axis=0).to(tl.float32, bitcast=True))
 
 
 @triton.jit

@@ -131,6 +131,20 @@ __device__ __forceinline__ bool follow(Rows& rows, float (&top)[2]) {
     return true;
 }
 
+#if PV == PV_INT8
+// P as codes over the tile's own maximum.
+__device__ __forceinline__ void scale_codes(Rows& rows, float (&p)[64], const float (&top)[2]) {
+    float code[2];
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+        rows.part[r] = exp2(top[r] - rows.top[r]);
+        code[r] = exp2(fminf(rows.top[r] - top[r] + LOG2_255, 126.0f));
+    }
+#pragma unroll
+    for (int i = 0; i < 64; ++i) p[i] = fmaf(p[i], code[(i / 2) % 2], ROUND);
+}
+#endif
+
 // p[FROM..FROM + 31] = 2 to what stands there.
 template <bool FIRST, int FROM>
 __device__ __forceinline__ void exponentials(float (&p)[64], const int (&s)[64], float (&sum)[4]) {
@@ -189,14 +203,53 @@ __device__ __forceinline__ bool softmax(float (&p)[64], const int (&s)[64], Rows
         top[0] = largest_of_row(top[0]);
         top[1] = largest_of_row(top[1]);
     }
-    float code[2];
+    scale_codes(rows, p, top);
+#else
+    rows.sum[0] += sum[0] + sum[1];
+    rows.sum[1] += sum[2] + sum[3];
+#endif
+    return moved;
+}
+
+// The same for a tile of which some keys are hidden or have another bias, which is at `address`.
+template <bool FIRST>
+__device__ __forceinline__ bool softmax_biased(float (&p)[64], const int (&s)[64], Rows& rows,
+                                               float k_scale, u32 address) {
+    float factor[2] = {rows.scale[0] * k_scale, rows.scale[1] * k_scale};
+    float sum[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+    float top[2] = {__int_as_float(0xff800000), __int_as_float(0xff800000)};
+    bool moved = false;
+    address += threadIdx.x % 4 * 8;
 #pragma unroll
-    for (int r = 0; r < 2; ++r) {
-        rows.part[r] = exp2(top[r] - rows.top[r]);
-        code[r] = exp2(fminf(rows.top[r] - top[r] + LOG2_255, 126.0f));
+    for (int j = 0; j < 64; j += 4) {
+        float x, y;
+        asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];"
+                     : "=f"(x), "=f"(y) : "r"(address + 8 * j) : "memory");
+#pragma unroll
+        for (int i = j; i < j + 4; ++i) {
+            int r = (i / 2) % 2;
+            p[i] = fmaf(float(s[i]), factor[r], i % 2 ? y : x);
+            top[r] = fmaxf(top[r], p[i]);
+        }
+    }
+    // A scale that is NaN or Inf: maxima drop it, and codes cannot hold it.
+#pragma unroll
+    for (int r = 0; r < 2; ++r) top[r] += PV == PV_INT8 ? 0.0f * factor[r] : 0.0f;
+    if constexpr (FIRST) {
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+            top[r] = largest_of_row(top[r]);
+            rows.top[r] = fmaxf(top[r] - SHIFT, FLOOR);
+        }
+    } else {
+        moved = follow(rows, top);
     }
 #pragma unroll
-    for (int i = 0; i < 64; ++i) p[i] = fmaf(p[i], code[(i / 2) % 2], ROUND);
+    for (int i = 0; i < 64; ++i) p[i] -= rows.top[(i / 2) % 2];
+    exponentials<false, 0>(p, s, sum);
+    exponentials<false, 32>(p, s, sum);
+#if PV == PV_INT8
+    scale_codes(rows, p, top);
 #else
     rows.sum[0] += sum[0] + sum[1];
     rows.sum[1] += sum[2] + sum[3];

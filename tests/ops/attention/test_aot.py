@@ -14,7 +14,7 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
 from lowbit.ops.attention import prepare as prepare_module  # noqa: E402
-from lowbit.ops.attention.kernels import prepare  # noqa: E402
+from lowbit.ops.attention.kernels import prepare, prologue  # noqa: E402
 from lowbit.ops.attention.kernels.attend import attend_kernel  # noqa: E402
 from lowbit.ops.attention.modes import MODES  # noqa: E402
 from lowbit.ops.attention.triton import ADDED_MASK, BOOL_MASK, NO_MASK, choose  # noqa: E402
@@ -31,10 +31,11 @@ POINTERS = {
     **dict.fromkeys(("q", "k", "v", "x", "out"), "*bf16"),
     **dict.fromkeys(("q_scale", "k_scale", "v_scale", "v_offset", "v_sum", "lse"), "*fp32"),
     **dict.fromkeys(("partial", "k_mean", "v_mean", "scale", "bound", "shift", "sums"), "*fp32"),
-    **{"factor": "fp32", "mask": "*i1"},
+    **{"factor": "fp32", "mask": "*i1", "eps": "fp32"},
+    **{"inverse": "*fp32", "weight": "*bf16", "cos": "*fp32", "sin": "*fp32"},
 }
 # Lengths, and strides of one element: of no known divisor, or one.
-ODD = ("ROWS", "KEYS", "LENGTH", "TILES", "BLOCKS", "CHUNKS", "H", "GROUP", "B")
+ODD = ("ROWS", "KEYS", "LENGTH", "TILES", "BLOCKS", "CHUNKS", "H", "GROUP", "B", "first")
 UNIT = ("v_d", "k_d", "q_d", "x_d", "out_d", "mask_k")
 
 
@@ -122,26 +123,60 @@ def test_causal_kernel_with_a_bool_mask_compiles():
     assert attend(MODES["exact"], HOPPER, 128, BOOL_MASK, causal=True)
 
 
-@pytest.mark.parametrize(
-    ("arch", "swizzled"), [(80, False), (89, False), (90, True), (100, False), (120, False)]
-)
-def test_quantizers_keep_a_tile_in_registers(arch, swizzled, tmp_path):
+# No prologue, and those of Wan and of Qwen-Image.
+NONE = {"inverse": None, "weight": None, "cos": None, "sin": None, "first": 0, "eps": 0.0}
+PROLOGUES = {
+    "none": {**NONE, "NORM": 0, "SPLIT": False},
+    "token": {"NORM": 2, "SPLIT": False, "first": 0},
+    "head": {"NORM": 1, "SPLIT": True, "inverse": None},
+}
+
+
+def quantizers(steps: dict, arch: int, rotate: bool) -> list:
+    """(kernel, constants, warps, type of what is stored) as `prepare` launches them."""
+    swizzled = arch == HOPPER
     shared = {"WIDTH": 128, "SWIZZLED": swizzled, "D": 128}
-    groups = 4 if swizzled else 1
-    q = {**shared, "ROWS": prepare_module.Q_ROWS, "SHIFT": True}
+    rotated = {**shared, **steps, "ROTATE": rotate}
+    plain = steps["NORM"] == 0 and not rotate
+    rows, q_warps = prepare_module.q_cut(plain)
+    q = {**rotated, "ROWS": rows, "SHIFT": True}
+    k = {**rotated, "GROUPS": 4 if swizzled else 1}
     statistics = {"ROWS": prepare_module.CHUNK_KEYS, "WIDTH": 128, "RANGE": True, "D": 128}
     cases = [
-        (prepare.quantize_q_kernel, q, 8, "i8"),
-        (prepare.quantize_k_kernel, {**shared, "GROUPS": groups}, 4, "i8"),
+        (prepare.quantize_q_kernel, q, q_warps, "i8"),
+        (prepare.quantize_k_kernel, k, prepare_module.k_warps(plain), "i8"),
         (prepare.quantize_v_kernel, {**shared, "INTEGER": True}, 4, "i8"),
-        (prepare.statistics_kernel, statistics, 8, "i8"),
+        (prepare.statistics_kernel, {**statistics, **steps}, 8, "i8"),
     ]
     if arch >= 89:
         cases.append((prepare.quantize_v_kernel, {**shared, "INTEGER": False}, 4, "fp8e4nv"))
-    for kernel, constants, warps, stored in cases:
+    return cases
+
+
+@pytest.mark.parametrize(
+    ("arch", "name", "rotate"),
+    [
+        *((arch, "none", False) for arch in (80, 89, HOPPER, 100, 120)),
+        *((arch, "token", True) for arch in ARCHITECTURES),
+        *((arch, "head", False) for arch in (86, HOPPER)),
+    ],
+)
+def test_quantizers_keep_a_tile_in_registers(arch, name, rotate, tmp_path):
+    for kernel, constants, warps, stored in quantizers(PROLOGUES[name], arch, rotate):
+        if kernel is prepare.quantize_v_kernel and name != "none":
+            continue
         options = {"types": {"stored": f"*{stored}"}, **prepare_module.options(warps)}
         done = compiled(kernel, constants, arch, **options)
         assert spilled_bytes(done, tmp_path) == 0
+        assert done.metadata.shared <= SHARED_KIB[arch] * 1024
         assert re.search(r"ld.global\S*\.v4\.b32", done.asm["ptx"])
         # A cast from FP8 is what ptxas compiles wrongly.
         assert "cvt.rn.f16x2.e4m3x2" not in done.asm["ptx"]
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_norm_of_a_token_reads_whole_vectors(arch, tmp_path):
+    constants = {"ROWS": prepare_module.NORM_ROWS, "WIDTH": 128, "D": 128}
+    done = compiled(prologue.inverse_rms_kernel, constants, arch, **prepare_module.options(4))
+    assert spilled_bytes(done, tmp_path) == 0
+    assert re.search(r"ld.global\S*\.v4\.b32", done.asm["ptx"])

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from lowbit.ops import registry
-from lowbit.ops.attention import OP, attention, hopper, nvrtc, scheme
+from lowbit.ops.attention import CAUSAL, KEYS, MASKED, OP, attention, hopper, kind_of, nvrtc, scheme
 from lowbit.ops.attention.modes import MODES
 from lowbit.ops.attention.triton import TABLE, choose
 
@@ -127,13 +127,24 @@ def test_named_backend_that_cannot_run_says_why():
 
 
 @pytest.mark.parametrize(
-    ("d", "masked", "reason"),
-    [(64, False, "not a multiple of 128"), (256, False, "above 128"), (128, True, "does not know")],
+    ("d", "kind", "reason"),
+    [
+        (64, None, "not a multiple of 128"),
+        (256, KEYS, "above 128"),
+        (128, MASKED, "does not know"),
+    ],
 )
-def test_hopper_kernel_says_what_it_does_not_do(d, masked, reason, monkeypatch):
+def test_hopper_kernel_says_what_it_does_not_do(d, kind, reason, monkeypatch):
     monkeypatch.setattr(registry, "capability", lambda device: (9, 0))
-    call = registry.Call(scheme("exact", masked), torch.device("cuda"), 0, d)
+    call = registry.Call(scheme("exact", kind), torch.device("cuda"), 0, d)
     assert reason in registry.unmet(hopper.NEEDS, call)
+
+
+def test_kinds_of_masks():
+    assert kind_of(None, False) is None and kind_of(None, True) == CAUSAL
+    for mask in (make(11), make(1, 11), make(2, 1, 1, 11)):
+        assert kind_of(mask, False) == KEYS and kind_of(mask, True) == MASKED
+    assert kind_of(make(9, 11), False) == MASKED
 
 
 def test_hopper_kernel_needs_nvrtc(monkeypatch):

@@ -2,6 +2,7 @@
 
 import ctypes
 import importlib.util
+import math
 import re
 import subprocess
 from pathlib import Path
@@ -46,14 +47,25 @@ def disassembled(code: bytes, tmp_path: Path) -> tuple[str, str]:
 
 
 @pytest.mark.parametrize("mode", MODES.values(), ids=lambda mode: mode.name)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_kernel_uses_wgmma_and_no_local_memory(mode, dtype, tmp_path):
+@pytest.mark.parametrize(
+    ("dtype", "causal", "biased"),
+    [
+        (torch.bfloat16, False, False),
+        (torch.float16, False, False),
+        (torch.bfloat16, True, False),
+        (torch.bfloat16, False, True),
+    ],
+)
+def test_kernel_uses_wgmma_and_no_local_memory(mode, dtype, causal, biased, tmp_path):
     nvrtc_library = library()
     if nvrtc_library is None:
         pytest.skip("the package nvidia-cuda-nvrtc is missing")
-    code = nvrtc.compile_source(hopper.source(), hopper.options(mode, dtype), nvrtc_library)
+    given = hopper.options(mode, dtype, causal, biased)
+    code = nvrtc.compile_source(hopper.source(), given, nvrtc_library)
     sass, usage = disassembled(code, tmp_path)
-    assert re.search(r"STACK:0\b.*LOCAL:0\b", usage)
+    # INT8 has two accumulators: with a mask ten of its numbers do not fit.
+    stack = 40 if mode.name == "int8" and biased else 0
+    assert re.search(rf"STACK:{stack}\b.*LOCAL:0\b", usage)
     for instruction in INSTRUCTIONS[mode.name]:
         assert re.search(rf"\b{instruction}\.64x128", sass)
     assert re.search(r"IGMMA\.64x128x32\.U8\.S8", sass) or mode.name != "int8"
@@ -86,6 +98,31 @@ def test_parameters_are_laid_out_as_in_the_source():
         if name.strip()
     ]
     assert fields == [name for name, _ in hopper.Params._fields_]
+
+
+def test_bias_of_a_mask_of_keys():
+    hides = torch.ones(2, 1, 1, 300, dtype=torch.bool)
+    hides[1, :, :, 130:] = False
+    bias = hopper.bias_of(hides)
+    assert bias.shape == (2, 1, 3, 132) and bias.dtype == torch.float32
+    # Whole blocks of visible keys are marked as such.
+    assert (bias[0, 0, :2] == 0).all()
+    assert (bias[0, 0, 2, :44] == 0).all() and (bias[0, 0, 2, 44:128] == -torch.inf).all()
+    assert (bias[1, 0, 1, 2:128] == -torch.inf).all()
+    assert bias[..., 128].tolist() == [[[0, 0, 1]], [[0, 1, 1]]]
+    added = hopper.bias_of(torch.full((1, 1, 1, 128), 2.0, dtype=torch.bfloat16))
+    assert added[..., :128].unique().item() == pytest.approx(2 / math.log(2))
+    assert (added[..., 128] == 1).all()
+
+
+def test_mask_of_keys_is_made_once_for_all_heads():
+    mask = torch.zeros(1, 1, 1, 9).expand(2, 4, 7, 9)
+    assert hopper._once(mask).shape == (1, 1, 1, 9)
+    assert hopper._strides(hopper.bias_of(hopper._once(mask))) == (0, 0)
+    own = torch.zeros(2, 4, 1, 9).expand(2, 4, 7, 9)
+    assert hopper._once(own).shape == (2, 4, 1, 9)
+    assert hopper._strides(hopper.bias_of(hopper._once(own))) == (4 * 132, 132)
+    assert hopper._strides(None) == (0, 0)
 
 
 def test_map_is_aligned():
