@@ -164,12 +164,17 @@ class Override:
             if self.previous is not None:
                 return self.previous(func, q, k, v, *args, **kwargs)
             return func(q, k, v, *args, **kwargs)
+        out = self.attend(call)
+        return out.transpose(1, 2).flatten(2) if call.joined else out
+
+    def attend(self, call: Call) -> torch.Tensor:
+        """Return the attention of a call that `runs`, [B, H, Lq, D], guarded if so asked."""
         tensors, options = (call.q, call.k, call.v), {"mask": call.mask, "scale": call.scale}
         out = router.route(*tensors, self.mode, **options)
         if self.guard and not _is_finite(out):
             self._say(f"{self.mode} gave NaN or infinity, which the guard replaces by SDPA")
             out = router.route(*tensors, router.SDPA, **options)
-        return out.transpose(1, 2).flatten(2) if call.joined else out
+        return out
 
     def _taken(self, q, k, v, options: dict) -> Call | None:
         """Return the call where it is within layers, blocks and steps and the router takes it."""
@@ -180,7 +185,7 @@ class Override:
         call = read_call(q, k, v, **options)
         if call is None or not self._in_layers(call, forward.context):
             return None
-        return call if self._runs(call) else None
+        return call if self.runs(call) else None
 
     def _in_blocks(self, transformer: dict) -> bool:
         if self._ranges is None:
@@ -201,14 +206,15 @@ class Override:
             return self.layers == "cross"
         return self.layers == "self" and keys != context
 
-    def _runs(self, call: Call) -> bool:
+    def runs(self, call: Call) -> bool:
+        """Return whether the mode takes a call; warns once of each reason why it does not."""
         given = (call.q, call.k, call.v)
         way = router.choose(*given, self.mode, call.mask)
         if self.mode == "auto" and way == router.SDPA:
             return False
         reason = router.refusal(way, *given, call.mask)
         if reason:
-            self._say(f"left to ComfyUI's own attention: {reason}")
+            self._say(f"left to the attention that was there: {reason}")
         return reason is None
 
     def _say(self, text: str) -> None:
