@@ -6,7 +6,7 @@ from .inputs import CATEGORY
 
 
 class LowBitWanVideoAttention:
-    """Compute the attention of a WANVIDEOMODEL in 8 bits; the model that comes in stays as it is."""
+    """Compute the attention of a WANVIDEOMODEL in 8 bits; what comes in stays as it is."""
 
     DISPLAY_NAME = "WanVideo Attention (LowBit)"
     DESCRIPTION = (
@@ -24,7 +24,11 @@ class LowBitWanVideoAttention:
     def INPUT_TYPES(cls):
         inputs = dict(LowBitAttention.INPUT_TYPES()["required"])
         tooltip = "The model, of WanVideo Model Loader; it is not changed."
-        return {"required": {**inputs, "model": ("WANVIDEOMODEL", {"tooltip": tooltip})}}
+        inputs["model"] = ("WANVIDEOMODEL", {"tooltip": tooltip})
+        modes, settings = inputs["mode"]
+        tooltip = settings["tooltip"].replace("else ComfyUI's own", "else the loader's mode")
+        inputs["mode"] = (modes, {**settings, "tooltip": tooltip})
+        return {"required": inputs}
 
     def set_attention(self, model, mode, layers, blocks, start_percent, end_percent, guard):
         steps = (start_percent, end_percent)

@@ -1,8 +1,8 @@
 """A linear layer that stands in for one of WanVideoWrapper's, its unmerged LoRAs beside the weight.
 
 That pack hands LoRAs that are not merged to its own `CustomLinear`, which adds them to the weight
-at every step. The layer here is of a class below that one, so that it gets them, and their strengths
-by step, in the same way; it computes y = W·x + strength · B·(A·x), so W may be quantized.
+in every call. The layer here is of a class below that one, so that it gets them, and strengths by
+step, in the same way; it computes y = W·x + strength · B·(A·x), so W may be quantized.
 Source: kijai/ComfyUI-WanVideoWrapper 1.4.6, custom_linear.py (what LoRAs are kept as, and their
 factor alpha / rank).
 """
@@ -19,11 +19,12 @@ from ..ops.linear import linear
 class SideBranches:
     """Mixed into that pack's `CustomLinear`. `weight` is dense, or quantized and then a buffer.
 
-    The sampler of that pack moves blocks by `Module.to`, which gives a buffer back as it is, and
-    counts and drops Parameters, which a quantized weight therefore is not.
+    That pack moves blocks by `Module.to`, which takes any buffer, but writes to the data of some
+    Parameters, which a quantized weight does not allow.
+    full_precision: products of a quantized weight are to be in the input's dtype.
     """
 
-    full_precision: bool
+    full_precision = False
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Return W·x + bias and the LoRAs' share, [..., N], in the dtype of the input [..., K]."""
@@ -87,13 +88,11 @@ def stand_in(
     weight: torch.Tensor,
     bias: torch.Tensor | None,
     compute_dtype: torch.dtype,
-    full_precision: bool = False,
 ) -> torch.nn.Module:
     """Return a layer for the place of `module`, which is left alone.
 
     custom_linear: that pack's class. weight: [N, K], dense or a `QuantizedTensor`. bias: [N] or
-    None. compute_dtype: of the LoRAs. full_precision: products of a quantized weight are to be in
-    the input's dtype.
+    None. compute_dtype: of the LoRAs.
     """
     new = _class(custom_linear)(
         module.in_features, module.out_features, False, compute_dtype=compute_dtype, device="meta"
@@ -105,5 +104,4 @@ def stand_in(
         new.weight = torch.nn.Parameter(weight, requires_grad=False)
     if bias is not None:
         new.bias = torch.nn.Parameter(bias, requires_grad=False)
-    new.full_precision = full_precision
     return new.eval()

@@ -35,8 +35,8 @@ def check(patcher) -> None:
         )
     if known.get("control_lora"):
         raise ValueError(
-            "WanVideo: a control LoRA is merged and taken out again while sampling, which needs the "
-            "plain weights. Disconnect it from the loader."
+            "WanVideo: a control LoRA is merged and taken out again while sampling, which needs "
+            "the plain weights. Disconnect it from the loader."
         )
 
 

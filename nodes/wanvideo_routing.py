@@ -140,8 +140,8 @@ def _routed_class(kind: type, attend) -> type:
             methods[name] = _rescoped(method, attend)
     if not methods:
         raise ValueError(
-            f"WanVideo: this version of WanVideoWrapper computes attention elsewhere: {kind.__name__} "
-            f"calls no function {FUNCTION}"
+            "WanVideo: this version of WanVideoWrapper computes attention elsewhere: "
+            f"{kind.__name__} calls no function {FUNCTION}"
         )
     return type(kind.__name__, (kind,), methods)
 

@@ -1,6 +1,6 @@
 """Quantizing a model of WanVideoWrapper: from the tensors of its file, or from merged weights.
 
-The clone's layers hold their weights themselves: to the sampler it looks as a model does whose LoRAs
+The clone's layers hold their weights themselves: to the sampler it looks like a model whose LoRAs
 were merged, so that block swap and offloading move it as a whole.
 """
 
@@ -22,13 +22,12 @@ logger = logging.getLogger(__name__)
 
 # Layers that the pack itself leaves as they are: low-rank layers and a controller of their own.
 APART = ("loras", "dual_controller")
-# What its sampler moves as blocks. It moves all else by Parameters, which a quantized weight is not.
+# What its sampler moves as blocks; all else by Parameters, which a quantized weight is not.
 MOVED = ("blocks.", "vace_blocks.")
 # Parameters that the pack keeps in float32, and those that stay so where the file has them so.
 FLOAT32 = ("patch_embedding", "motion_encoder", "condition_embedding")
 FLOAT32_AS_STORED = ("modulation", "norm")
 SMOOTHING = "pre_quant_scale"
-FULL_PRECISION = "full_precision_matrix_mult"
 
 
 class Tensors(dict):
@@ -61,28 +60,34 @@ def quantize(patcher, format_name: str, recipe_name: str = recipe.AUTO, keep=())
     clone = wanvideo_model.clone(patcher)
     transformer = getattr(clone.model, TRANSFORMER)
     custom_linear = wanvideo_model.class_of_pack(patcher, "custom_linear", "CustomLinear")
-    dtype = patcher.model["base_dtype"]
+    home, dtype = patcher.offload_device, patcher.model["base_dtype"]
     layers = dict(_linears(transformer, tensors))
     bar, tick = host.progress(len(layers))
     ours = {}
     for name, module in layers.items():
-        choice = chosen[name]
-        weight = _weight(tensors, stored.get(name), name, choice, patcher, tick)
+        weight = _weight(tensors, stored.get(name), name, chosen[name], patcher, tick)
         bias = tensors.get(f"{name}.bias")
-        options = stored[name].marker if name in stored else {}
-        full = choice.reason == AS_STORED and bool(options.get(FULL_PRECISION))
-        bias = None if bias is None else bias.to(patcher.offload_device, dtype)
-        new = stand_in(custom_linear, module, weight, bias, dtype, full)
-        wanvideo_model.replace(transformer, name, new)
+        bias = None if bias is None else bias.to(home, dtype)
+        new = stand_in(custom_linear, module, weight, bias, dtype)
         if isinstance(weight, QuantizedTensor):
             ours[name] = new
+            if format_name == AS_STORED:
+                new.full_precision = _asks_for_full_precision(module, stored.get(name))
+        wanvideo_model.replace(transformer, name, new)
         bar.update(1)
-    _fill(transformer, tensors, dtype, patcher.offload_device)
+    _fill(transformer, tensors, dtype, home)
     _fuse(transformer, ours, _family(tensors, stored))
     _tell_sampler(clone.model, transformer)
     counts = Counter(formats.of(module.weight).name for module in ours.values())
     logger.info("LowBit quantized WanVideo: %s of %d layers", dict(counts), len(layers))
     return clone
+
+
+def _asks_for_full_precision(module: torch.nn.Module, stored: StoredLayer | None) -> bool:
+    """Return whether a layer's file, or its own setting, wants products in the input's dtype."""
+    if stored is None:
+        return getattr(module, "full_precision", False)
+    return bool(stored.marker.get("full_precision_matrix_mult"))
 
 
 def _tensors(model) -> Tensors:
@@ -103,7 +108,8 @@ def _choose(tensors, stored, format_name, recipe_name, keep) -> dict[str, recipe
     shapes = logical_shapes(tensors, stored)
     names = {n.removesuffix(".weight"): s for n, s in shapes.items() if n.endswith(".weight")}
     if format_name == AS_STORED:
-        chosen = {n: recipe.Choice(stored[n].format if n in stored else None, AS_STORED) for n in names}
+        kept = {n: layer.format for n, layer in stored.items()}
+        chosen = {n: recipe.Choice(kept.get(n), AS_STORED) for n in names}
     else:
         rules = recipe.build(format_name, recipe_name, keep, _family(tensors, stored))
         chosen = {n: rules.choose(n, shape) for n, shape in names.items()}
@@ -192,7 +198,7 @@ def _after_gelu(module, x: torch.Tensor) -> torch.Tensor:
 
 
 def _tell_sampler(model, transformer) -> None:
-    """Say to the sampler what it says itself of a model with merged LoRAs: all weights are there."""
+    """Say to the sampler, as the loader does after merging LoRAs, that all weights are there."""
     model["sd"] = None
     model["scale_weights"] = {}
     model["quantization"] = "disabled"

@@ -13,7 +13,12 @@ from tests.host.server import HostMissingError, PromptError, Server, find_wrappe
 
 # That pack reads the number of blocks from the width: 30, of 12 heads.
 LAYERS = 30
-WAN, WIDE, SCALED, LORA = "wan.safetensors", "wide.safetensors", "scaled.safetensors", "lora.safetensors"
+WAN, WIDE, SCALED, LORA = (
+    "wan.safetensors",
+    "wide.safetensors",
+    "scaled.safetensors",
+    "lora.safetensors",
+)
 LOADER = {
     "base_precision": "fp32",
     "quantization": "disabled",
@@ -30,6 +35,8 @@ SAMPLER = {
 }
 # Layers whose number of inputs is no multiple of 256 cannot be rotated.
 ROTATED = ("int8_convrot", "asym_w4a8_int8")
+# All blocks but two: on a CPU a layer takes a second in some formats.
+MOST = r"blocks\.(?!1[01]\.)"
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +80,8 @@ def scaled(comfy, tmp_path_factory):
 @pytest.fixture(scope="module")
 def lora(comfy):
     """The name of a LoRA for every Linear in the blocks."""
-    write_lora(comfy.model_path(LORA, "loras"), comfy.model_path(WAN))
+    # Stronger ones, over 30 layers, make two samplings of one model differ as much.
+    write_lora(comfy.model_path(LORA, "loras"), comfy.model_path(WAN), size=0.05)
     return LORA
 
 
@@ -151,7 +159,7 @@ def test_format_gives_nearly_the_plain_latent(sample, plain, name):
 @pytest.mark.parametrize("name", ROTATED)
 def test_rotated_format_gives_nearly_the_plain_latent(sample, wide, name):
     plain = sample(lambda graph: load(graph, wide))
-    latent = sample(lambda graph: quantize(graph, load(graph, wide), name))
+    latent = sample(lambda graph: quantize(graph, load(graph, wide), name, keep=MOST))
     assert 0 < difference(latent, plain) < tolerance(name)
 
 
@@ -215,9 +223,8 @@ def test_merged_lora_stays(sample, plain, lora):
 
 def test_block_swap_changes_nothing(sample):
     def swapped(graph):
-        swap = graph.add(
-            "WanVideoBlockSwap", blocks_to_swap=20, offload_img_emb=True, offload_txt_emb=True
-        )
+        options = {"offload_img_emb": True, "offload_txt_emb": True, "vace_blocks_to_swap": 0}
+        swap = graph.add("WanVideoBlockSwap", blocks_to_swap=20, **options)
         return quantize(graph, load(graph, block_swap_args=swap), "int8")
 
     assert torch.equal(sample(swapped), sample(lambda g: quantize(g, load(g), "int8")))
@@ -258,6 +265,15 @@ def test_two_in_a_row_give_what_one_gives(sample):
     assert torch.equal(sample(two), one)
 
 
+def test_override_of_the_pack_comes_first(sample, plain):
+    def overridden(graph):
+        model = attention(graph, load(graph), "lowbit_exact", layers="self")
+        options = {"attention_mode": "sdpa", "start_step": 0, "end_step": 10, "verbose": False}
+        return graph.add("WanVideoSetAttentionModeOverride", model=model, **options)
+
+    assert torch.equal(sample(overridden), plain)
+
+
 def test_order_of_the_nodes_does_not_matter(sample):
     first = sample(lambda g: quantize(g, attention(g, load(g), "lowbit_exact"), "int8"))
     second = sample(lambda g: attention(g, quantize(g, load(g), "int8"), "lowbit_exact"))
@@ -273,21 +289,10 @@ def test_order_of_the_nodes_does_not_matter(sample):
             lambda g: quantize(g, load(g, quantization="fp8_e4m3fn_fast"), "int8"),
             "Choose one without _fast",
         ),
-        (
-            lambda g: quantize(
-                g,
-                load(
-                    g,
-                    vram_management_args=g.add("WanVideoVRAMManagement", offload_percent=1.0),
-                ),
-                "int8",
-            ),
-            "vram_management_args",
-        ),
         (lambda g: attention(g, load(g), "sageattn"), "sageattn: needs a device of"),
         (lambda g: attention(g, load(g), "auto", blocks="first"), "neither a block nor a range"),
     ],
-    ids=["as_stored", "keep", "fast", "vram", "sage", "blocks"],
+    ids=["as_stored", "keep", "fast", "sage", "blocks"],
 )
 def test_what_cannot_run_is_refused_with_the_reason(comfy, build, message):
     graph = graphs.Graph()

@@ -142,7 +142,10 @@ def test_call_that_the_mode_cannot_run_goes_to_the_host_and_is_told_once(host, c
         got = call(override, host, *flat(dtype=torch.float64), heads=HEADS)
         assert got == "the host's"
     (record,) = caplog.records
-    assert "left to the attention that was there: lowbit_exact: does not know float64" in record.message
+    assert (
+        "left to the attention that was there: lowbit_exact: does not know float64"
+        in record.message
+    )
 
 
 def test_auto_leaves_a_cpu_to_the_host(host):
