@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from comfy_kitchen.tensor import QuantizedTensor
 
-from ..ops.linear import linear
+from ..ops.linear import linear, release, share
 
 
 class SideBranches:
@@ -21,14 +21,20 @@ class SideBranches:
 
     That pack moves blocks by `Module.to`, which takes any buffer, but writes to the data of some
     Parameters, which a quantized weight does not allow.
-    full_precision: products of a quantized weight are to be in the input's dtype.
+    full_precision: products of a quantized weight are to be in the input's dtype. readers: layers
+    that read the same tensor, this one included, and quantize it once.
     """
 
     full_precision = False
+    readers = 1
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Return W·x + bias and the LoRAs' share, [..., N], in the dtype of the input [..., K]."""
-        return self._with_loras(input, self._product(input))
+        share(input, self.readers)
+        try:
+            return self._with_loras(input, self._product(input))
+        finally:
+            release(input)
 
     def after_gelu(self, input: torch.Tensor) -> torch.Tensor:
         """Return forward(gelu(input)), in one pass where no LoRA needs the GELU as well."""

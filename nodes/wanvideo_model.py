@@ -51,6 +51,8 @@ def clone(patcher):
     model.__dict__["_modules"] = dict(plain._modules)
     setattr(model, TRANSFORMER, _copied(getattr(plain, TRANSFORMER)))
     made = patcher.clone(model_override=(model, ({}, {}, {}, set())))
+    # LoRAs that came after torch.compile bear its names.
+    made.patches = {name.replace(f"{COMPILED}.", ""): p for name, p in made.patches.items()}
     # The model's size is another; asked for, it is counted again.
     made.size = 0
     return made

@@ -187,7 +187,9 @@ def _dtype(name: str, stored: torch.dtype, base: torch.dtype) -> torch.dtype:
 
 
 def _fuse(transformer, ours: Mapping[str, torch.nn.Module], model: families.Recognised) -> None:
-    fusion.share_inputs(ours, model.family)
+    for readers in fusion.shared_inputs(ours, model.family):
+        for layer in readers:
+            layer.readers = len(readers)
     for name, record in fusion.feed_forwards(ours, model.family):
         plain = transformer.get_submodule(name)
         wanvideo_model.replace(transformer, name, fusion.fused(plain, record, _after_gelu))

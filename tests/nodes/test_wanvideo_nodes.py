@@ -5,11 +5,13 @@ import types
 import pytest
 import torch
 from comfy_kitchen.tensor import QuantizedTensor
+from torch._dynamo.testing import CompileCounter
 
-from lowbit.nodes import host, wanvideo_routing, wanvideo_weights
+from lowbit.nodes import host, wanvideo_linear, wanvideo_routing, wanvideo_weights
 from lowbit.nodes.attention import MODES
 from lowbit.nodes.quantize_wanvideo import LowBitQuantizeWanVideo
 from lowbit.nodes.wanvideo_attention import LowBitWanVideoAttention
+from lowbit.ops.linear import sharing
 from lowbit.quant import formats, recipe
 from tests.nodes import wanvideo_pack as pack
 
@@ -237,13 +239,46 @@ def test_layers_of_another_version_are_refused(monkeypatch):
         attend(pack.make())
 
 
-def test_one_graph_under_compile(inputs):
+def test_one_graph_for_all_blocks_under_compile(inputs):
+    made = attend(wanvideo_weights.quantize(pack.make(), "int8"))
+    wanted = run(made, inputs)
+    counter = CompileCounter()
+    blocks = made.model.diffusion_model.blocks
+    for index, block in enumerate(blocks):
+        blocks[index] = torch.compile(block, backend=counter, fullgraph=True)
+    with torch.no_grad():
+        assert torch.equal(made.model.diffusion_model(*inputs), wanted)
+        made.model.diffusion_model(*inputs, current_step_percentage=0.5)
+    assert counter.frame_count == 1
+
+
+def test_compiled_blocks_come_back_plain(inputs):
     made = attend(wanvideo_weights.quantize(pack.make(), "int8"))
     wanted = run(made, inputs)
     blocks = made.model.diffusion_model.blocks
     for index, block in enumerate(blocks):
-        blocks[index] = torch.compile(block, backend="eager", fullgraph=True)
-    with torch.no_grad():
-        assert torch.equal(made.model.diffusion_model(*inputs), wanted)
+        blocks[index] = torch.compile(block, backend="eager")
+    made.patches = {"diffusion_model.blocks.0._orig_mod.self_attn.q.weight": ["patch"]}
     again = attend(made, "sdpa", blocks="7")
+    assert all(type(block) is pack.Block for block in again.model.diffusion_model.blocks)
+    assert again.patches == {"diffusion_model.blocks.0.self_attn.q.weight": ["patch"]}
     assert torch.equal(run(again, inputs), wanted)
+
+
+def test_layers_that_read_one_tensor_share_it(monkeypatch):
+    made = wanvideo_weights.quantize(pack.make(), "int8").model.diffusion_model
+    counts = []
+    monkeypatch.setattr(wanvideo_linear, "share", lambda x, readers: counts.append(readers))
+    attention, ffn = made.blocks[0].self_attn, made.blocks[0].ffn
+    x = torch.randn(2, pack.WIDTH)
+    for layer in (attention.q, attention.k, attention.v, attention.o, ffn.get_submodule("0")):
+        layer(x)
+    assert counts == [3, 3, 3, 1, 1]
+
+
+def test_nothing_of_a_shared_tensor_is_kept():
+    attention = wanvideo_weights.quantize(pack.make(), "int8").model.diffusion_model.blocks[0]
+    x = torch.randn(2, pack.WIDTH)
+    for name in "qkv":
+        attention.self_attn.get_submodule(name)(x)
+    assert not hasattr(x, sharing.ATTRIBUTE)

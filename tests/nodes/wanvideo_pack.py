@@ -131,9 +131,12 @@ class Patcher:
 
     def __init__(self, model):
         self.model = model
+        self.patches = {}
 
     def clone(self, model_override):
-        return Patcher(model_override[0])
+        made = Patcher(model_override[0])
+        made.patches = dict(self.patches)
+        return made
 
 
 def make(**pipeline) -> Patcher:
