@@ -90,19 +90,17 @@ def _class(custom_linear: type) -> type:
 
 def stand_in(
     custom_linear: type,
-    module: torch.nn.Linear,
     weight: torch.Tensor,
     bias: torch.Tensor | None,
     compute_dtype: torch.dtype,
 ) -> torch.nn.Module:
-    """Return a layer for the place of `module`, which is left alone.
+    """Return a layer for the place of one of that pack's, which is left alone.
 
     custom_linear: that pack's class. weight: [N, K], dense or a `QuantizedTensor`. bias: [N] or
     None. compute_dtype: of the LoRAs.
     """
-    new = _class(custom_linear)(
-        module.in_features, module.out_features, False, compute_dtype=compute_dtype, device="meta"
-    )
+    n, k = weight.shape
+    new = _class(custom_linear)(k, n, False, compute_dtype=compute_dtype, device="meta")
     del new.weight
     if isinstance(weight, QuantizedTensor):
         new.register_buffer("weight", weight)

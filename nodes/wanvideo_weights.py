@@ -28,6 +28,8 @@ MOVED = ("blocks.", "vace_blocks.")
 FLOAT32 = ("patch_embedding", "motion_encoder", "condition_embedding")
 FLOAT32_AS_STORED = ("modulation", "norm")
 SMOOTHING = "pre_quant_scale"
+# The loader renames `weight_scale` wherever a name holds it.
+SECOND_SCALE = (".scale_weight_2", ".weight_scale_2")
 
 
 class Tensors(dict):
@@ -68,7 +70,7 @@ def quantize(patcher, format_name: str, recipe_name: str = recipe.AUTO, keep=())
         weight = _weight(tensors, stored.get(name), name, chosen[name], patcher, tick)
         bias = tensors.get(f"{name}.bias")
         bias = None if bias is None else bias.to(home, dtype)
-        new = stand_in(custom_linear, module, weight, bias, dtype)
+        new = stand_in(custom_linear, weight, bias, dtype)
         if isinstance(weight, QuantizedTensor):
             ours[name] = new
             if format_name == AS_STORED:
@@ -94,7 +96,7 @@ def _tensors(model) -> Tensors:
     """Return the model's tensors by name: those of its file, or merged ones."""
     state, path = model["sd"], str(model["base_path"])
     if state is not None:
-        return Tensors(state, path)
+        return Tensors({n.replace(*SECOND_SCALE): t for n, t in state.items()}, path)
     state = getattr(model, TRANSFORMER).state_dict()
     return Tensors({n.replace(f"{COMPILED}.", ""): t for n, t in state.items()}, path)
 
@@ -148,7 +150,10 @@ def _weight(tensors, stored: StoredLayer | None, name, choice, patcher, tick) ->
             return weight
         weight = weight.dequantize()
     if not weight.is_floating_point():
-        raise ValueError(f"WanVideo: layer {name} holds {weight.dtype} without a marking of ours")
+        raise ValueError(
+            f"WanVideo: layer {name} holds {weight.dtype}, and no tensor says in which format. "
+            "Load the 16-bit file instead."
+        )
     if not choice.format:
         return weight.to(home, dtype)
     if weight.dtype in FP8_DTYPES:

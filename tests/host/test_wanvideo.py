@@ -193,6 +193,14 @@ def test_scaled_fp8_keeps_its_scales_in_float32(sample, scaled):
     assert torch.equal(stored, again)
 
 
+@pytest.mark.parametrize("name", ["int8", "nvfp4"])
+def test_file_in_a_format_of_ours_is_kept_as_it_is(comfy, sample, name):
+    file = f"stored_{name}.safetensors"
+    quantize_file(comfy.model_path(WAN), comfy.model_path(file), name)
+    stored = sample(lambda graph: quantize(graph, load(graph, file), "as_stored"))
+    assert torch.equal(stored, sample(lambda graph: quantize(graph, load(graph), name)))
+
+
 def test_unmerged_lora_stays(sample, plain, lora):
     wanted = sample(lambda graph: load_with(graph, lora, False))
     assert difference(wanted, plain) > tolerance("int8")

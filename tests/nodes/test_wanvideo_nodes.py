@@ -13,6 +13,7 @@ from lowbit.nodes.quantize_wanvideo import LowBitQuantizeWanVideo
 from lowbit.nodes.wanvideo_attention import LowBitWanVideoAttention
 from lowbit.ops.linear import sharing
 from lowbit.quant import formats, recipe
+from lowbit.quant.checkpoint.stored import marker_tensor
 from tests.nodes import wanvideo_pack as pack
 
 Q = "blocks.0.self_attn.q"
@@ -114,6 +115,29 @@ def test_scale_of_a_scaled_file_stays_in_float32(flagged, inputs):
     exact = torch.nn.functional.linear(x, stored.float() * scale, state[f"{Q}.bias"])
     limit = 1e-6 if flagged else formats.get("fp8_e4m3").max_error
     assert difference(layer(x), exact) < limit
+
+
+@pytest.mark.parametrize("name", formats.names())
+def test_stored_layer_keeps_its_bits(name):
+    patcher = pack.make()
+    state, fmt = patcher.model["sd"], formats.get(name)
+    wanted = fmt.quantize(state.pop(f"{Q}.weight"))
+    stored = fmt.pack(wanted) | {"comfy_quant": marker_tensor(fmt.marker)}
+    state |= {f"{Q}.{part}": tensor for part, tensor in stored.items()}
+    # As the loader renames them.
+    patcher.model["sd"] = {n.replace(".weight_scale", ".scale_weight"): t for n, t in state.items()}
+    made = wanvideo_weights.quantize(patcher, "as_stored")
+    weight = made.model.diffusion_model.get_submodule(Q).weight
+    assert formats.of(weight) is fmt
+    assert torch.equal(weight.dequantize(), wanted.dequantize())
+
+
+def test_integers_without_a_marking_are_refused():
+    patcher = pack.make()
+    weight = patcher.model["sd"][f"{Q}.weight"]
+    patcher.model["sd"][f"{Q}.weight"] = (weight * 100).to(torch.int8)
+    with pytest.raises(ValueError, match="no tensor says in which format"):
+        wanvideo_weights.quantize(patcher, "int8")
 
 
 def test_quantized_twice_is_the_later(inputs):
