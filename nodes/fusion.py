@@ -18,16 +18,25 @@ def share_inputs(layers: Mapping[str, torch.nn.Module], family: Family) -> None:
 
     layers: by name, all of our own.
     """
+    for readers in shared_inputs(layers, family):
+        for layer in readers:
+            before = functools.partial(_announce, len(readers))
+            layer.register_forward_pre_hook(before, with_kwargs=True)
+            layer.register_forward_hook(_end, with_kwargs=True, always_call=True)
+
+
+def shared_inputs(
+    layers: Mapping[str, torch.nn.Module], family: Family
+) -> Iterator[list[torch.nn.Module]]:
+    """Yield the layers that read one tensor, two or more at a time."""
     for group in family.shared_inputs:
         for name in layers:
             if not name.endswith(f".{group[0]}"):
                 continue
             block = name.removesuffix(group[0])
             readers = [layers[block + part] for part in group if block + part in layers]
-            for layer in readers if len(readers) > 1 else ():
-                before = functools.partial(_announce, len(readers))
-                layer.register_forward_pre_hook(before, with_kwargs=True)
-                layer.register_forward_hook(_end, with_kwargs=True, always_call=True)
+            if len(readers) > 1:
+                yield readers
 
 
 def _announce(readers: int, module: torch.nn.Module, args: tuple, kwargs: dict) -> None:

@@ -115,7 +115,7 @@ def _check_loaded(patcher, path: str, records) -> None:
 
 
 def _streamed(work: convert.Plan) -> dict[str, torch.Tensor]:
-    bar, tick = _progress(len(work.steps))
+    bar, tick = progress(len(work.steps))
     done = {step.target for step in work.steps}
     state = {}
     for name, tensor in convert.stream(work, _device(), tick):
@@ -268,7 +268,7 @@ def quantize_model(patcher, format_name: str, recipe_name: str = recipe.AUTO, ke
             else f"nothing to quantize to {format_name} under recipe {recipe_name}"
         )
     clone = patcher.clone()
-    bar, tick = _progress(len(modules))
+    bar, tick = progress(len(modules))
     known = {r.name: r for r in layer_records(patcher)}
     saved = 0
     ours = {}
@@ -423,7 +423,7 @@ def save_model(patcher, prefix: str, prompt=None, extra_pnginfo: dict | None = N
     # The host's own naming of the parts of a checkpoint; it looks at names only.
     targets = patcher.model.model_config.process_unet_state_dict_for_saving({n: n for n in names})
     targets = {source: target for target, source in targets.items()}
-    bar, tick = _progress(len(names))
+    bar, tick = progress(len(names))
     room = {
         "names_bytes": sum(len(json.dumps(n)) + ENTRY_BYTES for n in targets.values()),
         "metadata_bytes": len(json.dumps(metadata)),
@@ -480,7 +480,7 @@ def _device() -> torch.device:
     return comfy.model_management.get_torch_device()
 
 
-def _progress(total: int):
+def progress(total: int):
     """Return the host's progress bar and a function that stops when the user interrupts."""
     import comfy.model_management
     import comfy.utils

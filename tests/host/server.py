@@ -65,6 +65,29 @@ def find_host() -> tuple[Path, Path]:
     return root, python
 
 
+def find_wrapper() -> Path:
+    """Return the folder of WanVideoWrapper.
+
+    Looks at WANVIDEOWRAPPER_PATH, else in ComfyUI's custom_nodes, else at ~/wvw. Raises
+    HostMissingError saying what is missing.
+    """
+    root, python = find_host()
+    named = os.environ.get("WANVIDEOWRAPPER_PATH")
+    installed = root / "custom_nodes" / "ComfyUI-WanVideoWrapper"
+    places = [Path(named).expanduser()] if named else [installed, Path("~/wvw").expanduser()]
+    found = [place for place in places if (place / "nodes_model_loading.py").is_file()]
+    if not found:
+        raise HostMissingError(f"no WanVideoWrapper in {places[0]}: set WANVIDEOWRAPPER_PATH")
+    code = "import accelerate, diffusers, ftfy, peft, gguf, pyloudnorm, cv2"
+    tried = subprocess.run(
+        [python, "-c", code], capture_output=True, text=True, timeout=START_TIMEOUT_S
+    )
+    if tried.returncode:
+        reason = (tried.stderr.strip() or "no output").splitlines()[-1]
+        raise HostMissingError(f"{python} lacks what WanVideoWrapper needs ({reason})")
+    return found[0]
+
+
 def _find_python(root: Path) -> Path:
     if named := os.environ.get("COMFYUI_PYTHON"):
         return Path(named).expanduser()
@@ -76,9 +99,12 @@ def _find_python(root: Path) -> Path:
 
 
 class Server:
-    """One ComfyUI process with its own base directory: models, custom nodes, output, log."""
+    """One ComfyUI process with its own base directory: models, custom nodes, output, log.
 
-    def __init__(self, base: Path):
+    packs: folders of further node packs.
+    """
+
+    def __init__(self, base: Path, packs: tuple[Path, ...] = ()):
         self.base = base
         self.log_path = base / "server.log"
         self._process: subprocess.Popen | None = None
@@ -86,6 +112,8 @@ class Server:
             (base / folder).mkdir(parents=True)
         (base / "custom_nodes" / PACK_FOLDER).symlink_to(REPO, target_is_directory=True)
         (base / "custom_nodes" / "lowbit_test_pack").symlink_to(TEST_PACK, target_is_directory=True)
+        for pack in packs:
+            (base / "custom_nodes" / pack.name).symlink_to(pack, target_is_directory=True)
 
     def start(self) -> None:
         """Start the process and wait until it answers. Raises HostMissingError or RuntimeError."""
