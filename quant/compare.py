@@ -59,7 +59,7 @@ class _Side:
     def format(self, name: str) -> str:
         layer = self._layer(name)
         dtype = self.checkpoint[self.names[name]].dtype
-        return layer.format.name if layer else str(dtype).removeprefix("torch.")
+        return layer.title if layer else str(dtype).removeprefix("torch.")
 
     def shape(self, name: str) -> tuple[int, ...]:
         layer = self._layer(name)

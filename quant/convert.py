@@ -5,6 +5,7 @@ quantizes and yields. The command line writes what it yields to a file, the load
 the host.
 """
 
+import dataclasses
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -13,7 +14,9 @@ import torch
 
 from . import families, recipe
 from .checkpoint import Checkpoint, CheckpointError, TensorInfo
+from .checkpoint.foreign import Request
 from .checkpoint.stored import (
+    AS_IT_IS,
     FP8_DTYPES,
     INPUT_SCALES,
     LEGACY_FLAG,
@@ -31,6 +34,7 @@ from .record import RECORD_KEY, LayerRecord, encode
 # What a dense weight becomes when the source holds it in FP8.
 DENSE_DTYPE = torch.bfloat16
 UNTOUCHED = Choice(None)
+AS_STORED = "as_stored"
 FLOATS = {torch.float64, torch.float32, torch.float16, torch.bfloat16, *FP8_DTYPES}
 
 
@@ -49,13 +53,17 @@ class Step:
 
 @dataclass
 class Plan:
-    """What becomes of a checkpoint. `records` fills while `stream` runs."""
+    """What becomes of a checkpoint. `records` fills while `stream` runs.
+
+    notes: what was found out about the layout of the source, in words.
+    """
 
     checkpoint: Checkpoint
     recipe: Recipe
     model: families.Recognised
     steps: list[Step]
     records: list[LayerRecord] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
     @property
     def layers(self) -> list[Step]:
@@ -69,7 +77,7 @@ class Plan:
         }
         metadata[RECORD_KEY] = encode(
             self.records,
-            format=self.recipe.format.name,
+            format=AS_STORED if self.recipe.name == AS_STORED else self.recipe.format.name,
             recipe=self.recipe.name,
             family=self.model.family.name,
             variant=self.model.variant,
@@ -88,15 +96,14 @@ def plan(
     Raises ValueError for an unknown format or recipe, CheckpointError when the markings of the
     source cannot be read or nothing in it would be quantized.
     """
-    stored = stored_layers(checkpoint)
-    shapes = logical_shapes(checkpoint, stored)
-    model = families.recognise(shapes)
-    refused = model.family.refused and model.family.refused(model.renamed.values())
-    if refused:
-        raise CheckpointError(f"{checkpoint.path}: {refused}")
+    stored, shapes, model = _known(checkpoint, AS_IT_IS, notes := [])
     rules = recipe.build(format_name, recipe_name, keep, model)
-    steps = list(_steps(checkpoint, stored, shapes, model, rules))
-    result = Plan(checkpoint, rules, model, steps)
+
+    def choose(layer: str, quantized: StoredLayer | None, shape: tuple[int, ...]) -> Choice:
+        return rules.choose(layer, shape)
+
+    steps = list(_steps(checkpoint, stored, shapes, model, choose))
+    result = Plan(checkpoint, rules, model, steps, notes=notes)
     if not result.layers:
         raise CheckpointError(
             f"{checkpoint.path}: nothing to quantize to {format_name} under recipe {recipe_name}"
@@ -104,7 +111,43 @@ def plan(
     return result
 
 
-def _steps(checkpoint, stored, shapes, model, rules) -> Iterator[Step]:
+def plan_as_stored(checkpoint: Checkpoint, request: Request, format_name: str) -> Plan:
+    """Return how `checkpoint` comes to the host's names, words and order, its numbers as they are.
+
+    request: what the user says of the source. format_name: for layers whose numbers no format of
+    ours holds; where it does not fit, another of 8 bits. Raises what `plan` raises, and
+    CheckpointError when no layer is quantized.
+    """
+    stored, shapes, model = _known(checkpoint, request, notes := [])
+    if not stored:
+        raise CheckpointError(
+            f"{checkpoint.path}: no layer of it is quantized; `lowbit quantize` does that"
+        )
+    rules = recipe.build(format_name, recipe.NONE, (), model)
+
+    def choose(layer: str, quantized: StoredLayer | None, shape: tuple[int, ...]) -> Choice:
+        if quantized is None:
+            return Choice(None, "not quantized in the source")
+        if quantized.format:
+            return Choice(quantized.format, "as stored")
+        return rules.requantize(shape, f"no format holds {quantized.title} numbers")
+
+    steps = list(_steps(checkpoint, stored, shapes, model, choose))
+    return Plan(checkpoint, dataclasses.replace(rules, name=AS_STORED), model, steps, notes=notes)
+
+
+def _known(checkpoint: Checkpoint, request: Request, notes: list[str]):
+    """Return (quantized layers, shapes by name, model); what was found out goes to `notes`."""
+    stored = stored_layers(checkpoint, request, notes)
+    shapes = logical_shapes(checkpoint, stored)
+    model = families.recognise(shapes)
+    refused = model.family.refused and model.family.refused(model.renamed.values())
+    if refused:
+        raise CheckpointError(f"{checkpoint.path}: {refused}")
+    return stored, shapes, model
+
+
+def _steps(checkpoint, stored, shapes, model, choose) -> Iterator[Step]:
     consumed = {t for layer in stored.values() for p, t in layer.parts.items() if p != "weight"}
     for name, info in checkpoint.items():
         module, _, part = name.rpartition(".")
@@ -118,7 +161,7 @@ def _steps(checkpoint, stored, shapes, model, rules) -> Iterator[Step]:
             yield Step(target, name, stored=quantized, size_bytes=info.size_bytes)
             continue
         layer = bare.removesuffix(".weight")
-        choice = rules.choose(layer, shapes[name])
+        choice = choose(layer, quantized, shapes[name])
         yield Step(target, name, layer, choice, quantized, shapes[name], info.size_bytes)
 
 
@@ -152,7 +195,7 @@ def stream(
 
 
 def _is_copy(step: Step) -> bool:
-    return bool(step.stored) and step.stored.format is step.choice.format
+    return bool(step.stored and step.choice.format and step.stored.format is step.choice.format)
 
 
 def _read(checkpoint: Checkpoint, step: Step) -> torch.Tensor | dict[str, torch.Tensor]:
@@ -166,8 +209,9 @@ def _read(checkpoint: Checkpoint, step: Step) -> torch.Tensor | dict[str, torch.
 
 
 def _copied(checkpoint: Checkpoint, stored: StoredLayer) -> dict[str, torch.Tensor]:
-    packed = stored.format.pack(stored.load(checkpoint))
-    extra = {p: checkpoint.read(stored.parts[p]) for p in INPUT_SCALES if p in stored.parts}
+    tensors = stored.tensors(checkpoint)
+    packed = stored.format.pack(stored.unpack(checkpoint, tensors))
+    extra = {part: tensors[part] for part in INPUT_SCALES if part in tensors}
     return packed | extra | {MARKER: marker_tensor(stored.marker)}
 
 
