@@ -7,7 +7,6 @@ and takes back itself.
 """
 
 import dataclasses
-import importlib.util
 import json
 import logging
 import os
@@ -23,7 +22,7 @@ from ..ops.linear import linear
 from ..ops.linear.activation import Kind, kind_of
 from ..ops.registry import NoBackendError
 from ..quant import convert, families, formats, recipe
-from ..quant.checkpoint import Checkpoint, CheckpointWriter
+from ..quant.checkpoint import Checkpoint, CheckpointWriter, open_checkpoint
 from ..quant.checkpoint.stored import (
     INPUT_SCALES,
     MARKER,
@@ -39,27 +38,10 @@ from .inputs import AS_STORED
 
 logger = logging.getLogger(__name__)
 
-FOLDER = "diffusion_models"
 ATTACHMENT = "lowbit_records"
 ROOT = "diffusion_model"
 # The key of transformer options under which the host looks for an override.
 ATTENTION = "optimized_attention_override"
-
-
-def model_names() -> list[str]:
-    """Return the files of models/diffusion_models; none where there is no ComfyUI."""
-    if importlib.util.find_spec("folder_paths") is None:
-        return []
-    import folder_paths
-
-    return folder_paths.get_filename_list(FOLDER)
-
-
-def model_path(name: str) -> str:
-    """Return the path of a file of models/diffusion_models. Raises FileNotFoundError."""
-    import folder_paths
-
-    return folder_paths.get_full_path_or_raise(FOLDER, name)
 
 
 def load_model(path, format_name, recipe_name, keep=(), disable_dynamic=False):
@@ -70,7 +52,7 @@ def load_model(path, format_name, recipe_name, keep=(), disable_dynamic=False):
     """
     import comfy.sd
 
-    checkpoint = Checkpoint(path)
+    checkpoint = open_checkpoint(path)
     if format_name == AS_STORED:
         state, records = _as_stored(checkpoint)
     else:
@@ -127,16 +109,32 @@ def _streamed(work: convert.Plan) -> dict[str, torch.Tensor]:
 def _as_stored(checkpoint: Checkpoint) -> tuple[dict[str, torch.Tensor], list[LayerRecord]]:
     """Return the tensors as the host maps them, under the names it knows, and the records."""
     stored = stored_layers(checkpoint)
+    _check_loadable(checkpoint, stored)
+    foreign = {t for layer in stored.values() if layer.reading for t in layer.parts.values()}
     parts = {t: f"{n}.{p}" for n, layer in stored.items() for p, t in layer.parts.items()}
     model = families.recognise(logical_shapes(checkpoint, stored))
     state = {
         model.host_name(parts.get(name, name)): tensor
         for name, tensor in _tensors(checkpoint)
-        if name.rpartition(".")[2] not in (convert.LEGACY_FLAG, MARKER)
+        if name.rpartition(".")[2] not in (convert.LEGACY_FLAG, MARKER) and name not in foreign
     }
     for name, layer in stored.items():
-        state[model.host_name(f"{name}.{MARKER}")] = marker_tensor(layer.marker)
+        words = layer.tensors(checkpoint) if layer.reading else {}
+        for part, tensor in {**words, MARKER: marker_tensor(layer.marker)}.items():
+            state[model.host_name(f"{name}.{part}")] = tensor
     return state, list(_stored_records(checkpoint, stored, model))
+
+
+def _check_loadable(checkpoint: Checkpoint, stored) -> None:
+    """Raise ValueError when a file holds numbers that no format of ours holds."""
+    blocks = [info.encoding for info in checkpoint.values() if info.encoding]
+    lost = [f"{layer.title} {name}" for name, layer in stored.items() if not layer.format]
+    if blocks or lost:
+        what = f"{blocks[0]} blocks of GGUF" if blocks else lost[0]
+        raise ValueError(
+            f"{checkpoint.path}: {what} cannot stay as stored: choose a format, to which it is "
+            "quantized while it is read"
+        )
 
 
 def _tensors(checkpoint: Checkpoint) -> Iterator[tuple[str, torch.Tensor]]:

@@ -1,6 +1,6 @@
 """The node that loads a diffusion model and quantizes it on the way."""
 
-from . import host
+from . import host, model_files
 from .inputs import AS_STORED, CATEGORY, format_input, keep_input, keep_patterns, recipe_input
 
 
@@ -24,7 +24,7 @@ class LowBitLoadDiffusionModel:
         tooltip = "A file of models/diffusion_models: 16 or 32 bits, or quantized already."
         return {
             "required": {
-                "model_name": (host.model_names(), {"tooltip": tooltip}),
+                "model_name": (model_files.model_names(), {"tooltip": tooltip}),
                 "format": format_input(AS_STORED),
                 "recipe": recipe_input(),
                 "keep": keep_input(),
@@ -32,7 +32,7 @@ class LowBitLoadDiffusionModel:
         }
 
     def load(self, model_name, format, recipe, keep):
-        path = host.model_path(model_name)
+        path = model_files.model_path(model_name)
         return (host.load_model(path, format, recipe, tuple(keep_patterns(keep))),)
 
 

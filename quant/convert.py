@@ -216,7 +216,8 @@ def _copied(checkpoint: Checkpoint, stored: StoredLayer) -> dict[str, torch.Tens
 
 
 def _kept(plan: Plan, step: Step, source: torch.Tensor) -> torch.Tensor:
-    tensor = source.to(DENSE_DTYPE) if step.stored else source
+    unpacked = step.stored or plan.checkpoint[step.source].encoding
+    tensor = source.to(DENSE_DTYPE) if unpacked else source
     if step.layer:
         size, reason = tensor.nbytes, step.choice.reason
         plan.records.append(LayerRecord(step.layer, None, step.shape, size, None, reason))

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from . import families, formats
-from .checkpoint import Checkpoint
+from .checkpoint import Checkpoint, open_checkpoint
 from .checkpoint.foreign import AmbiguousError
 from .checkpoint.stored import MARKER, StoredLayer, stored_layers
 from .inspect_layers import KNOWN_SCALES, Layer, check, check_order, dtype_name, find_layers
@@ -63,7 +63,7 @@ def inspect_file(path: str) -> Report:
 
     Raises CheckpointError when the file is truncated, corrupt or no checkpoint.
     """
-    checkpoint = Checkpoint(path)
+    checkpoint = open_checkpoint(path)
     findings: list[Finding] = []
     layers = find_layers(checkpoint, findings)
     for layer in layers.values():
@@ -167,7 +167,9 @@ def _sizes(checkpoint, layers, shapes, model) -> tuple[dict[str, Group], float |
         fmt = layer.format if layer else None
         parts = [layer.parts[p] for p in fmt.scales.values() if p in layer.parts] if fmt else []
         size = info.size_bytes + sum(checkpoint[p].size_bytes for p in parts)
-        total = sums.setdefault(fmt.name if fmt else dtype_name(info.dtype), [0, 0, 0])
+        total = sums.setdefault(
+            fmt.name if fmt else info.encoding or dtype_name(info.dtype), [0, 0, 0]
+        )
         for i, value in enumerate((1, size, math.prod(shapes[key]))):
             total[i] += value
     groups = {name: Group(*total) for name, total in sums.items()}

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from . import recipe
-from .checkpoint import Checkpoint, CheckpointError, CheckpointWriter
+from .checkpoint import Checkpoint, CheckpointError, CheckpointWriter, open_checkpoint
 from .checkpoint.writer import ENTRY_BYTES
 from .convert import Plan, plan, stream
 from .record import LayerRecord
@@ -63,7 +63,7 @@ def open_source(source, target, overwrite: bool) -> Checkpoint:
     target = os.fspath(target)
     if not target.endswith(".safetensors"):
         raise CheckpointError(f"{target}: the name must end with .safetensors")
-    checkpoint = Checkpoint(source)
+    checkpoint = open_checkpoint(source)
     if os.path.exists(target):
         _check_replaceable(checkpoint, target, overwrite)
     return checkpoint

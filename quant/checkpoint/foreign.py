@@ -4,9 +4,12 @@ What one dialect alone can have written is read; what several can is refused wit
 names it, and so is what none has.
 """
 
+import contextlib
+import os
 import shlex
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +23,7 @@ from .reader import Checkpoint
 FP8 = {torch.float8_e4m3fn, torch.float8_e5m2}
 INTEGERS = {torch.int8, torch.uint8}
 METADATA_OF_MODELOPT = ("quantization_config", "hf_quant_config")
+CONFIGURATIONS = ("config.json", "hf_quant_config.json")
 SOURCE_WORDS = {order: word for word, order in dialects.ORDERS.items()}
 
 
@@ -80,8 +84,7 @@ def _is_candidate(info: TensorInfo | None) -> bool:
 def _order(checkpoint, parts, group, request: Request, result: Foreign, marked: bool) -> str | None:
     if request.order:
         return dialects.ORDERS[request.order]
-    texts = (checkpoint.metadata.get(key, "").lower() for key in METADATA_OF_MODELOPT)
-    from_modelopt = not marked and any("modelopt" in text for text in texts)
+    from_modelopt = not marked and _names_modelopt(checkpoint)
 
     def read(layer: str, part: str) -> torch.Tensor:
         return checkpoint.read(parts[layer][part])
@@ -93,6 +96,16 @@ def _order(checkpoint, parts, group, request: Request, result: Foreign, marked: 
     if found.order:
         result.notes.append(f"block scales are {found.order}: {found.how}")
     return found.order
+
+
+def _names_modelopt(checkpoint: Checkpoint) -> bool:
+    """Return whether the metadata, or the configuration in a folder of shards, names ModelOpt."""
+    texts = [checkpoint.metadata.get(key, "") for key in METADATA_OF_MODELOPT]
+    if os.path.isdir(checkpoint.path):
+        for name in CONFIGURATIONS:
+            with contextlib.suppress(OSError, ValueError):
+                texts.append(Path(checkpoint.path, name).read_text(encoding="utf-8"))
+    return any("modelopt" in text.lower() for text in texts)
 
 
 def _read(checkpoint: Checkpoint, layer: RawLayer, request: Request) -> Reading | None:

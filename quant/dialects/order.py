@@ -55,5 +55,5 @@ def find_order(
         seen = f"rows and columns show in {name}, {deviations:.0f} standard deviations above chance"
         return Found(order, seen)
     if from_modelopt and scaled:
-        return Found(FLAT, "the metadata names ModelOpt")
+        return Found(FLAT, "its metadata name ModelOpt")
     return Found(None)

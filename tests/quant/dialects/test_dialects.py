@@ -119,6 +119,17 @@ def test_layer_that_shows_no_order_is_refused_with_both_commands(opened, name):
     same_bits(repacked(found, checkpoint), foreign.packed(name, weight))
 
 
+def test_configuration_beside_shards_tells_the_order(tmp_path):
+    weight = foreign.even()
+    tensors = {f"m.{p}": t.contiguous() for p, t in foreign.modelopt(weight).items()}
+    save_file(tensors, tmp_path / "model.safetensors")
+    config = {"quantization_config": {"quant_method": "modelopt", "quant_algo": "NVFP4"}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    checkpoint = Checkpoint(tmp_path)
+    (found,) = stored_layers(checkpoint).values()
+    same_bits(repacked(found, checkpoint), foreign.packed("nvfp4", weight))
+
+
 def test_request_for_scales_alone_is_enough_where_it_tells(opened):
     weight = foreign.even()
     checkpoint = opened({"m": foreign.modelopt(weight)})
