@@ -31,10 +31,12 @@ from ..quant.checkpoint.stored import (
     stored_layers,
 )
 from ..quant.checkpoint.writer import ENTRY_BYTES
+from ..quant.memory import quantize_within_memory
 from ..quant.record import RECORD_KEY, LayerRecord, decode, encode
 from . import fusion
 from .attention_override import Override
 from .inputs import AS_STORED
+from .memory import make_room
 
 logger = logging.getLogger(__name__)
 
@@ -108,7 +110,9 @@ def _streamed(work: convert.Plan) -> dict[str, torch.Tensor]:
 
 def _as_stored(checkpoint: Checkpoint) -> tuple[dict[str, torch.Tensor], list[LayerRecord]]:
     """Return the tensors as the host maps them, under the names it knows, and the records."""
-    stored = stored_layers(checkpoint)
+    stored = stored_layers(checkpoint, notes=(notes := []))
+    for note in notes:
+        logger.info("LowBit: %s: %s", checkpoint.path, note)
     _check_loadable(checkpoint, stored)
     foreign = {t for layer in stored.values() if layer.reading for t in layer.parts.values()}
     parts = {t: f"{n}.{p}" for n, layer in stored.items() for p, t in layer.parts.items()}
@@ -343,7 +347,7 @@ def _quantized(patcher, name, module, fmt, tick) -> tuple[QuantizedTensor, float
     elif weight.dtype in convert.FP8_DTYPES:
         weight = weight.to(convert.DENSE_DTYPE)
     try:
-        new, error = fmt.quantize_measured(weight.to(patcher.load_device), tick)
+        new, error, _ = quantize_within_memory(fmt, weight, patcher.load_device, tick, make_room)
     except formats.NotFiniteError as problem:
         raise formats.NotFiniteError(f"layer {name}: {problem}") from problem
     # A weight whose logical dtype is not the one computed in would be dequantized by the host.

@@ -21,7 +21,7 @@ class LowBitLoadDiffusionModel:
 
     @classmethod
     def INPUT_TYPES(cls):
-        tooltip = "A file of models/diffusion_models: 16 or 32 bits, or quantized already."
+        tooltip = "A file of models/diffusion_models: 16 or 32 bits, quantized already, or GGUF."
         return {
             "required": {
                 "model_name": (model_files.model_names(), {"tooltip": tooltip}),

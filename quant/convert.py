@@ -28,6 +28,7 @@ from .checkpoint.stored import (
     stored_layers,
 )
 from .formats import NotFiniteError
+from .memory import quantize_within_memory
 from .recipe import Choice, Recipe
 from .record import RECORD_KEY, LayerRecord, encode
 
@@ -55,7 +56,7 @@ class Step:
 class Plan:
     """What becomes of a checkpoint. `records` fills while `stream` runs.
 
-    notes: what was found out about the layout of the source, in words.
+    notes: what was found out about the layout of the source, and where memory ran out, in words.
     """
 
     checkpoint: Checkpoint
@@ -228,7 +229,7 @@ def _layer(plan: Plan, step: Step, source, device: torch.device, tick: Callable[
     if _is_copy(step):
         tensors, error, reason = source, None, "as stored"
     else:
-        tensors, error = _quantized(plan.checkpoint, step, source, device, tick)
+        tensors, error = _quantized(plan, step, source, device, tick)
         reason = step.choice.reason
     size = sum(t.nbytes for t in tensors.values())
     name = step.choice.format.name
@@ -238,11 +239,13 @@ def _layer(plan: Plan, step: Step, source, device: torch.device, tick: Callable[
         yield f"{module}.{part}", tensor
 
 
-def _quantized(checkpoint: Checkpoint, step: Step, weight, device: torch.device, tick):
+def _quantized(plan: Plan, step: Step, weight, device: torch.device, tick):
     fmt = step.choice.format
     try:
-        quantized, error = fmt.quantize_measured(weight.to(device), tick)
+        quantized, error, note = quantize_within_memory(fmt, weight, device, tick)
     except NotFiniteError as problem:
-        raise NotFiniteError(f"{checkpoint.path}: layer {step.layer}: {problem}") from problem
+        raise NotFiniteError(f"{plan.checkpoint.path}: layer {step.layer}: {problem}") from problem
+    if note:
+        plan.notes.append(f"{step.layer}: {note}")
     tensors = {part: tensor.cpu() for part, tensor in fmt.pack(quantized).items()}
     return tensors | {MARKER: marker_tensor(fmt.marker)}, error

@@ -19,8 +19,8 @@ MAY_IMPORT = {
     "": {"ops", "quant", "cli", "nodes", ""},
 }
 HOST_FILE = "nodes/host.py"
-# Files beside it that know ComfyUI: its folders are another idea than its models.
-HOST_FILES = {HOST_FILE, "nodes/model_files.py"}
+# Files beside it that know ComfyUI: its folders and its memory are other ideas than its models.
+HOST_FILES = {HOST_FILE, "nodes/memory.py", "nodes/model_files.py"}
 HOST = {
     "comfy",
     "comfy_api",
