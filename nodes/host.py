@@ -122,7 +122,9 @@ def _as_stored(checkpoint: Checkpoint) -> tuple[dict[str, torch.Tensor], list[La
         for name, tensor in _tensors(checkpoint)
         if name.rpartition(".")[2] not in (convert.LEGACY_FLAG, MARKER) and name not in foreign
     }
+    _, tick = _progress(len(stored))
     for name, layer in stored.items():
+        tick()
         words = layer.tensors(checkpoint) if layer.reading else {}
         for part, tensor in {**words, MARKER: marker_tensor(layer.marker)}.items():
             state[model.host_name(f"{name}.{part}")] = tensor

@@ -16,6 +16,7 @@ import torch
 
 from .. import dialects, formats
 from ..dialects import RawLayer, Reading
+from ..record import RECORD_KEY
 from ..scale_order import SWIZZLED
 from .header import CheckpointError, TensorInfo
 from .reader import Checkpoint
@@ -84,7 +85,10 @@ def _is_candidate(info: TensorInfo | None) -> bool:
 def _order(checkpoint, parts, group, request: Request, result: Foreign, marked: bool) -> str | None:
     if request.order:
         return dialects.ORDERS[request.order]
-    from_modelopt = not marked and _names_modelopt(checkpoint)
+    if marked and RECORD_KEY in checkpoint.metadata:
+        # This pack wrote it, in an order that was known, or asked for.
+        return None
+    from_modelopt = not marked and names_modelopt(checkpoint)
 
     def read(layer: str, part: str) -> torch.Tensor:
         return checkpoint.read(parts[layer][part])
@@ -98,7 +102,7 @@ def _order(checkpoint, parts, group, request: Request, result: Foreign, marked: 
     return found.order
 
 
-def _names_modelopt(checkpoint: Checkpoint) -> bool:
+def names_modelopt(checkpoint: Checkpoint) -> bool:
     """Return whether the metadata, or the configuration in a folder of shards, names ModelOpt."""
     texts = [checkpoint.metadata.get(key, "") for key in METADATA_OF_MODELOPT]
     if os.path.isdir(checkpoint.path):

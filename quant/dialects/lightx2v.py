@@ -1,14 +1,19 @@
 """LightX2V's NVFP4: scales swizzled, even column in the low nibble, tensor scales as reciprocals.
 
+Its MXFP8 is the host's without a marking, so that it has to be asked for.
+
 Calibrated files have `alpha` = 1 / (input_global_scale · weight_global_scale) and
 `input_global_scale`; before that there are `weight_global_scale` and perhaps `input_absmax`. A
 global scale is 2688 / absmax, 2688 = 6 · 448.
 Source: LightX2V `tools/convert/quant/quant.py`, `tools/convert/add_scale_to_models.py`.
 """
 
+from functools import partial
+
 import torch
 
 from .. import formats
+from ..formats import Format
 from ..scale_order import SWIZZLED
 from .base import RawLayer, Reading, Tensors, block_parts, optional
 
@@ -20,10 +25,20 @@ UNCALIBRATED = "weight_global_scale"
 
 def read(layer: RawLayer) -> list[Reading]:
     """Return how the layer is read if its tensors bear LightX2V's names."""
-    named = layer.has(*CALIBRATED) or layer.has(UNCALIBRATED)
-    if not named or not layer.is_packed or SWIZZLED not in layer.orders():
+    if SWIZZLED not in layer.orders():
+        return []
+    if not layer.is_packed:
+        fmt = formats.get("mxfp8")
+        convert = partial(_convert_mxfp8, fmt)
+        return [Reading(NAMES[0], fmt, layer.shape, convert, certain=False)]
+    if not layer.has(*CALIBRATED) and not layer.has(UNCALIBRATED):
         return []
     return [Reading(NAMES[0], formats.get("nvfp4"), layer.shape, _convert)]
+
+
+def _convert_mxfp8(fmt: Format, tensors: Tensors) -> dict[str, torch.Tensor]:
+    parts = block_parts(fmt, tensors["weight"], tensors["weight_scale"], SWIZZLED)
+    return parts | optional(tensors, "pre_quant_scale")
 
 
 def _convert(tensors: Tensors) -> dict[str, torch.Tensor]:

@@ -67,4 +67,8 @@ def _convert(fmt: Format, order: str, tensors: Tensors) -> dict[str, torch.Tenso
     parts = optional(tensors, "weight", *fmt.scales.values(), *INPUT)
     if fmt.pad_multiple > 1:
         return parts | block_parts(fmt, parts["weight"], parts["weight_scale"], order)
+    if fmt.storage == torch.int8 and fmt.packed == 1:
+        # One scale per row; some writers leave the second dimension out.
+        rows = parts["weight_scale"].numel() == parts["weight"].shape[0]
+        parts["weight_scale"] = parts["weight_scale"].reshape((-1, 1) if rows else ())
     return parts

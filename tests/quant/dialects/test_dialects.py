@@ -85,9 +85,7 @@ def test_size_of_the_scales_tells_the_order_of_the_whole_file(opened, name):
     notes = []
     found = stored_layers(checkpoint, notes=notes)
     assert {layer.marked_by for layer in found.values()} == {"modelopt"}
-    assert notes == [
-        "block scales are not swizzled: b has as many scales as they take when not swizzled"
-    ]
+    assert notes == ["block scales are not swizzled: b has as many as without padding"]
     same_bits(repacked(found["a"], checkpoint), foreign.packed(name, plain))
 
 
@@ -139,6 +137,24 @@ def test_request_for_scales_alone_is_enough_where_it_tells(opened):
     assert found.marked_by == "nvfp4"
 
 
+@pytest.mark.parametrize("name", BLOCKS)
+def test_padding_tells_of_scales_that_are_swizzled_twice(opened, name):
+    weight = foreign.even(160, 1024)
+    bad = foreign.twice(foreign.packed(name, weight))
+    bad["comfy_quant"] = marker_tensor(formats.get(name).marker)
+    with pytest.raises(CheckpointError, match=f"--from {name} --scales twice"):
+        stored_layers(opened({"m": bad}))
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_order_is_not_questioned_in_files_of_ours(opened, name):
+    """Who asked for an order by `--scales` has the last word over a heuristic."""
+    parts = foreign.twice(foreign.packed(name, foreign.patterned()))
+    parts["comfy_quant"] = marker_tensor(formats.get(name).marker)
+    (found,) = stored_layers(opened({"m": parts}, {"_lowbit": "{}"})).values()
+    assert found.reading is None
+
+
 def test_layers_in_different_orders_are_refused(opened):
     layers = {
         "a": foreign.modelopt(foreign.even(96, 1024)),
@@ -164,6 +180,26 @@ def test_marking_with_scales_in_another_order_is_refused_and_repaired_if_asked(o
     (found,) = stored_layers(checkpoint, Request(name, order)).values()
     same_bits(repacked(found, checkpoint), parts)
     assert found.marker["format"] == formats.get(name).marker["format"]
+
+
+@pytest.mark.parametrize("name", ["int8", "int8_convrot"])
+def test_integers_with_a_flat_list_of_scales_are_read_if_named(opened, name):
+    weight = foreign.even(64, 256)
+    parts = foreign.packed(name, weight)
+    bad = {**parts, "weight_scale": parts["weight_scale"].reshape(-1)}
+    checkpoint = opened({"m": bad})
+    (found,) = stored_layers(checkpoint, Request(name)).values()
+    same_bits(repacked(found, checkpoint), parts)
+
+
+def test_lightx2vs_mxfp8_is_read_if_named(opened):
+    weight = foreign.even()
+    parts = foreign.packed("mxfp8", weight)
+    checkpoint = opened({"m": parts})
+    with pytest.raises(CheckpointError, match="`--from lightx2v`"):
+        stored_layers(checkpoint)
+    (found,) = stored_layers(checkpoint, Request("lightx2v")).values()
+    same_bits(repacked(found, checkpoint), parts)
 
 
 @pytest.mark.parametrize("name", ["int8", "int8_convrot", "convrot_w4a4"])
