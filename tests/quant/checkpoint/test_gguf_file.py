@@ -1,6 +1,7 @@
 """GGUF files: every kind of block is read as gguf reads it, broken files are refused by name."""
 
 import sys
+import tracemalloc
 
 import gguf
 import pytest
@@ -43,6 +44,18 @@ def test_values_are_those_that_were_written(tmp_path, kind):
     blocks, errors = WEIGHT.reshape(-1, 32), (got - WEIGHT).reshape(-1, 32)
     step = blocks.abs().amax(1) * 2 / LEVELS[kind]
     assert (errors.abs().amax(1) <= step).all()
+
+
+def test_reading_takes_the_memory_of_a_piece_not_of_the_tensor(tmp_path):
+    """Of numpy's, in which the blocks are decoded; the result itself is torch's."""
+    weight = torch.zeros(4096, 2048)
+    checkpoint = open_checkpoint(written(tmp_path, **{"large.weight": weight}))
+    tracemalloc.start()
+    checkpoint.read("large.weight")
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    # Blocks, codes, values and their product.
+    assert 0 < peak < 6 * gguf_file.CHUNK_ELEMENTS * torch.float32.itemsize < weight.nbytes
 
 
 def test_shape_of_reshaped_and_five_dimensional_tensors_comes_back(tmp_path):
