@@ -101,7 +101,7 @@ def _streamed(work: convert.Plan) -> dict[str, torch.Tensor]:
     bar, tick = _progress(len(work.steps))
     done = {step.target for step in work.steps}
     state = {}
-    for name, tensor in convert.stream(work, _device(), tick):
+    for name, tensor in convert.stream(work, _device(), tick, make_room):
         state[name] = tensor
         if name in done:
             bar.update(1)

@@ -27,8 +27,8 @@ from .checkpoint.stored import (
     marker_tensor,
     stored_layers,
 )
-from .formats import NotFiniteError
-from .memory import quantize_within_memory
+from .formats import Format, NotFiniteError
+from .memory import empty_caches, quantize_within_memory
 from .recipe import Choice, Recipe
 from .record import RECORD_KEY, LayerRecord, encode
 
@@ -172,15 +172,23 @@ def _is_linear(info: TensorInfo, stored: StoredLayer | None, shape: tuple[int, .
 
 
 def stream(
-    plan: Plan, device: torch.device | str = "cpu", tick: Callable[[], None] = lambda: None
+    plan: Plan,
+    device: torch.device | str = "cpu",
+    tick: Callable[[], None] = lambda: None,
+    make_room: Callable[[], None] = empty_caches,
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield (name, tensor) of the result, in the order of the source, and fill `plan.records`.
 
     device: where layers are quantized; what is yielded lies on the CPU. tick: called often, also
-    within a layer; may raise to stop. Holds one layer at a time, and the source of the next.
+    within a layer; may raise to stop. make_room: called when the device is out of memory, before
+    the CPU takes the layer. Holds one layer at a time, and the source of the next.
     Raises NotFiniteError that names the layer when a weight holds NaN or Inf.
     """
     plan.records.clear()
+
+    def quantize(fmt: Format, weight: torch.Tensor):
+        return quantize_within_memory(fmt, weight, device, tick, make_room)
+
     # The next tensor is read while this one is quantized and written.
     with ThreadPoolExecutor(1) as reader:
         ahead = reader.submit(_read, plan.checkpoint, plan.steps[0])
@@ -190,7 +198,7 @@ def stream(
             if following:
                 ahead = reader.submit(_read, plan.checkpoint, following)
             if step.choice.format:
-                yield from _layer(plan, step, source, torch.device(device), tick)
+                yield from _layer(plan, step, source, quantize)
             else:
                 yield step.target, _kept(plan, step, source)
 
@@ -225,11 +233,11 @@ def _kept(plan: Plan, step: Step, source: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
-def _layer(plan: Plan, step: Step, source, device: torch.device, tick: Callable[[], None]):
+def _layer(plan: Plan, step: Step, source, quantize: Callable):
     if _is_copy(step):
         tensors, error, reason = source, None, "as stored"
     else:
-        tensors, error = _quantized(plan, step, source, device, tick)
+        tensors, error = _quantized(plan, step, source, quantize)
         reason = step.choice.reason
     size = sum(t.nbytes for t in tensors.values())
     name = step.choice.format.name
@@ -239,13 +247,13 @@ def _layer(plan: Plan, step: Step, source, device: torch.device, tick: Callable[
         yield f"{module}.{part}", tensor
 
 
-def _quantized(plan: Plan, step: Step, weight, device: torch.device, tick):
+def _quantized(plan: Plan, step: Step, weight: torch.Tensor, quantize: Callable):
     fmt = step.choice.format
     try:
-        quantized, error, note = quantize_within_memory(fmt, weight, device, tick)
+        quantized, error, note = quantize(fmt, weight)
     except NotFiniteError as problem:
         raise NotFiniteError(f"{plan.checkpoint.path}: layer {step.layer}: {problem}") from problem
-    if note:
-        plan.notes.append(f"{step.layer}: {note}")
+    if note and not any(note in known for known in plan.notes):
+        plan.notes.append(f"{step.layer}, and perhaps others: {note}")
     tensors = {part: tensor.cpu() for part, tensor in fmt.pack(quantized).items()}
     return tensors | {MARKER: marker_tensor(fmt.marker)}, error

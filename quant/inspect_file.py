@@ -167,9 +167,8 @@ def _sizes(checkpoint, layers, shapes, model) -> tuple[dict[str, Group], float |
         fmt = layer.format if layer else None
         parts = [layer.parts[p] for p in fmt.scales.values() if p in layer.parts] if fmt else []
         size = info.size_bytes + sum(checkpoint[p].size_bytes for p in parts)
-        total = sums.setdefault(
-            fmt.name if fmt else info.encoding or dtype_name(info.dtype), [0, 0, 0]
-        )
+        plain = info.encoding or dtype_name(info.dtype)
+        total = sums.setdefault(fmt.name if fmt else plain, [0, 0, 0])
         for i, value in enumerate((1, size, math.prod(shapes[key]))):
             total[i] += value
     groups = {name: Group(*total) for name, total in sums.items()}

@@ -72,7 +72,7 @@ def test_interrupt_is_no_lack_of_memory(device):
         quantize_within_memory(formats.get("int8"), WEIGHT, "cpu", tick)
 
 
-def test_file_is_quantized_and_the_layers_are_named(device, tmp_path):
+def test_file_is_quantized_and_it_is_said_once(device, tmp_path):
     path = write_wan(tmp_path / "wan.safetensors", layers=1)
     want = plan(Checkpoint(path), "int8_convrot")
     expected = dict(stream(want))
@@ -82,5 +82,8 @@ def test_file_is_quantized_and_the_layers_are_named(device, tmp_path):
     assert [dataclasses.astuple(r) for r in work.records] == [
         dataclasses.astuple(r) for r in want.records
     ]
-    assert len(work.notes) == 10
-    assert work.notes[0].endswith("quantized on the CPU, as the memory of meta ran out")
+    (note,) = work.notes
+    first = work.layers[0].layer
+    assert (
+        note == f"{first}, and perhaps others: quantized on the CPU, as the memory of meta ran out"
+    )
