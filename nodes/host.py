@@ -7,7 +7,6 @@ and takes back itself.
 """
 
 import dataclasses
-import importlib.util
 import json
 import logging
 import os
@@ -23,7 +22,7 @@ from ..ops.linear import linear
 from ..ops.linear.activation import Kind, kind_of
 from ..ops.registry import NoBackendError
 from ..quant import arithmetic, convert, families, formats, recipe
-from ..quant.checkpoint import Checkpoint, CheckpointWriter
+from ..quant.checkpoint import Checkpoint, CheckpointWriter, open_checkpoint
 from ..quant.checkpoint.stored import (
     INPUT_SCALES,
     MARKER,
@@ -32,34 +31,19 @@ from ..quant.checkpoint.stored import (
     stored_layers,
 )
 from ..quant.checkpoint.writer import ENTRY_BYTES
+from ..quant.memory import quantize_within_memory
 from ..quant.record import RECORD_KEY, LayerRecord, decode, encode
 from . import fusion, stand_in
 from .attention_override import Override
 from .inputs import AS_STORED
+from .memory import make_room
 
 logger = logging.getLogger(__name__)
 
-FOLDER = "diffusion_models"
 ATTACHMENT = "lowbit_records"
 ROOT = "diffusion_model"
 # The key of transformer options under which the host looks for an override.
 ATTENTION = "optimized_attention_override"
-
-
-def model_names() -> list[str]:
-    """Return the files of models/diffusion_models; none where there is no ComfyUI."""
-    if importlib.util.find_spec("folder_paths") is None:
-        return []
-    import folder_paths
-
-    return folder_paths.get_filename_list(FOLDER)
-
-
-def model_path(name: str) -> str:
-    """Return the path of a file of models/diffusion_models. Raises FileNotFoundError."""
-    import folder_paths
-
-    return folder_paths.get_full_path_or_raise(FOLDER, name)
 
 
 def load_model(path, format_name, recipe_name, keep=(), disable_dynamic=False):
@@ -70,7 +54,7 @@ def load_model(path, format_name, recipe_name, keep=(), disable_dynamic=False):
     """
     import comfy.sd
 
-    checkpoint = Checkpoint(path)
+    checkpoint = open_checkpoint(path)
     if format_name == AS_STORED:
         state, records = _as_stored(checkpoint)
     else:
@@ -118,7 +102,7 @@ def _streamed(work: convert.Plan) -> dict[str, torch.Tensor]:
     bar, tick = progress(len(work.steps))
     done = {step.target for step in work.steps}
     state = {}
-    for name, tensor in convert.stream(work, _device(), tick):
+    for name, tensor in convert.stream(work, _device(), tick, make_room):
         state[name] = tensor
         if name in done:
             bar.update(1)
@@ -127,19 +111,39 @@ def _streamed(work: convert.Plan) -> dict[str, torch.Tensor]:
 
 def _as_stored(checkpoint: Checkpoint) -> tuple[dict[str, torch.Tensor], list[LayerRecord]]:
     """Return the tensors as the host maps them, under the names it knows, and the records."""
-    stored = stored_layers(checkpoint)
+    stored = stored_layers(checkpoint, notes=(notes := []))
+    for note in notes:
+        logger.info("LowBit: %s: %s", checkpoint.path, note)
+    _check_loadable(checkpoint, stored)
     for layer in stored.values():
         layer.check(checkpoint)
+    foreign = {t for layer in stored.values() if layer.reading for t in layer.parts.values()}
     parts = {t: f"{n}.{p}" for n, layer in stored.items() for p, t in layer.parts.items()}
     model = families.recognise(logical_shapes(checkpoint, stored))
     state = {
         model.host_name(parts.get(name, name)): tensor
         for name, tensor in _tensors(checkpoint)
-        if name.rpartition(".")[2] not in (convert.LEGACY_FLAG, MARKER)
+        if name.rpartition(".")[2] not in (convert.LEGACY_FLAG, MARKER) and name not in foreign
     }
+    _, tick = progress(len(stored))
     for name, layer in stored.items():
-        state[model.host_name(f"{name}.{MARKER}")] = marker_tensor(layer.marker)
+        tick()
+        words = layer.tensors(checkpoint) if layer.reading else {}
+        for part, tensor in {**words, MARKER: marker_tensor(layer.marker)}.items():
+            state[model.host_name(f"{name}.{part}")] = tensor
     return state, list(_stored_records(checkpoint, stored, model))
+
+
+def _check_loadable(checkpoint: Checkpoint, stored) -> None:
+    """Raise ValueError when a file holds numbers that no format of ours holds."""
+    blocks = [info.encoding for info in checkpoint.values() if info.encoding]
+    lost = [f"{layer.title} {name}" for name, layer in stored.items() if not layer.format]
+    if blocks or lost:
+        what = f"{blocks[0]} blocks of GGUF" if blocks else lost[0]
+        raise ValueError(
+            f"{checkpoint.path}: {what} cannot stay as stored: choose a format, to which it is "
+            "quantized while it is read"
+        )
 
 
 def _tensors(checkpoint: Checkpoint) -> Iterator[tuple[str, torch.Tensor]]:
@@ -343,7 +347,7 @@ def _quantized(patcher, name, module, fmt, tick) -> tuple[QuantizedTensor, float
     elif weight.dtype in convert.FP8_DTYPES:
         weight = weight.to(convert.DENSE_DTYPE)
     try:
-        new, error = fmt.quantize_measured(weight.to(patcher.load_device), tick)
+        new, error, _ = quantize_within_memory(fmt, weight, patcher.load_device, tick, make_room)
     except formats.NotFiniteError as problem:
         raise formats.NotFiniteError(f"layer {name}: {problem}") from problem
     # A weight whose logical dtype is not the one computed in would be dequantized by the host.

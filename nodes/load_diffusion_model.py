@@ -1,8 +1,8 @@
 """The node that loads a diffusion model and quantizes it on the way."""
 
 from ..quant.best import best_format
-from ..quant.checkpoint import Checkpoint
-from . import host
+from ..quant.checkpoint import open_checkpoint
+from . import host, model_files
 from .inputs import (
     AS_STORED,
     AUTO,
@@ -31,10 +31,10 @@ class LowBitLoadDiffusionModel:
 
     @classmethod
     def INPUT_TYPES(cls):
-        tooltip = "A file of models/diffusion_models: 16 or 32 bits, or quantized already."
+        tooltip = "A file of models/diffusion_models: 16 or 32 bits, quantized already, or GGUF."
         return {
             "required": {
-                "model_name": (host.model_names(), {"tooltip": tooltip}),
+                "model_name": (model_files.model_names(), {"tooltip": tooltip}),
                 "format": format_input(AUTO),
                 "recipe": recipe_input(),
                 "keep": keep_input(),
@@ -42,9 +42,9 @@ class LowBitLoadDiffusionModel:
         }
 
     def load(self, model_name, format, recipe, keep):
-        path = host.model_path(model_name)
+        path = model_files.model_path(model_name)
         if format == AUTO:
-            format = best_format(Checkpoint(path)) or AS_STORED
+            format = best_format(open_checkpoint(path)) or AS_STORED
         return (host.load_model(path, format, recipe, tuple(keep_patterns(keep))),)
 
 

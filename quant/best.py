@@ -12,5 +12,8 @@ def best_format(checkpoint: Checkpoint) -> str | None:
     """Return the format to quantize a checkpoint to, None where it is quantized already.
 
     Another rounding would add its error to that of the first, and might take twice the memory.
+    Numbers that no format here holds, GGUF's among them, cannot stay as they are.
     """
-    return None if stored_layers(checkpoint) else BEST
+    stored = stored_layers(checkpoint)
+    can_stay = stored and all(layer.format for layer in stored.values())
+    return None if can_stay else BEST

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from . import families
-from .checkpoint import Checkpoint
+from .checkpoint import Checkpoint, open_checkpoint
 from .checkpoint.stored import LEGACY_FLAG, MARKER, StoredLayer, logical_shapes, stored_layers
 
 # Elements in float64 at a time.
@@ -58,8 +58,9 @@ class _Side:
 
     def format(self, name: str) -> str:
         layer = self._layer(name)
-        dtype = self.checkpoint[self.names[name]].dtype
-        return layer.format.name if layer else str(dtype).removeprefix("torch.")
+        info = self.checkpoint[self.names[name]]
+        plain = info.encoding or str(info.dtype).removeprefix("torch.")
+        return layer.title if layer else plain
 
     def shape(self, name: str) -> tuple[int, ...]:
         layer = self._layer(name)
@@ -99,7 +100,7 @@ def _badness(error: float | None) -> float:
 
 
 def _open(path: str) -> _Side:
-    checkpoint = Checkpoint(path)
+    checkpoint = open_checkpoint(path)
     stored = stored_layers(checkpoint)
     model = families.recognise(logical_shapes(checkpoint, stored))
     scales = {t for layer in stored.values() for p, t in layer.parts.items() if p != "weight"}

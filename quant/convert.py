@@ -5,6 +5,7 @@ quantizes and yields. The command line writes what it yields to a file, the load
 the host.
 """
 
+import dataclasses
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -13,7 +14,9 @@ import torch
 
 from . import families, recipe
 from .checkpoint import Checkpoint, CheckpointError, TensorInfo
+from .checkpoint.foreign import Request
 from .checkpoint.stored import (
+    AS_IT_IS,
     FP8_DTYPES,
     INPUT_SCALES,
     LEGACY_FLAG,
@@ -24,13 +27,15 @@ from .checkpoint.stored import (
     marker_tensor,
     stored_layers,
 )
-from .formats import NotFiniteError
+from .formats import Format, NotFiniteError
+from .memory import empty_caches, quantize_within_memory
 from .recipe import Choice, Recipe
 from .record import RECORD_KEY, LayerRecord, encode
 
 # What a dense weight becomes when the source holds it in FP8.
 DENSE_DTYPE = torch.bfloat16
 UNTOUCHED = Choice(None)
+AS_STORED = "as_stored"
 FLOATS = {torch.float64, torch.float32, torch.float16, torch.bfloat16, *FP8_DTYPES}
 
 
@@ -49,13 +54,17 @@ class Step:
 
 @dataclass
 class Plan:
-    """What becomes of a checkpoint. `records` fills while `stream` runs."""
+    """What becomes of a checkpoint. `records` fills while `stream` runs.
+
+    notes: what was found out about the layout of the source, and where memory ran out, in words.
+    """
 
     checkpoint: Checkpoint
     recipe: Recipe
     model: families.Recognised
     steps: list[Step]
     records: list[LayerRecord] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
     @property
     def layers(self) -> list[Step]:
@@ -69,7 +78,7 @@ class Plan:
         }
         metadata[RECORD_KEY] = encode(
             self.records,
-            format=self.recipe.format.name,
+            format=AS_STORED if self.recipe.name == AS_STORED else self.recipe.format.name,
             recipe=self.recipe.name,
             family=self.model.family.name,
             variant=self.model.variant,
@@ -88,15 +97,14 @@ def plan(
     Raises ValueError for an unknown format or recipe, CheckpointError when the markings of the
     source cannot be read or nothing in it would be quantized.
     """
-    stored = stored_layers(checkpoint)
-    shapes = logical_shapes(checkpoint, stored)
-    model = families.recognise(shapes)
-    refused = model.family.refused and model.family.refused(model.renamed.values())
-    if refused:
-        raise CheckpointError(f"{checkpoint.path}: {refused}")
+    stored, shapes, model = _known(checkpoint, AS_IT_IS, notes := [])
     rules = recipe.build(format_name, recipe_name, keep, model)
-    steps = list(_steps(checkpoint, stored, shapes, model, rules))
-    result = Plan(checkpoint, rules, model, steps)
+
+    def choose(layer: str, quantized: StoredLayer | None, shape: tuple[int, ...]) -> Choice:
+        return rules.choose(layer, shape)
+
+    steps = list(_steps(checkpoint, stored, shapes, model, choose))
+    result = Plan(checkpoint, rules, model, steps, notes=notes)
     if not result.layers:
         raise CheckpointError(
             f"{checkpoint.path}: nothing to quantize to {format_name} under recipe {recipe_name}"
@@ -104,7 +112,43 @@ def plan(
     return result
 
 
-def _steps(checkpoint, stored, shapes, model, rules) -> Iterator[Step]:
+def plan_as_stored(checkpoint: Checkpoint, request: Request, format_name: str) -> Plan:
+    """Return how `checkpoint` comes to the host's names, words and order, its numbers as they are.
+
+    request: what the user says of the source. format_name: for layers whose numbers no format of
+    ours holds; where it does not fit, another of 8 bits. Raises what `plan` raises, and
+    CheckpointError when no layer is quantized.
+    """
+    stored, shapes, model = _known(checkpoint, request, notes := [])
+    if not stored:
+        raise CheckpointError(
+            f"{checkpoint.path}: no layer of it is quantized; `lowbit quantize` does that"
+        )
+    rules = recipe.build(format_name, recipe.NONE, (), model)
+
+    def choose(layer: str, quantized: StoredLayer | None, shape: tuple[int, ...]) -> Choice:
+        if quantized is None:
+            return Choice(None, "not quantized in the source")
+        if quantized.format:
+            return Choice(quantized.format, "as stored")
+        return rules.requantize(shape, f"no format holds {quantized.title} numbers")
+
+    steps = list(_steps(checkpoint, stored, shapes, model, choose))
+    return Plan(checkpoint, dataclasses.replace(rules, name=AS_STORED), model, steps, notes=notes)
+
+
+def _known(checkpoint: Checkpoint, request: Request, notes: list[str]):
+    """Return (quantized layers, shapes by name, model); what was found out goes to `notes`."""
+    stored = stored_layers(checkpoint, request, notes)
+    shapes = logical_shapes(checkpoint, stored)
+    model = families.recognise(shapes)
+    refused = model.family.refused and model.family.refused(model.renamed.values())
+    if refused:
+        raise CheckpointError(f"{checkpoint.path}: {refused}")
+    return stored, shapes, model
+
+
+def _steps(checkpoint, stored, shapes, model, choose) -> Iterator[Step]:
     consumed = {t for layer in stored.values() for p, t in layer.parts.items() if p != "weight"}
     for name, info in checkpoint.items():
         module, _, part = name.rpartition(".")
@@ -118,7 +162,7 @@ def _steps(checkpoint, stored, shapes, model, rules) -> Iterator[Step]:
             yield Step(target, name, stored=quantized, size_bytes=info.size_bytes)
             continue
         layer = bare.removesuffix(".weight")
-        choice = rules.choose(layer, shapes[name])
+        choice = choose(layer, quantized, shapes[name])
         yield Step(target, name, layer, choice, quantized, shapes[name], info.size_bytes)
 
 
@@ -128,15 +172,23 @@ def _is_linear(info: TensorInfo, stored: StoredLayer | None, shape: tuple[int, .
 
 
 def stream(
-    plan: Plan, device: torch.device | str = "cpu", tick: Callable[[], None] = lambda: None
+    plan: Plan,
+    device: torch.device | str = "cpu",
+    tick: Callable[[], None] = lambda: None,
+    make_room: Callable[[], None] = empty_caches,
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield (name, tensor) of the result, in the order of the source, and fill `plan.records`.
 
     device: where layers are quantized; what is yielded lies on the CPU. tick: called often, also
-    within a layer; may raise to stop. Holds one layer at a time, and the source of the next.
+    within a layer; may raise to stop. make_room: called when the device is out of memory, before
+    the CPU takes the layer. Holds one layer at a time, and the source of the next.
     Raises NotFiniteError that names the layer when a weight holds NaN or Inf.
     """
     plan.records.clear()
+
+    def quantize(fmt: Format, weight: torch.Tensor):
+        return quantize_within_memory(fmt, weight, device, tick, make_room)
+
     # The next tensor is read while this one is quantized and written.
     with ThreadPoolExecutor(1) as reader:
         ahead = reader.submit(_read, plan.checkpoint, plan.steps[0])
@@ -146,13 +198,13 @@ def stream(
             if following:
                 ahead = reader.submit(_read, plan.checkpoint, following)
             if step.choice.format:
-                yield from _layer(plan, step, source, torch.device(device), tick)
+                yield from _layer(plan, step, source, quantize)
             else:
                 yield step.target, _kept(plan, step, source)
 
 
 def _is_copy(step: Step) -> bool:
-    return bool(step.stored) and step.stored.format is step.choice.format
+    return bool(step.stored and step.choice.format and step.stored.format is step.choice.format)
 
 
 def _read(checkpoint: Checkpoint, step: Step) -> torch.Tensor | dict[str, torch.Tensor]:
@@ -166,24 +218,26 @@ def _read(checkpoint: Checkpoint, step: Step) -> torch.Tensor | dict[str, torch.
 
 
 def _copied(checkpoint: Checkpoint, stored: StoredLayer) -> dict[str, torch.Tensor]:
-    packed = stored.format.pack(stored.load(checkpoint))
-    extra = {p: checkpoint.read(stored.parts[p]) for p in INPUT_SCALES if p in stored.parts}
+    tensors = stored.tensors(checkpoint)
+    packed = stored.format.pack(stored.unpack(checkpoint, tensors))
+    extra = {part: tensors[part] for part in INPUT_SCALES if part in tensors}
     return packed | extra | {MARKER: marker_tensor(stored.marker)}
 
 
 def _kept(plan: Plan, step: Step, source: torch.Tensor) -> torch.Tensor:
-    tensor = source.to(DENSE_DTYPE) if step.stored else source
+    unpacked = step.stored or plan.checkpoint[step.source].encoding
+    tensor = source.to(DENSE_DTYPE) if unpacked else source
     if step.layer:
         size, reason = tensor.nbytes, step.choice.reason
         plan.records.append(LayerRecord(step.layer, None, step.shape, size, None, reason))
     return tensor
 
 
-def _layer(plan: Plan, step: Step, source, device: torch.device, tick: Callable[[], None]):
+def _layer(plan: Plan, step: Step, source, quantize: Callable):
     if _is_copy(step):
         tensors, error, reason = source, None, "as stored"
     else:
-        tensors, error = _quantized(plan.checkpoint, step, source, device, tick)
+        tensors, error = _quantized(plan, step, source, quantize)
         reason = step.choice.reason
     size = sum(t.nbytes for t in tensors.values())
     name = step.choice.format.name
@@ -193,11 +247,13 @@ def _layer(plan: Plan, step: Step, source, device: torch.device, tick: Callable[
         yield f"{module}.{part}", tensor
 
 
-def _quantized(checkpoint: Checkpoint, step: Step, weight, device: torch.device, tick):
+def _quantized(plan: Plan, step: Step, weight: torch.Tensor, quantize: Callable):
     fmt = step.choice.format
     try:
-        quantized, error = fmt.quantize_measured(weight.to(device), tick)
+        quantized, error, note = quantize(fmt, weight)
     except NotFiniteError as problem:
-        raise NotFiniteError(f"{checkpoint.path}: layer {step.layer}: {problem}") from problem
+        raise NotFiniteError(f"{plan.checkpoint.path}: layer {step.layer}: {problem}") from problem
+    if note and not any(note in known for known in plan.notes):
+        plan.notes.append(f"{step.layer}, and perhaps others: {note}")
     tensors = {part: tensor.cpu() for part, tensor in fmt.pack(quantized).items()}
     return tensors | {MARKER: marker_tensor(fmt.marker)}, error

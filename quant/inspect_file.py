@@ -1,17 +1,18 @@
 """What a checkpoint is and what is wrong with it, from its header, its markings and its scales.
 
 Payloads are not read, so that a file of 14 GB takes seconds. Not detectable from a file alone: the
-order of two nibbles in a byte (only metadata hints at it: ModelOpt's and diffusers' writers put the
-even column low, the host wants it high), a rotation that a marker does not tell of, and scales in
-a wrong order that have no pattern of rows and columns (see `scale_order`).
+order of two nibbles in a byte (names and the order of the scales tell whose it is, see `dialects`),
+a rotation that a marker does not tell of, and scales in a wrong order that have no pattern of rows
+and columns (see `scale_order`).
 """
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from . import families, formats
-from .checkpoint import Checkpoint
+from .checkpoint import Checkpoint, open_checkpoint
+from .checkpoint.foreign import AmbiguousError
 from .checkpoint.stored import MARKER, StoredLayer, stored_layers
 from .inspect_layers import KNOWN_SCALES, Layer, check, check_order, dtype_name, find_layers
 from .inspect_names import check_names
@@ -62,13 +63,14 @@ def inspect_file(path: str) -> Report:
 
     Raises CheckpointError when the file is truncated, corrupt or no checkpoint.
     """
-    checkpoint = Checkpoint(path)
+    checkpoint = open_checkpoint(path)
     findings: list[Finding] = []
     layers = find_layers(checkpoint, findings)
     for layer in layers.values():
         findings.extend(check(checkpoint, layer))
     findings.extend(check_order(checkpoint, layers))
     stored = _stored(checkpoint, findings)
+    findings = _settle_foreign(layers, stored, findings)
     shapes = _logical_shapes(checkpoint, layers, stored)
     model = _recognise(shapes, findings)
     findings.extend(check_names(checkpoint.path, model, bool(layers)))
@@ -94,10 +96,32 @@ def _stored(checkpoint: Checkpoint, findings: list[Finding]) -> dict[str, Stored
     """Return the layers as this pack reads them; when it refuses, say why unless it is said."""
     try:
         return stored_layers(checkpoint)
+    except AmbiguousError as error:
+        findings.append(Finding("ambiguous_layout", "", str(error)))
+        return {}
     except ValueError as error:
         if not any(PACK in f.who for f in findings):
             findings.append(Finding("refused", "", str(error)))
         return {}
+
+
+def _settle_foreign(
+    layers: dict[str, Layer], stored: dict[str, StoredLayer], findings: list[Finding]
+) -> list[Finding]:
+    """Return findings without this pack where it reads a layer in another program's layout."""
+    foreign = {name: layer for name, layer in stored.items() if layer.reading}
+    for name, layer in foreign.items():
+        layers[name].format = layer.format
+        detail = f"it is as {layer.marked_by} writes it"
+        if layer.marked_by in formats.names():
+            detail = f"it is {layer.marked_by} that is not marked"
+        findings.append(Finding("foreign_layout", name, detail))
+    return [
+        replace(f, affects=tuple(who for who in f.who if who != PACK))
+        if f.layer in foreign and f.code != "scale_not_finite"
+        else f
+        for f in findings
+    ]
 
 
 def _logical_shapes(checkpoint, layers: dict[str, Layer], stored) -> dict[str, tuple[int, ...]]:
@@ -143,7 +167,8 @@ def _sizes(checkpoint, layers, shapes, model) -> tuple[dict[str, Group], float |
         fmt = layer.format if layer else None
         parts = [layer.parts[p] for p in fmt.scales.values() if p in layer.parts] if fmt else []
         size = info.size_bytes + sum(checkpoint[p].size_bytes for p in parts)
-        total = sums.setdefault(fmt.name if fmt else dtype_name(info.dtype), [0, 0, 0])
+        plain = info.encoding or dtype_name(info.dtype)
+        total = sums.setdefault(fmt.name if fmt else plain, [0, 0, 0])
         for i, value in enumerate((1, size, math.prod(shapes[key]))):
             total[i] += value
     groups = {name: Group(*total) for name, total in sums.items()}

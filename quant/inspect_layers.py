@@ -9,6 +9,7 @@ import torch
 
 from . import formats
 from .checkpoint import Checkpoint, CheckpointError, TensorInfo
+from .checkpoint.foreign import names_modelopt
 from .checkpoint.stored import (
     FP8_DTYPES,
     INPUT_SCALES,
@@ -140,7 +141,7 @@ def check(checkpoint: Checkpoint, layer: Layer) -> Iterator[Finding]:
 def _check_unmarked(checkpoint, layer: Layer, info: TensorInfo) -> Iterator[Finding]:
     if info.dtype in INTEGERS:
         detail = f"{_words(info)} has no {MARKER}"
-        if _mentions_modelopt(checkpoint):
+        if names_modelopt(checkpoint):
             detail += "; the metadata tells of ModelOpt, whose scales are flat and whose even "
             detail += "column is the low nibble"
         yield Finding("unmarked_integers", layer.name, detail)
@@ -240,7 +241,7 @@ def check_order(checkpoint: Checkpoint, layers: dict[str, Layer]) -> Iterator[Fi
             if order:
                 detail = f"weight_scale is {order}, {fmt.name} wants it swizzled once"
                 yield Finding("scale_order", layer.name, detail)
-        if fmt.packed > 1 and found and _mentions_modelopt(checkpoint):
+        if fmt.packed > 1 and found and names_modelopt(checkpoint):
             detail = "the metadata tells of ModelOpt"
             yield Finding("nibble_order_unknown", found[0].name, detail)
 
@@ -254,11 +255,6 @@ def _order(checkpoint: Checkpoint, layer: Layer) -> str | None:
     rows, stored = weight.shape
     values = checkpoint.read(layer.parts["weight_scale"]).view(dtype)
     return wrong_order(values, rows, stored * fmt.packed // fmt.group)
-
-
-def _mentions_modelopt(checkpoint: Checkpoint) -> bool:
-    keys = ("quantization_config", "hf_quant_config")
-    return any("modelopt" in checkpoint.metadata.get(key, "").lower() for key in keys)
 
 
 def dtype_name(dtype: torch.dtype) -> str:

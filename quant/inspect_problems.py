@@ -68,6 +68,7 @@ def _problem(kind: Kind, affects: tuple[str, ...], found: list[Finding]) -> Prob
 
 
 AGAIN = "Quantize the 16-bit file again with `lowbit quantize`."
+CONVERT = "`lowbit convert` writes it as ComfyUI has it, where LowBit reads it. Else: "
 
 _KINDS = (
     Kind(
@@ -93,7 +94,7 @@ _KINDS = (
         "scale_shape",
         BOTH,
         "The scales do not fit the weight: a failure when it runs, or noise.",
-        AGAIN,
+        CONVERT + AGAIN,
     ),
     Kind(
         "scale_kind",
@@ -112,15 +113,16 @@ _KINDS = (
         "scale_order",
         BOTH,
         "Every block is multiplied by the scale of another one: noise that looks like weights.",
-        AGAIN,
+        "`lowbit convert` with --scales, and --from for the order of nibbles, puts them right. "
+        "Else: " + AGAIN,
     ),
     Kind(
         "per_channel_as_tensor",
         BOTH,
         "One scale per output channel is read as one per tensor: a good-looking picture of "
         "something else, or a failure.",
-        "Mark the layers float8_e4m3fn_rowwise and load them with LowBit, or quantize the 16-bit "
-        "file again to fp8_e4m3.",
+        "`lowbit convert` marks the layers float8_e4m3fn_rowwise, which LowBit loads; `lowbit "
+        "quantize --format int8_convrot` makes of it what ComfyUI loads too.",
     ),
     Kind(
         "payload_dtype",
@@ -138,14 +140,15 @@ _KINDS = (
         "unknown_format",
         BOTH,
         "A loader that does not know the format refuses the file.",
-        "Where only ComfyUI is affected, load it with LowBit's loader. Else convert it with the "
-        "tool that wrote it, or quantize the 16-bit file again.",
+        "Where only ComfyUI is affected, load it with LowBit's loader, or let `lowbit convert` "
+        "write what ComfyUI loads where a format of it has the same numbers. Else quantize the "
+        "16-bit file again.",
     ),
     Kind(
         "unmarked_integers",
         BOTH,
         "Integers without a marking are taken for the weights themselves, or refused.",
-        AGAIN,
+        CONVERT + AGAIN,
     ),
     Kind(
         "marker_unreadable",
@@ -202,6 +205,20 @@ _KINDS = (
         BOTH,
         "No renaming brings this file to ComfyUI's layout.",
         "Take the file in the original or in ComfyUI's layout.",
+    ),
+    Kind(
+        "foreign_layout",
+        (HOST,),
+        "Another program's names, order of nibbles, or order of scales: noise, or refused.",
+        "LowBit loads it, and `lowbit convert` writes it as ComfyUI has it, bit for bit where one "
+        "of its formats has the same numbers.",
+    ),
+    Kind(
+        "ambiguous_layout",
+        (PACK,),
+        "Several programs write such tensors, in different orders, and the file does not show "
+        "which it was. LowBit refuses it rather than guess.",
+        "Say it with `lowbit convert --from`.",
     ),
     Kind(
         "refused",

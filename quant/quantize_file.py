@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from . import recipe
-from .checkpoint import Checkpoint, CheckpointError, CheckpointWriter
+from .checkpoint import Checkpoint, CheckpointError, CheckpointWriter, open_checkpoint
 from .checkpoint.writer import ENTRY_BYTES
 from .convert import Plan, plan, stream
 from .record import LayerRecord
@@ -53,13 +53,25 @@ def quantize_file(
     CheckpointError when `target` exists and `overwrite` is false, and what `plan`, `stream` and
     the writer raise; `target` is then absent or as it was.
     """
+    checkpoint = open_source(source, target, overwrite)
+    work = plan(checkpoint, format_name, recipe_name, keep)
+    return write(work, target, device, progress)
+
+
+def open_source(source, target, overwrite: bool) -> Checkpoint:
+    """Return `source`, opened, once it is known that `target` may be written."""
     target = os.fspath(target)
     if not target.endswith(".safetensors"):
         raise CheckpointError(f"{target}: the name must end with .safetensors")
-    checkpoint = Checkpoint(source)
+    checkpoint = open_checkpoint(source)
     if os.path.exists(target):
         _check_replaceable(checkpoint, target, overwrite)
-    work = plan(checkpoint, format_name, recipe_name, keep)
+    return checkpoint
+
+
+def write(work: Plan, target, device: torch.device | str, progress: Progress) -> Result:
+    """Carry out `work` and write what it gives to `target`, which takes its name at the end."""
+    target = os.fspath(target)
     sizes = {s.target: s.size_bytes for s in work.steps}
     total, done, written = sum(sizes.values()), 0, 0
     start = time.perf_counter()
@@ -71,7 +83,7 @@ def quantize_file(
             progress(done, total)
         writer.finish(work.metadata())
     seconds = time.perf_counter() - start
-    return Result(target, work, checkpoint.size_bytes, written, seconds)
+    return Result(target, work, work.checkpoint.size_bytes, written, seconds)
 
 
 def _check_replaceable(checkpoint: Checkpoint, target: str, overwrite: bool) -> None:

@@ -57,6 +57,12 @@ class Recipe:
         unfit = fmt.unfit(shape)
         return Choice(None, unfit) if unfit else Choice(fmt)
 
+    def requantize(self, shape: tuple[int, ...], reason: str) -> Choice:
+        """Return the format for a layer that has to take one, another of 8 bits if it must."""
+        if self.format.unfit(shape):
+            return self._eight_bit(shape, reason)
+        return Choice(self.format, reason)
+
     def _eight_bit(self, shape: tuple[int, ...], reason: str) -> Choice:
         for name in EIGHT_BIT_FORMATS:
             fmt = formats.get(name)

@@ -17,6 +17,7 @@ from comfy_kitchen.float_utils import from_blocked
 from .formats._blocks import COLUMNS, ROWS, round_up
 
 FLAT = "not swizzled"
+SWIZZLED = "swizzled"
 TWICE = "swizzled twice"
 EITHER = f"{FLAT}, or {TWICE}"
 
@@ -52,6 +53,27 @@ def wrong_order(scale: torch.Tensor, rows: int, columns: int) -> str | None:
     if found[order] <= max(CERTAIN, CLEARER * wanted):
         return None
     return order if found[order] > CLEARER * found[other] else EITHER
+
+
+def proven_order(scale: torch.Tensor, rows: int, columns: int) -> tuple[str | None, float]:
+    """Return (FLAT, SWIZZLED or TWICE, deviations above chance); (None, …) where none is proven.
+
+    scale: one-byte block scales as stored, as many as a weight with `rows` by `columns` of them
+    takes, padded or not. What sizes or padding prove has infinite deviations.
+    """
+    shape = (round_up(rows, ROWS), round_up(columns, COLUMNS))
+    if shape != (rows, columns):
+        if scale.numel() == rows * columns:
+            return FLAT, math.inf
+        twice = wrong_order(scale, rows, columns) == TWICE
+        return TWICE if twice else SWIZZLED, math.inf
+    stored = scale.reshape(shape)[:ROWS_SEEN]
+    once = _unswizzle(stored)
+    found = {FLAT: stored, SWIZZLED: once, TWICE: _unswizzle(once)}
+    found = {order: _pattern(values) for order, values in found.items()}
+    best, second, _ = sorted(found, key=found.get, reverse=True)
+    certain = found[best] > max(CERTAIN, CLEARER * found[second])
+    return best if certain else None, found[best]
 
 
 def _unswizzle(scale: torch.Tensor) -> torch.Tensor:

@@ -3,7 +3,7 @@
 import subprocess
 import sys
 
-OPTIONAL = ["PIL", "diffusers", "matplotlib", "sageattention", "transformers", "triton"]
+OPTIONAL = ["PIL", "diffusers", "gguf", "matplotlib", "sageattention", "transformers", "triton"]
 
 # torch and comfy-kitchen come first: what they import where it is installed is theirs.
 CHECK = """

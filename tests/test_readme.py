@@ -11,6 +11,7 @@ import torch
 
 from lowbit import NODE_CLASS_MAPPINGS
 from lowbit.quant import support
+from lowbit.quant.quantize_file import quantize_file
 from tests.bench import table
 from tests.checkpoints import write_wan
 from tests.ops import triton_versions
@@ -78,6 +79,8 @@ def test_command_runs(line, tmp_path):
     files = {name: tmp_path / f"{name}.safetensors" for name in ("SRC", "FILE", "A", "B")}
     for path in files.values():
         write_wan(path)
+    files["QUANTIZED"] = tmp_path / "QUANTIZED.safetensors"
+    quantize_file(files["SRC"], files["QUANTIZED"], "fp8_e4m3")
     files["DST"] = tmp_path / "DST.safetensors"
     words = [str(files.get(word, word)) for word in shlex.split(line)[1:]]
     run = subprocess.run(

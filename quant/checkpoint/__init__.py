@@ -1,7 +1,19 @@
-"""Reading and writing safetensors checkpoints a tensor at a time."""
+"""Reading checkpoints and writing safetensors ones, a tensor at a time."""
 
+import os
+
+from .gguf_file import SUFFIX, GGUFCheckpoint
 from .header import CheckpointError, TensorInfo
 from .reader import Checkpoint
 from .writer import CheckpointWriter
 
-__all__ = ["Checkpoint", "CheckpointError", "CheckpointWriter", "TensorInfo"]
+__all__ = ["Checkpoint", "CheckpointError", "CheckpointWriter", "TensorInfo", "open_checkpoint"]
+
+
+def open_checkpoint(path: str | os.PathLike) -> Checkpoint:
+    """Return the checkpoint at `path`: safetensors, a folder or index of shards, or GGUF.
+
+    Raises CheckpointError when it is no readable checkpoint.
+    """
+    is_gguf = os.fspath(path).lower().endswith(SUFFIX)
+    return GGUFCheckpoint(path) if is_gguf else Checkpoint(path)

@@ -44,13 +44,17 @@ class CheckpointError(ValueError):
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Where a tensor lies: `start` and `end` are byte offsets in `path`."""
+    """Where a tensor lies: `start` and `end` are byte offsets in `path`.
+
+    encoding: of blocks that reading turns into `dtype`; "" where the file holds `dtype` itself.
+    """
 
     path: str
     dtype: torch.dtype
     shape: tuple[int, ...]
     start: int
     end: int
+    encoding: str = ""
 
     @property
     def size_bytes(self) -> int:

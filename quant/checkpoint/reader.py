@@ -14,6 +14,8 @@ from .header import CheckpointError, TensorInfo, read_header
 
 INDEX_SUFFIX = ".safetensors.index.json"
 FILE_SUFFIXES = (".safetensors", ".sft")
+# What torch.save writes: loading such a file runs whatever is in it.
+PICKLES = (".ckpt", ".pt", ".pt2", ".pth", ".bin", ".pkl")
 
 
 class Checkpoint(Mapping[str, TensorInfo]):
@@ -57,13 +59,14 @@ class Checkpoint(Mapping[str, TensorInfo]):
             try:
                 with open(info.path, "rb", buffering=0) as file:
                     file.seek(info.start)
-                    _read_into(file, view)
+                    read_into(file, view)
             except OSError as error:
                 raise CheckpointError(f"{info.path}: reading {name}: {error}") from error
         return data.view(info.dtype).reshape(info.shape)
 
 
-def _read_into(file, view: memoryview) -> None:
+def read_into(file, view: memoryview) -> None:
+    """Fill `view` from an unbuffered file. Raises OSError where that ends."""
     while view:
         count = file.readinto(view)
         if not count:
@@ -76,8 +79,12 @@ def _files(path: str) -> list[str]:
         return _shards(path)
     if path.endswith(INDEX_SUFFIX):
         return _indexed(path)
+    if path.lower().endswith(PICKLES):
+        raise CheckpointError(
+            f"{path}: a pickle, which can run any code and is never loaded, not a .safetensors file"
+        )
     if not path.endswith(FILE_SUFFIXES):
-        raise CheckpointError(f"{path}: not a .safetensors file or a folder of them")
+        raise CheckpointError(f"{path}: not a .safetensors file, a folder of them, or a .gguf file")
     return [path]
 
 

@@ -2,7 +2,7 @@
 
 Known markings: the host's `L.comfy_quant` tensors and `_quantization_metadata`, the legacy
 `scaled_fp8` of the host and of WanVideoWrapper (`L.scale_weight`, `L.scale_input`), and FP8 weights
-that carry a scale but no marking at all.
+that carry a scale but no marking at all. Layers in other programs' words are `foreign`.
 """
 
 import json
@@ -14,7 +14,9 @@ import torch
 from comfy_kitchen.tensor import QuantizedTensor
 
 from .. import families, formats
+from ..dialects import Reading
 from ..record import decode
+from .foreign import Foreign, Request, find_foreign
 from .header import CheckpointError
 from .reader import Checkpoint
 
@@ -24,39 +26,60 @@ LEGACY_FLAG = "scaled_fp8"
 LEGACY_NAMES = {"scale_weight": "weight_scale", "scale_input": "input_scale"}
 FP8_DTYPES = {torch.float8_e4m3fn: "float8_e4m3fn", torch.float8_e5m2: "float8_e5m2"}
 INPUT_SCALES = ("input_scale", "pre_quant_scale")
+AS_IT_IS = Request()
 
 
 @dataclass(frozen=True)
 class StoredLayer:
-    """A quantized layer of a file. `parts`: name within the layer, as the host has it → tensor."""
+    """A quantized layer of a file. `parts`: name within the layer, as the host has it → tensor.
+
+    reading: how it comes to the host's words, None where it is in them. format: None where none of
+    ours holds its numbers; `dequantize` gives them.
+    """
 
     name: str
-    format: formats.Format
+    format: formats.Format | None
     marker: Mapping[str, Any]
     marked_by: str
     parts: Mapping[str, str]
     shape: tuple[int, int] | None = field(default=None)
+    reading: Reading | None = None
+
+    @property
+    def title(self) -> str:
+        """The name of the format, or whose layout it is that has no format here."""
+        return self.format.name if self.format else f"{self.reading.dialect}'s"
 
     def logical_shape(self, checkpoint: Checkpoint) -> tuple[int, int]:
         """Return [N, K] of the weight, unpacked."""
         n, k = checkpoint[self.parts["weight"]].shape
         return self.shape or (n, k * self.format.packed)
 
+    def tensors(self, checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
+        """Return the layer's tensors by part, in the host's words; see `Reading.convert`."""
+        tensors = {part: checkpoint.read(name) for part, name in self.parts.items()}
+        return self.reading.convert(tensors) if self.reading else tensors
+
     def load(self, checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> QuantizedTensor:
         """Return the weight as stored. Raises CheckpointError that names the layer."""
-        tensors = {part: checkpoint.read(name) for part, name in self.parts.items()}
-        return self._unpack(checkpoint, tensors, dtype)
+        return self.unpack(checkpoint, self.tensors(checkpoint), dtype)
 
     def check(self, checkpoint: Checkpoint) -> None:
-        """Raise CheckpointError as `load` would, for what names and shapes tell; reads nothing."""
+        """Raise CheckpointError as `load` would, for what names and shapes tell; reads nothing.
+
+        Another program's layout was looked at when it was recognised.
+        """
+        if self.reading:
+            return
         infos = {part: checkpoint[name] for part, name in self.parts.items()}
         tensors = {
             part: torch.empty(info.shape, dtype=info.dtype, device="meta")
             for part, info in infos.items()
         }
-        self._unpack(checkpoint, tensors, torch.float32)
+        self.unpack(checkpoint, tensors)
 
-    def _unpack(self, checkpoint: Checkpoint, tensors, dtype: torch.dtype) -> QuantizedTensor:
+    def unpack(self, checkpoint, tensors, dtype=torch.float32) -> QuantizedTensor:
+        """Return the weight in what `tensors` gave. Raises CheckpointError that names the layer."""
         try:
             return self.format.unpack(tensors, dtype, self.shape, self.marker)
         except (ValueError, TypeError) as error:
@@ -64,21 +87,35 @@ class StoredLayer:
 
     def dequantize(self, checkpoint: Checkpoint) -> torch.Tensor:
         """Return the weight [N, K] in float32, with the smoothing of its input folded in."""
-        weight = self.load(checkpoint).dequantize()
-        if "pre_quant_scale" in self.parts:
-            weight = weight * checkpoint.read(self.parts["pre_quant_scale"]).float().reshape(1, -1)
+        tensors = self.tensors(checkpoint)
+        weight = tensors["weight"]
+        if self.format:
+            weight = self.unpack(checkpoint, tensors).dequantize()
+        if "pre_quant_scale" in tensors:
+            weight = weight * tensors["pre_quant_scale"].float().reshape(1, -1)
         return weight
 
 
-def stored_layers(checkpoint: Checkpoint) -> dict[str, StoredLayer]:
+def stored_layers(
+    checkpoint: Checkpoint, request: Request = AS_IT_IS, notes: list[str] | None = None
+) -> dict[str, StoredLayer]:
     """Return the quantized layers of a checkpoint by module name.
 
-    Raises CheckpointError when a marking cannot be read or names an unknown format.
+    request: what the user says of the file. notes: takes, in words, what was found out about it.
+    Raises CheckpointError when a marking cannot be read or names an unknown format, or when it
+    takes more than the file to say how a layer is read.
     """
     shapes = recorded_shapes(checkpoint)
     parts = parts_by_layer(checkpoint)
-    layers = {}
-    for name, (marker, marked_by) in _markings(checkpoint, parts).items():
+    markings = _markings(checkpoint, parts)
+    spoken = {n: m for n, (m, by) in markings.items() if by in (MARKER, METADATA_KEY)}
+    foreign = find_foreign(checkpoint, parts, spoken, request)
+    layers = _foreign_layers(parts, spoken, foreign)
+    if notes is not None and layers:
+        notes.extend(foreign.notes)
+    for name, (marker, marked_by) in markings.items():
+        if name in layers:
+            continue
         if "weight" not in parts.get(name, {}):
             raise CheckpointError(
                 f"{checkpoint.path}: {name} is marked quantized but has no weight"
@@ -95,6 +132,20 @@ def stored_layers(checkpoint: Checkpoint) -> dict[str, StoredLayer]:
             )
         shape = _recorded(shapes, name) or _shape_from_bias(checkpoint, parts[name], fmt)
         layers[name] = StoredLayer(name, fmt, marker, marked_by, named, shape)
+    return layers
+
+
+def _foreign_layers(parts, markers, foreign: Foreign) -> dict[str, StoredLayer]:
+    layers = {}
+    for name, reading in foreign.readings.items():
+        fmt, marker = reading.format, markers.get(name, {})
+        if fmt and marker:
+            # Rotation and precision are said by the marking alone.
+            marker = {**fmt.marker, **marker, "format": fmt.marker["format"]}
+        named = {p: t for p, t in parts[name].items() if p not in (MARKER, "bias")}
+        marker = marker or (fmt.marker if fmt else {})
+        by = reading.dialect
+        layers[name] = StoredLayer(name, fmt, marker, by, named, reading.shape, reading)
     return layers
 
 

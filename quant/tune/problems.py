@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from ...ops.scaled_mm.check import K_MULTIPLE
 from ...ops.tuning import BUCKETS, bucket
 from .. import families
-from ..checkpoint import Checkpoint
+from ..checkpoint import open_checkpoint
 from ..convert import plan
 
 # Text, time and cross-attention; tokens of a model that no family knows.
@@ -47,7 +47,7 @@ def of_checkpoint(path: str | os.PathLike, rows: Sequence[int] = ()) -> list[Pro
 
     rows: as in `of_families`. Raises CheckpointError when the file cannot be read.
     """
-    work = plan(Checkpoint(path), ANY_WIDTH)
+    work = plan(open_checkpoint(path), ANY_WIDTH)
     weights = sorted({step.shape for step in work.layers}, key=lambda s: (-s[0] * s[1], s))
     known = {
         (layer.N, layer.K): layer.tokens

@@ -190,6 +190,12 @@ class Server:
             time.sleep(POLL_S)
         raise TimeoutError(f"the prompt did not end in {timeout_s} s:\n{self.log_tail()}")
 
+    def memory_bytes(self) -> int:
+        """The memory of the process that no file backs, from Linux's /proc."""
+        status = Path(f"/proc/{self._process.pid}/status").read_text()
+        (line,) = [line for line in status.splitlines() if line.startswith("RssAnon:")]
+        return int(line.split()[1]) * 1024
+
     def is_running(self, prompt_id: str) -> bool:
         """Whether the prompt is being executed at this moment."""
         return any(item[1] == prompt_id for item in self._request("/queue")["queue_running"])

@@ -165,12 +165,12 @@ BAD = {
     "per-channel FP8 marked per tensor": (
         lambda: changed(layer("fp8_e4m3"), "weight_scale", ROWS[:, None]),
         "per_channel_as_tensor",
-        BOTH,
+        (HOST,),
     ),
     "1-D per-channel FP8 marked per tensor": (
         lambda: changed(layer("fp8_e4m3"), "weight_scale", ROWS),
         "per_channel_as_tensor",
-        BOTH,
+        (HOST,),
     ),
     "per-channel FP8 under scaled_fp8": (
         lambda: legacy("fp8_e4m3_rowwise"),
@@ -180,12 +180,12 @@ BAD = {
     "blockwise FP8 marked per tensor": (
         lambda: changed(layer("fp8_e4m3"), "weight_scale", torch.ones(2, 4)),
         "scale_shape",
-        BOTH,
+        (HOST,),
     ),
     "INT8 scale [N]": (
         lambda: changed(layer("int8"), "weight_scale", ROWS),
         "scale_shape",
-        BOTH,
+        (HOST,),
     ),
     "NVFP4 scales of other rows": (
         lambda: changed(layer("nvfp4"), "weight_scale", scale_of(layer("nvfp4"))[:128]),
@@ -276,7 +276,7 @@ BAD = {
     "1-D scale marked rowwise": (
         lambda: changed(layer("fp8_e4m3_rowwise"), "weight_scale", ROWS),
         "scale_shape",
-        BOTH,
+        (HOST,),
     ),
     "rotation that is no number": (
         lambda: layer("int8_convrot", convrot_groupsize=None),
@@ -292,7 +292,17 @@ BAD = {
     "ModelOpt's NVFP4 as it is": (
         lambda: (unmarked(layer("nvfp4")), MODELOPT),
         "unmarked_integers",
-        BOTH,
+        (HOST,),
+    ),
+    "ModelOpt's NVFP4, told by the order of its scales": (
+        lambda: unmarked(flat(layer("nvfp4", weight(1024, 1024)))),
+        "foreign_layout",
+        (HOST,),
+    ),
+    "NVFP4 of an order that cannot be told": (
+        lambda: unmarked(layer("nvfp4", torch.randn(256, 512))),
+        "ambiguous_layout",
+        (PACK,),
     ),
     "marker that is no JSON": (
         lambda: changed(layer("fp8_e4m3"), "comfy_quant", torch.full((4,), 255).byte()),

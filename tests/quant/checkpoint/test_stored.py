@@ -129,11 +129,6 @@ def test_unmarked_fp8_with_a_scale_per_row_is_read_as_such(file):
     assert torch.equal(found.dequantize(checkpoint), fmt.quantize(WEIGHT).dequantize())
 
 
-def test_scale_per_row_under_a_marker_for_one_per_tensor_is_refused(file):
-    marker = {"m.comfy_quant": marker_tensor({"format": "float8_e4m3fn"})}
-    expect_refused(file(layer(formats.get("fp8_e4m3_rowwise")) | marker), "fp8_e4m3_rowwise")
-
-
 def test_dense_weights_and_unscaled_fp8_are_no_stored_layers(file):
     unscaled = WEIGHT.to(torch.float8_e4m3fn)
     tensors = {"m.weight": WEIGHT, "n.weight": unscaled, "n.bias": torch.zeros(N)}

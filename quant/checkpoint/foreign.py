@@ -1,0 +1,193 @@
+"""Which layers of a checkpoint are not in the host's words, and how each of them is read.
+
+What one dialect alone can have written is read; what several can is refused with the command that
+names it, and so is what none has.
+"""
+
+import contextlib
+import math
+import os
+import shlex
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .. import dialects, formats
+from ..dialects import RawLayer, Reading
+from ..record import RECORD_KEY
+from ..scale_order import SWIZZLED
+from .header import CheckpointError, TensorInfo
+from .reader import Checkpoint
+
+FP8 = {torch.float8_e4m3fn, torch.float8_e5m2}
+INTEGERS = {torch.int8, torch.uint8}
+METADATA_OF_MODELOPT = ("quantization_config", "hf_quant_config")
+CONFIGURATIONS = ("config.json", "hf_quant_config.json")
+SOURCE_WORDS = {order: word for word, order in dialects.ORDERS.items()}
+
+
+class AmbiguousError(CheckpointError):
+    """Several programs write such tensors in different ways; the message names the commands."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the user says of a file. source: a dialect; order: of its block scales, by `ORDERS`."""
+
+    source: str | None = None
+    order: str | None = None
+
+
+@dataclass
+class Foreign:
+    """The layers that are read another way, and what was found out about the file, in words."""
+
+    readings: dict[str, Reading] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+
+def find_foreign(
+    checkpoint: Checkpoint,
+    parts: Mapping[str, Mapping[str, str]],
+    markers: Mapping[str, Mapping[str, Any]],
+    request: Request,
+) -> Foreign:
+    """Return how the foreign layers of `checkpoint` are read; see `Request`.
+
+    parts: layer → part → tensor name. markers: layer → what its marking says; layers that are only
+    taken for FP8, because they have a scale, are none of them. Raises AmbiguousError that names the
+    layer and the commands where it can be read in several ways, CheckpointError where in none.
+    """
+    raw = {
+        name: RawLayer(name, {p: checkpoint[t] for p, t in named.items()}, markers.get(name, {}))
+        for name, named in parts.items()
+        if _is_candidate(checkpoint.get(named.get("weight")))
+    }
+    result = Foreign()
+    for marked in (True, False):
+        group = [layer for layer in raw.values() if bool(layer.marker) == marked]
+        order = _order(checkpoint, parts, group, request, result, marked)
+        for layer in group:
+            reading = _read(checkpoint, replace(layer, order=order), request)
+            if reading:
+                result.readings[layer.name] = reading
+    if request.source and not result.readings:
+        raise CheckpointError(f"{checkpoint.path}: no layer of it is as {request.source} writes it")
+    return result
+
+
+def _is_candidate(info: TensorInfo | None) -> bool:
+    return info is not None and len(info.shape) == 2 and info.dtype in FP8 | INTEGERS
+
+
+def _order(checkpoint, parts, group, request: Request, result: Foreign, marked: bool) -> str | None:
+    if request.order:
+        return dialects.ORDERS[request.order]
+    if marked and RECORD_KEY in checkpoint.metadata:
+        # This pack wrote it, in an order that was known, or asked for.
+        return None
+    from_modelopt = not marked and names_modelopt(checkpoint)
+
+    def read(layer: str, part: str) -> torch.Tensor:
+        return checkpoint.read(parts[layer][part])
+
+    try:
+        found = dialects.find_order(group, read, from_modelopt)
+    except CheckpointError as error:
+        raise CheckpointError(f"{checkpoint.path}: {error}") from error
+    if found.order:
+        result.notes.append(f"block scales are {found.order}: {found.how}")
+    return found.order
+
+
+def names_modelopt(checkpoint: Checkpoint) -> bool:
+    """Return whether the metadata, or the configuration in a folder of shards, names ModelOpt."""
+    texts = [checkpoint.metadata.get(key, "") for key in METADATA_OF_MODELOPT]
+    if os.path.isdir(checkpoint.path):
+        for name in CONFIGURATIONS:
+            with contextlib.suppress(OSError, ValueError):
+                texts.append(Path(checkpoint.path, name).read_text(encoding="utf-8"))
+    return any("modelopt" in text.lower() for text in texts)
+
+
+def _read(checkpoint: Checkpoint, layer: RawLayer, request: Request) -> Reading | None:
+    """Return how a foreign layer is read; None for one that is in the host's words, or plain."""
+    if request.source is None and _is_the_hosts(layer):
+        return None
+    readings = dialects.readings(layer, request.source)
+    certain = [reading for reading in readings if reading.certain]
+    if request.source and readings:
+        return readings[0]
+    if request.source or not _has_scales(layer):
+        return None
+    if len(certain) == 1:
+        return certain[0]
+    if readings:
+        raise AmbiguousError(_ambiguous(checkpoint.path, layer, readings))
+    if layer.marker or _is_plain_fp8(layer):
+        # The marking itself is what is wrong, which loading the layer tells.
+        return None
+    raise CheckpointError(
+        f"{checkpoint.path}: layer {layer.name}: {_words(layer)} is in no layout that LowBit "
+        "reads; quantize the 16-bit file with `lowbit quantize`"
+    )
+
+
+def _is_the_hosts(layer: RawLayer) -> bool:
+    """Return whether a layer is as its marking says, which may be the one of plain scaled FP8."""
+    marker = layer.marker
+    if not marker:
+        scale = layer.parts.get("weight_scale")
+        single = scale is not None and math.prod(scale.shape) == 1
+        rows = scale is not None and scale.shape == (layer.shape[0], 1)
+        return _is_plain_fp8(layer) and (single or (rows and layer.parts["weight"].shape[0] > 1))
+    try:
+        fmt = formats.from_marker(marker)
+    except ValueError:
+        return False
+    if fmt.pad_multiple > 1 and layer.order not in (None, SWIZZLED):
+        return False
+    empty = {p: torch.empty(i.shape, dtype=i.dtype, device="meta") for p, i in layer.parts.items()}
+    try:
+        fmt.unpack(empty, torch.float32, None, marker)
+    except (ValueError, TypeError, RuntimeError):
+        return False
+    return True
+
+
+def _is_plain_fp8(layer: RawLayer) -> bool:
+    """Return whether a layer is FP8 with a float scale, which needs no marking to be read."""
+    scale = layer.parts.get("weight_scale")
+    plain = scale is not None and scale.dtype.is_floating_point and scale.dtype.itemsize > 1
+    return plain and layer.parts["weight"].dtype in FP8
+
+
+def _has_scales(layer: RawLayer) -> bool:
+    return any("scale" in part or part == "alpha" for part in layer.parts)
+
+
+def _ambiguous(path: str, layer: RawLayer, readings: list[Reading]) -> str:
+    asked = f" --scales {SOURCE_WORDS[layer.order]}" if layer.marker and layer.order else ""
+    ways = " or ".join(f"`--from {reading.dialect}{asked}`" for reading in readings)
+    marking = f"marked {layer.marker.get('format')}, but " if layer.marker else ""
+    order = f" {layer.order}," if layer.order else ""
+    return (
+        f"{path}: layer {layer.name}: {marking}{_words(layer)},{order} does not show who wrote it. "
+        f"Say it: `lowbit convert {shlex.quote(path)} DST` with {ways}"
+    )
+
+
+def _words(layer: RawLayer) -> str:
+    def one(part: str) -> str:
+        info = layer.parts[part]
+        return f"{part} {str(info.dtype).removeprefix('torch.')} {list(info.shape)}"
+
+    return ", ".join(map(one, _telling(layer)))
+
+
+def _telling(layer: RawLayer) -> Iterator[str]:
+    yield "weight"
+    yield from sorted(p for p in layer.parts if "scale" in p or p == "alpha")

@@ -1,0 +1,33 @@
+"""How other programs lay out quantized layers, one file each.
+
+Every module here with `NAMES`, what `--from` takes, and `read(RawLayer) -> list[Reading]` is one.
+"""
+
+import functools
+import importlib
+import pkgutil
+from types import ModuleType
+
+from .base import RawLayer, Reading
+from .order import ORDERS, Found, find_order
+
+__all__ = ["ORDERS", "Found", "RawLayer", "Reading", "find_order", "names", "readings"]
+
+
+@functools.cache
+def _modules() -> tuple[ModuleType, ...]:
+    modules = [
+        importlib.import_module(f"{__name__}.{m.name}") for m in pkgutil.iter_modules(__path__)
+    ]
+    return tuple(m for m in modules if hasattr(m, "NAMES"))
+
+
+def names() -> tuple[str, ...]:
+    """Return what `--from` takes."""
+    return tuple(name for module in _modules() for name in module.NAMES)
+
+
+def readings(layer: RawLayer, source: str | None = None) -> list[Reading]:
+    """Return the ways in which a layer can be read; source: only as this dialect."""
+    found = [reading for module in _modules() for reading in module.read(layer)]
+    return [r for r in found if source in (None, r.dialect)]

@@ -1,0 +1,134 @@
+"""GGUF files: every kind of block is read as gguf reads it, broken files are refused by name."""
+
+import sys
+import tracemalloc
+
+import gguf
+import pytest
+import torch
+
+from lowbit.quant.checkpoint import CheckpointError, gguf_file, open_checkpoint
+from tests import gguf_files
+
+WEIGHT = torch.randn(64, 512, generator=torch.Generator().manual_seed(0))
+# Relative RMS of rounding to so many levels, uniform: half a step in a block's range, at most.
+LEVELS = {"Q8_0": 127, "Q4_0": 8, "Q4_1": 8, "Q5_0": 16, "Q5_1": 16, "BF16": 256}
+
+
+def written(path, kind="Q8_0", **more):
+    return gguf_files.write(path / "model.gguf", {"m.weight": WEIGHT, **more}, kind)
+
+
+@pytest.mark.parametrize("kind", [*gguf_files.WRITTEN, *gguf_files.RANDOM])
+@pytest.mark.parametrize("chunk", [512, 1 << 20])
+def test_blocks_are_read_as_gguf_reads_them(tmp_path, monkeypatch, kind, chunk):
+    monkeypatch.setattr(gguf_file, "CHUNK_ELEMENTS", chunk)
+    path = written(tmp_path, kind)
+    (tensor,) = gguf.GGUFReader(path).tensors
+    want = torch.from_numpy(gguf.quants.dequantize(tensor.data, tensor.tensor_type))
+    checkpoint = open_checkpoint(path)
+    info = checkpoint["m.weight"]
+    got = checkpoint.read("m.weight")
+    assert info.shape == got.shape == (64, 512)
+    assert torch.equal(got.float(), want)
+    assert (info.dtype, info.encoding) == (
+        (torch.bfloat16, "") if kind == "BF16" else (torch.float32, kind)
+    )
+    assert info.size_bytes == tensor.n_bytes
+
+
+@pytest.mark.parametrize("kind", gguf_files.WRITTEN)
+def test_values_are_those_that_were_written(tmp_path, kind):
+    """Not only what gguf says: the way there and back loses no more than its levels allow."""
+    got = open_checkpoint(written(tmp_path, kind)).read("m.weight").float()
+    blocks, errors = WEIGHT.reshape(-1, 32), (got - WEIGHT).reshape(-1, 32)
+    step = blocks.abs().amax(1) * 2 / LEVELS[kind]
+    assert (errors.abs().amax(1) <= step).all()
+
+
+def test_reading_takes_the_memory_of_a_piece_not_of_the_tensor(tmp_path):
+    """Of numpy's, in which the blocks are decoded; the result itself is torch's."""
+    weight = torch.zeros(4096, 2048)
+    checkpoint = open_checkpoint(written(tmp_path, **{"large.weight": weight}))
+    tracemalloc.start()
+    checkpoint.read("large.weight")
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    # Blocks, codes, values and their product.
+    assert 0 < peak < 6 * gguf_file.CHUNK_ELEMENTS * torch.float32.itemsize < weight.nbytes
+
+
+def test_shape_of_reshaped_and_five_dimensional_tensors_comes_back(tmp_path):
+    patch = torch.randn(32, 16, 1, 2, 2)
+    more = {"narrow.weight": torch.randn(64, 64), "patch_embedding.weight": patch}
+    checkpoint = open_checkpoint(written(tmp_path, **more))
+    assert checkpoint["narrow.weight"].shape == (64, 64)
+    assert checkpoint.read("narrow.weight").shape == (64, 64)
+    assert torch.equal(checkpoint.read("patch_embedding.weight"), patch)
+
+
+def test_file_of_a_text_model_is_refused(tmp_path):
+    path = written(tmp_path, **{"blk.0.attn_q.weight": WEIGHT})
+    with pytest.raises(CheckpointError, match=r"blk.0.attn_q.weight is of a text model"):
+        open_checkpoint(path)
+
+
+def test_file_to_which_the_last_step_was_not_done_is_refused(tmp_path):
+    path = written(tmp_path, **{"patch_embedding.bias": torch.zeros(32)})
+    with pytest.raises(CheckpointError, match=r"patch_embedding.weight is missing"):
+        open_checkpoint(path)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.001, 0.01, 0.5, 0.99])
+def test_truncated_file_is_refused(tmp_path, share):
+    path = written(tmp_path)
+    data = path.read_bytes()
+    path.write_bytes(data[: int(len(data) * share)])
+    with pytest.raises(CheckpointError, match="truncated") as error:
+        open_checkpoint(path)
+    assert str(path) in str(error.value)
+
+
+def test_file_cut_after_opening_is_noticed(tmp_path):
+    path = written(tmp_path)
+    checkpoint = open_checkpoint(path)
+    with open(path, "r+b") as file:
+        file.truncate(checkpoint["m.weight"].end - 1)
+    with pytest.raises(CheckpointError, match=r"reading m\.weight: the file ends in the middle"):
+        checkpoint.read("m.weight")
+
+
+@pytest.mark.parametrize("at", range(0, 200, 7))
+def test_damaged_header_is_refused_or_read_as_something(tmp_path, at):
+    """Whatever a byte of the header says, nothing but a CheckpointError comes of it."""
+    path = written(tmp_path)
+    data = bytearray(path.read_bytes())
+    data[at] ^= 0xFF
+    path.write_bytes(data)
+    try:
+        checkpoint = open_checkpoint(path)
+        for name in checkpoint:
+            checkpoint.read(name)
+    except CheckpointError as error:
+        assert str(path) in str(error)
+
+
+def test_shape_that_the_blocks_do_not_fill_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(gguf_files, "BLOCK", 32)
+    writer = gguf.GGUFWriter(tmp_path / "m.gguf", "wan")
+    writer.add_array("comfy.gguf.orig_shape.m", [3, 5])
+    writer.add_tensor("m", WEIGHT.numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(CheckpointError, match=r"was never \[3, 5\]"):
+        open_checkpoint(tmp_path / "m.gguf")
+
+
+def test_missing_package_is_named(tmp_path, monkeypatch):
+    path = written(tmp_path)
+    monkeypatch.setattr(gguf_file.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.delitem(sys.modules, "gguf")
+    with pytest.raises(CheckpointError, match="pip install gguf"):
+        open_checkpoint(path)

@@ -1,0 +1,338 @@
+"""Layers of other programs: told apart, read bit for bit, or refused with the command."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from lowbit.quant import dialects, formats
+from lowbit.quant.checkpoint import Checkpoint, CheckpointError
+from lowbit.quant.checkpoint.foreign import Request
+from lowbit.quant.checkpoint.stored import marker_tensor, stored_layers
+from lowbit.quant.scale_order import FLAT, SWIZZLED, TWICE, proven_order
+from tests import foreign
+
+OF_MODELOPT = {"quantization_config": json.dumps({"quant_method": "modelopt"})}
+BLOCKS = sorted(foreign.GROUPS)
+
+
+@pytest.fixture
+def opened(tmp_path):
+    """A function (layer → parts, metadata) -> an open Checkpoint that holds them."""
+
+    def write(layers, metadata=None) -> Checkpoint:
+        tensors = {
+            f"{name}.{part}": tensor.contiguous()
+            for name, parts in layers.items()
+            for part, tensor in parts.items()
+        }
+        path = tmp_path / "a file.safetensors"
+        save_file(tensors, path, metadata)
+        return Checkpoint(path)
+
+    return write
+
+
+def same_bits(parts, want):
+    assert {n: t.dtype for n, t in parts.items()} == {n: t.dtype for n, t in want.items()}
+    for name, tensor in want.items():
+        got = parts[name]
+        assert got.shape == tensor.shape, name
+        assert torch.equal(got.reshape(-1).view(torch.uint8), tensor.reshape(-1).view(torch.uint8))
+
+
+def repacked(layer, checkpoint):
+    """The layer's tensors as they would be written, without the scales of its input."""
+    return layer.format.pack(layer.load(checkpoint))
+
+
+@pytest.mark.parametrize("rows", [256, 192, 24])
+@pytest.mark.parametrize("columns", [1024, 32, 96])
+@pytest.mark.parametrize("name", BLOCKS)
+def test_modelopts_layer_is_the_hosts_bit_for_bit(opened, name, rows, columns):
+    weight = foreign.patterned(rows, columns)
+    checkpoint = opened({"m": foreign.modelopt(weight, name)}, OF_MODELOPT)
+    (found,) = stored_layers(checkpoint).values()
+    want = foreign.packed(name, weight)
+    same_bits(repacked(found, checkpoint), want)
+    fmt = formats.get(name)
+    assert torch.equal(found.dequantize(checkpoint), fmt.quantize(weight).dequantize())
+    assert (found.format, found.marked_by) == (fmt, "modelopt")
+    assert found.logical_shape(checkpoint) == (rows, columns)
+
+
+@pytest.mark.parametrize("rows", [256, 192, 24])
+@pytest.mark.parametrize("calibrated", [True, False])
+def test_lightx2vs_layer_is_the_hosts(opened, rows, calibrated):
+    weight = foreign.patterned(rows, 1024)
+    checkpoint = opened({"m": foreign.lightx2v(weight, calibrated)})
+    (found,) = stored_layers(checkpoint).values()
+    want = foreign.packed("nvfp4", weight)
+    got = found.tensors(checkpoint)
+    # Two divisions of float32 lie between the tensor scales.
+    torch.testing.assert_close(got.pop("weight_scale_2"), want.pop("weight_scale_2"))
+    torch.testing.assert_close(got.pop("input_scale"), torch.tensor(5.0 / foreign.GLOBAL_RANGE))
+    same_bits(got, want)
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_size_of_the_scales_tells_the_order_of_the_whole_file(opened, name):
+    """One layer whose scales take padding is enough, for those that show nothing too."""
+    plain, telling = foreign.even(256, 1024), foreign.even(96, 1024)
+    layers = {"a": foreign.modelopt(plain, name), "b": foreign.modelopt(telling, name)}
+    checkpoint = opened(layers)
+    notes = []
+    found = stored_layers(checkpoint, notes=notes)
+    assert {layer.marked_by for layer in found.values()} == {"modelopt"}
+    assert notes == ["block scales are not swizzled: b has as many as without padding"]
+    same_bits(repacked(found["a"], checkpoint), foreign.packed(name, plain))
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_pattern_of_trained_weights_tells_the_order(opened, name):
+    weight = foreign.patterned()
+    for made, dialect in (
+        (foreign.modelopt(weight, name), "modelopt"),
+        (foreign.packed(name, weight), name),
+    ):
+        checkpoint = opened({"m": made})
+        notes = []
+        (found,) = stored_layers(checkpoint, notes=notes).values()
+        assert found.marked_by == dialect
+        same_bits(repacked(found, checkpoint), foreign.packed(name, weight))
+        assert "standard deviations above chance" in notes[0]
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_layer_that_shows_no_order_is_refused_with_both_commands(opened, name):
+    weight = foreign.even()
+    checkpoint = opened({"m": foreign.modelopt(weight, name)})
+    with pytest.raises(CheckpointError) as error:
+        stored_layers(checkpoint)
+    message = str(error.value)
+    assert f"lowbit convert '{checkpoint.path}' DST" in message
+    assert "`--from modelopt` or " in message and f"`--from {name}`" in message
+    (found,) = stored_layers(checkpoint, Request("modelopt")).values()
+    same_bits(repacked(found, checkpoint), foreign.packed(name, weight))
+
+
+def test_configuration_beside_shards_tells_the_order(tmp_path):
+    weight = foreign.even()
+    tensors = {f"m.{p}": t.contiguous() for p, t in foreign.modelopt(weight).items()}
+    save_file(tensors, tmp_path / "model.safetensors")
+    config = {"quantization_config": {"quant_method": "modelopt", "quant_algo": "NVFP4"}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    checkpoint = Checkpoint(tmp_path)
+    (found,) = stored_layers(checkpoint).values()
+    same_bits(repacked(found, checkpoint), foreign.packed("nvfp4", weight))
+
+
+def test_request_for_scales_alone_is_enough_where_it_tells(opened):
+    weight = foreign.even()
+    checkpoint = opened({"m": foreign.modelopt(weight)})
+    (found,) = stored_layers(checkpoint, Request(order="flat")).values()
+    assert found.marked_by == "modelopt"
+    (found,) = stored_layers(checkpoint, Request(order="swizzled")).values()
+    assert found.marked_by == "nvfp4"
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_padding_tells_of_scales_that_are_swizzled_twice(opened, name):
+    weight = foreign.even(160, 1024)
+    bad = foreign.twice(foreign.packed(name, weight))
+    bad["comfy_quant"] = marker_tensor(formats.get(name).marker)
+    with pytest.raises(CheckpointError, match=f"--from {name} --scales twice"):
+        stored_layers(opened({"m": bad}))
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_order_is_not_questioned_in_files_of_ours(opened, name):
+    """Who asked for an order by `--scales` has the last word over a heuristic."""
+    parts = foreign.twice(foreign.packed(name, foreign.patterned()))
+    parts["comfy_quant"] = marker_tensor(formats.get(name).marker)
+    (found,) = stored_layers(opened({"m": parts}, {"_lowbit": "{}"})).values()
+    assert found.reading is None
+
+
+def test_layers_in_different_orders_are_refused(opened):
+    layers = {
+        "a": foreign.modelopt(foreign.even(96, 1024)),
+        "b": foreign.packed("nvfp4", foreign.even(96, 1024)),
+    }
+    with pytest.raises(CheckpointError, match="a and b lie in different orders"):
+        stored_layers(opened(layers))
+
+
+@pytest.mark.parametrize("order", ["flat", "twice"])
+@pytest.mark.parametrize("name", BLOCKS)
+def test_marking_with_scales_in_another_order_is_refused_and_repaired_if_asked(opened, name, order):
+    weight = foreign.patterned()
+    parts = foreign.packed(name, weight)
+    if order == "flat":
+        bad = {**parts, "weight_scale": foreign.flat_scales(name, weight, parts)}
+    else:
+        bad = foreign.twice(parts)
+    bad["comfy_quant"] = marker_tensor(formats.get(name).marker)
+    checkpoint = opened({"m": bad})
+    with pytest.raises(CheckpointError, match=f"--from {name} --scales {order}"):
+        stored_layers(checkpoint)
+    (found,) = stored_layers(checkpoint, Request(name, order)).values()
+    same_bits(repacked(found, checkpoint), parts)
+    assert found.marker["format"] == formats.get(name).marker["format"]
+
+
+@pytest.mark.parametrize("name", ["int8", "int8_convrot"])
+def test_integers_with_a_flat_list_of_scales_are_read_if_named(opened, name):
+    weight = foreign.even(64, 256)
+    parts = foreign.packed(name, weight)
+    bad = {**parts, "weight_scale": parts["weight_scale"].reshape(-1)}
+    checkpoint = opened({"m": bad})
+    (found,) = stored_layers(checkpoint, Request(name)).values()
+    same_bits(repacked(found, checkpoint), parts)
+
+
+def test_lightx2vs_mxfp8_is_read_if_named(opened):
+    weight = foreign.even()
+    parts = foreign.packed("mxfp8", weight)
+    checkpoint = opened({"m": parts})
+    with pytest.raises(CheckpointError, match="`--from lightx2v`"):
+        stored_layers(checkpoint)
+    (found,) = stored_layers(checkpoint, Request("lightx2v")).values()
+    same_bits(repacked(found, checkpoint), parts)
+
+
+@pytest.mark.parametrize("name", ["int8", "int8_convrot", "convrot_w4a4"])
+def test_integers_without_a_marking_are_refused_naming_what_they_may_be(opened, name):
+    weight = foreign.even(64, 256)
+    checkpoint = opened({"m": foreign.packed(name, weight)})
+    with pytest.raises(CheckpointError, match=f"`--from {name}`"):
+        stored_layers(checkpoint)
+    (found,) = stored_layers(checkpoint, Request(name)).values()
+    assert found.format is formats.get(name)
+    assert torch.equal(
+        found.dequantize(checkpoint), formats.get(name).quantize(weight).dequantize()
+    )
+
+
+def test_integers_in_no_known_layout_are_refused(opened):
+    layer = {"weight": torch.zeros(8, 8, dtype=torch.int8), "weight_scale": torch.ones(3)}
+    with pytest.raises(CheckpointError, match="in no layout that LowBit reads"):
+        stored_layers(opened({"m": layer}))
+
+
+def test_scale_that_nobody_reads_is_refused(opened):
+    layer = {"weight": torch.ones(256, 256).to(torch.float8_e4m3fn)}
+    layer["weight_scale_inv"] = torch.ones(2, 2)
+    with pytest.raises(CheckpointError, match=r"weight_scale_inv float32 \[2, 2\] is in no layout"):
+        stored_layers(opened({"m": layer}))
+
+
+@pytest.mark.parametrize("shape", [(64,), (64, 1), (64, 1, 1)])
+@pytest.mark.parametrize("marked", [True, False])
+def test_fp8_scale_per_row_is_read_as_one_whatever_its_marking(opened, shape, marked):
+    """Read as one scale per tensor, such a file gives good-looking but unrelated pictures."""
+    weight = foreign.patterned(64, 256)
+    parts = foreign.packed("fp8_e4m3_rowwise", weight)
+    bad = {**parts, "weight_scale": parts["weight_scale"].reshape(shape)}
+    if marked:
+        bad["comfy_quant"] = marker_tensor({"format": "float8_e4m3fn"})
+    checkpoint = opened({"m": bad})
+    (found,) = stored_layers(checkpoint).values()
+    assert found.format.name == "fp8_e4m3_rowwise"
+    assert found.marker["format"] == "float8_e4m3fn_rowwise"
+    same_bits(repacked(found, checkpoint), parts)
+
+
+@pytest.mark.parametrize("name", ["int8", "int8_convrot"])
+def test_int8_scale_of_one_dimension_keeps_its_marking(opened, name):
+    weight = foreign.patterned(64, 256)
+    fmt = formats.get(name)
+    parts = foreign.packed(name, weight)
+    marker = {**fmt.marker, "full_precision_matrix_mult": True}
+    bad = {**parts, "weight_scale": parts["weight_scale"].reshape(-1)}
+    checkpoint = opened({"m": bad | {"comfy_quant": marker_tensor(marker)}})
+    (found,) = stored_layers(checkpoint).values()
+    assert (found.format, found.marker) == (fmt, marker)
+    same_bits(repacked(found, checkpoint), parts)
+
+
+def test_hybrid_mxfp8_is_mxfp8(opened):
+    weight = foreign.patterned(64, 256)
+    parts = foreign.packed("mxfp8", weight)
+    marker = marker_tensor({"format": "hybrid_mxfp8", "group_size": 32})
+    checkpoint = opened({"m": {**parts, "weight_scalar": torch.ones(()), "comfy_quant": marker}})
+    (found,) = stored_layers(checkpoint).values()
+    assert found.format.name == "mxfp8"
+    same_bits(repacked(found, checkpoint), parts)
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [("float8_e4m3fn_blockwise", torch.float8_e4m3fn), ("int8_blockwise", torch.int8)],
+)
+def test_tiles_are_read_by_their_values(opened, name, dtype):
+    weight = foreign.patterned(128, 256)
+    stored, scale = foreign.tiled(weight, 64, dtype)
+    marker = marker_tensor({"format": name, "group_size": 64})
+    checkpoint = opened({"m": {"weight": stored, "weight_scale": scale, "comfy_quant": marker}})
+    (found,) = stored_layers(checkpoint).values()
+    assert found.format is None and found.title == "convert_to_quant's"
+    want = stored.float() * scale.repeat_interleave(64, 0).repeat_interleave(64, 1)
+    assert torch.equal(found.dequantize(checkpoint), want)
+
+
+def test_groups_of_columns_under_a_marking_for_one_scale_are_read_by_their_values(opened):
+    stored = foreign.even(64, 256).to(torch.float8_e4m3fn)
+    scale = foreign.even(64, 4).abs()
+    marker = marker_tensor({"format": "float8_e4m3fn"})
+    parts = {"weight": stored, "weight_scale": scale[:, :, None], "comfy_quant": marker}
+    checkpoint = opened({"m": parts})
+    (found,) = stored_layers(checkpoint).values()
+    want = stored.float() * scale.repeat_interleave(64, 1)
+    assert torch.equal(found.dequantize(checkpoint), want)
+
+
+def test_rotated_tiles_are_refused(opened):
+    stored, scale = foreign.tiled(foreign.even(128, 256), 64, torch.int8)
+    marker = marker_tensor({"format": "int8_blockwise", "convrot": True})
+    checkpoint = opened({"m": {"weight": stored, "weight_scale": scale, "comfy_quant": marker}})
+    with pytest.raises(CheckpointError, match="unknown format 'int8_blockwise'"):
+        stored_layers(checkpoint)
+
+
+def test_smoothing_is_folded_in(opened):
+    weight, smooth = foreign.patterned(), torch.linspace(0.5, 2, 1024)
+    checkpoint = opened({"m": foreign.modelopt(weight) | {"pre_quant_scale": smooth}})
+    (found,) = stored_layers(checkpoint).values()
+    want = formats.get("nvfp4").quantize(weight).dequantize() * smooth
+    assert torch.equal(found.dequantize(checkpoint), want)
+
+
+def test_request_that_fits_no_layer_is_refused(opened):
+    checkpoint = opened({"m": {"weight": foreign.even(16, 16)}})
+    with pytest.raises(CheckpointError, match="no layer of it is as lightx2v writes it"):
+        stored_layers(checkpoint, Request("lightx2v"))
+
+
+def test_names_are_the_programs_and_the_formats():
+    assert set(dialects.names()) == {"modelopt", "lightx2v", "convert_to_quant", *formats.names()}
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_heuristic_never_proves_a_wrong_order(name):
+    """Of five weights with a pattern it proves nearly all, of those without one none."""
+    proven = 0
+    for seed in range(5):
+        weight = foreign.patterned(512, 2048, seed)
+        parts = foreign.packed(name, weight)
+        flat = foreign.flat_scales(name, weight, parts)
+        again = foreign.twice(parts)["weight_scale"]
+        made = {FLAT: flat, SWIZZLED: parts["weight_scale"], TWICE: again}
+        for order, scale in made.items():
+            found, deviations = proven_order(scale.view(flat.dtype), *flat.shape)
+            assert found in (order, None), (seed, order, deviations)
+            proven += found == order
+        plain = foreign.packed(name, foreign.even(512, 2048, seed))["weight_scale"]
+        assert proven_order(plain.view(flat.dtype), *flat.shape)[0] is None
+    assert proven >= 0.9 * 3 * 5

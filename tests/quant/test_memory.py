@@ -1,0 +1,89 @@
+"""A device that runs out of memory: once more after making room, then the CPU, and it is said."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from lowbit.quant import formats
+from lowbit.quant.checkpoint import Checkpoint
+from lowbit.quant.convert import plan, stream
+from lowbit.quant.formats import Format
+from lowbit.quant.memory import quantize_within_memory
+from tests.checkpoints import write_wan
+
+WEIGHT = torch.randn(64, 256, generator=torch.Generator().manual_seed(0))
+FORMATS = ("int8_convrot", "nvfp4")
+
+
+@pytest.fixture
+def device(monkeypatch):
+    """A function failures -> device: it has no memory for so many layers; then it is the CPU."""
+    meta, real = torch.device("meta"), Format.quantize_measured
+    left = []
+
+    def quantize_measured(self, weight, tick=lambda: None):
+        if weight.device != meta:
+            return real(self, weight, tick)
+        if left[0]:
+            left[0] -= 1
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(self, WEIGHT, tick)
+
+    def set_up(failures):
+        left[:] = [failures]
+        return meta
+
+    monkeypatch.setattr(Format, "quantize_measured", quantize_measured)
+    return set_up
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize(("failures", "rooms"), [(0, 0), (1, 1), (2, 2), (9, 2)])
+def test_layer_is_quantized_whatever_the_memory(device, name, failures, rooms, caplog):
+    made, fmt = [], formats.get(name)
+    got, error, note = quantize_within_memory(
+        fmt, WEIGHT, device(failures), make_room=lambda: made.append(1)
+    )
+    want, want_error = fmt.quantize_measured(WEIGHT)
+    assert torch.equal(got._qdata, want._qdata) and error == want_error
+    assert len(made) == rooms
+    assert bool(note) == (failures > 1)
+    assert ("on the CPU, as the memory of meta ran out" in caplog.text) == (failures > 1)
+
+
+def test_cpu_without_memory_is_an_error(monkeypatch):
+    def fail(*args):
+        raise torch.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr(Format, "quantize_measured", fail)
+    with pytest.raises(torch.OutOfMemoryError):
+        quantize_within_memory(formats.get("int8"), WEIGHT, "cpu")
+
+
+def test_interrupt_is_no_lack_of_memory(device):
+    class StopError(Exception):
+        pass
+
+    def tick():
+        raise StopError
+
+    with pytest.raises(StopError):
+        quantize_within_memory(formats.get("int8"), WEIGHT, "cpu", tick)
+
+
+def test_file_is_quantized_and_it_is_said_once(device, tmp_path):
+    path = write_wan(tmp_path / "wan.safetensors", layers=1)
+    want = plan(Checkpoint(path), "int8_convrot")
+    expected = dict(stream(want))
+    work = plan(Checkpoint(path), "int8_convrot")
+    got = dict(stream(work, device(1000)))
+    assert all(torch.equal(got[name], tensor) for name, tensor in expected.items())
+    assert [dataclasses.astuple(r) for r in work.records] == [
+        dataclasses.astuple(r) for r in want.records
+    ]
+    (note,) = work.notes
+    first = work.layers[0].layer
+    assert (
+        note == f"{first}, and perhaps others: quantized on the CPU, as the memory of meta ran out"
+    )
