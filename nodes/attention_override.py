@@ -73,6 +73,23 @@ def parse_blocks(text: str) -> tuple[range, ...] | None:
     return tuple(ranges)
 
 
+def is_within(steps: tuple[float, float], sampling, sigmas: torch.Tensor | None) -> bool:
+    """Return whether a step is within `steps`, parts of the sampling, by the host's order.
+
+    There sigma falls. sampling: the model's `model_sampling`. sigmas: of the step; None: unknown,
+    which is within all but an empty range.
+    """
+    start, end = steps
+    if start == end or sigmas is None:
+        return start < end
+    if (start, end) == (0.0, 1.0):
+        return True
+    sigma = sigmas[0].item()
+    before = start > 0 and sigma > sampling.percent_to_sigma(start) * SAME_SIGMA
+    after = end < 1 and sigma <= sampling.percent_to_sigma(end) * SAME_SIGMA
+    return not before and not after
+
+
 def read_call(q, k, v, **options) -> Call | None:
     """Return the call of one of the host's attention functions, None where it is the host's alone.
 
@@ -140,22 +157,10 @@ class Override:
         The arguments are those of the host's `BaseModel.apply_model`, which this wraps.
         """
         options = dict(transformer_options or {})
-        active = self._is_active(executor.class_obj.model_sampling, options.get("sigmas"))
+        active = is_within(self.steps, executor.class_obj.model_sampling, options.get("sigmas"))
         context = c_crossattn.shape[1] if torch.is_tensor(c_crossattn) else None
         options[self._key] = Forward(active, context)
         return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
-
-    def _is_active(self, sampling, sigmas) -> bool:
-        """Return whether a step is within `steps`, by the host's order: sigma falls."""
-        start, end = self.steps
-        if start == end or sigmas is None:
-            return start < end
-        if (start, end) == (0.0, 1.0):
-            return True
-        sigma = sigmas[0].item()
-        before = start > 0 and sigma > sampling.percent_to_sigma(start) * SAME_SIGMA
-        after = end < 1 and sigma <= sampling.percent_to_sigma(end) * SAME_SIGMA
-        return not before and not after
 
     def __call__(self, func, q, k, v, *args, **kwargs):
         """Return attention as `func`, the host's function, would; see `read_call`."""

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from comfy_kitchen.tensor import QuantizedTensor
 
 from ..ops.attention import router
-from ..ops.linear import linear
+from ..ops.linear import add_low_rank, linear
 from ..ops.linear.activation import Kind, kind_of
 from ..ops.registry import NoBackendError
 from ..quant import convert, families, formats, recipe
@@ -36,6 +36,7 @@ from ..quant.record import RECORD_KEY, LayerRecord, decode, encode
 from . import fusion
 from .attention_override import Override
 from .inputs import AS_STORED
+from .lora_terms import low_rank_of
 
 logger = logging.getLogger(__name__)
 
@@ -87,9 +88,9 @@ def load_model(path, format_name, recipe_name, keep=(), disable_dynamic=False):
     _check_loaded(patcher, path, records)
     ours = {}
     for name, module in _linears(patcher):
-        fmt = formats_by_layer.get(name) or _format(module)
+        fmt = formats_by_layer.get(name) or format_of(module)
         if fmt and not module._full_precision_mm_config:
-            _show(module, fmt, module.weight)
+            show(module, fmt, module.weight)
             ours[name] = module
     _fuse(patcher, patcher, ours)
     patcher.cached_patcher_init = (load_model, (path, format_name, recipe_name, tuple(keep)))
@@ -114,7 +115,7 @@ def _check_loaded(patcher, path: str, records) -> None:
 
 
 def _streamed(work: convert.Plan) -> dict[str, torch.Tensor]:
-    bar, tick = _progress(len(work.steps))
+    bar, tick = progress(len(work.steps))
     done = {step.target for step in work.steps}
     state = {}
     for name, tensor in convert.stream(work, _device(), tick):
@@ -189,7 +190,7 @@ def _marker(module) -> dict:
     return {"format": module.quant_format, "convrot": getattr(params, "convrot", False)}
 
 
-def _show(module, fmt: formats.Format, weight: QuantizedTensor) -> None:
+def show(module, fmt: formats.Format, weight: QuantizedTensor) -> None:
     """Give a module, which nobody else holds, `weight` under our layout."""
     import comfy.quant_ops
 
@@ -232,7 +233,7 @@ def _run_after_gelu(module, x: torch.Tensor) -> torch.Tensor:
     if not ours or _is_static(module) or _is_patched(module):
         return module(F.gelu(x, approximate="tanh"))
     comfy.ops.run_every_op()
-    with comfy.ops.CastBiasWeightContext(
+    cast = comfy.ops.CastBiasWeightContext(
         module,
         dtype=weight.dtype,
         device=x.device,
@@ -240,10 +241,13 @@ def _run_after_gelu(module, x: torch.Tensor) -> torch.Tensor:
         offloadable=True,
         compute_dtype=x.dtype,
         want_requant=not module._full_precision_mm,
-    ) as (weight, bias):
+    )
+    with cast as (weight, bias), low_rank_of(module, x) as low_rank:
         if isinstance(weight, QuantizedTensor):
-            return linear(x, weight, bias, input_act="gelu_tanh")
-        return F.linear(F.gelu(x, approximate="tanh"), weight.to(x.dtype), bias)
+            return linear(x, weight, bias, input_act="gelu_tanh", low_rank=low_rank)
+        x = F.gelu(x, approximate="tanh")
+        out = F.linear(x, weight.to(x.dtype), bias)
+        return out if low_rank is None else add_low_rank(out, x, low_rank)
 
 
 def _is_patched(module) -> bool:
@@ -271,7 +275,7 @@ def quantize_model(patcher, format_name: str, recipe_name: str = recipe.AUTO, ke
             else f"nothing to quantize to {format_name} under recipe {recipe_name}"
         )
     clone = patcher.clone()
-    bar, tick = _progress(len(modules))
+    bar, tick = progress(len(modules))
     known = {r.name: r for r in layer_records(patcher)}
     saved = 0
     ours = {}
@@ -308,13 +312,13 @@ def _choose(modules, patcher, format_name, recipe_name, keep) -> dict[str, recip
 
 
 def _as_it_is(module) -> recipe.Choice:
-    fmt = _format(module)
+    fmt = format_of(module)
     if fmt and module._full_precision_mm_config:
         return recipe.Choice(None, "its file asks for products in full precision")
     return recipe.Choice(fmt, "as stored")
 
 
-def _format(module) -> formats.Format | None:
+def format_of(module) -> formats.Format | None:
     """Return the format of a module's weight, under our layout or the host's, or None."""
     if not isinstance(module.weight, QuantizedTensor):
         return None
@@ -334,7 +338,7 @@ def _base_weight(patcher, name: str, module) -> torch.Tensor:
 def _quantized(patcher, name, module, fmt, tick) -> tuple[QuantizedTensor, float | None]:
     """Return a module's weight in `fmt` and its error, None where its bits are kept."""
     weight = _base_weight(patcher, name, module)
-    if _format(module) is fmt:
+    if format_of(module) is fmt:
         return QuantizedTensor(weight._qdata, fmt.layout.__name__, weight._params), None
     home = weight.device
     if isinstance(weight, QuantizedTensor):
@@ -371,7 +375,7 @@ def _replacement(module, fmt, weight: QuantizedTensor, scales_too: bool) -> torc
         value = getattr(module, extra, None)
         if value is not None:
             new.register_parameter(extra, torch.nn.Parameter(value.detach(), requires_grad=False))
-    _show(new, fmt, weight)
+    show(new, fmt, weight)
     return new.eval()
 
 
@@ -384,7 +388,7 @@ def layer_records(patcher) -> list[LayerRecord]:
     """Return a record of every linear layer, with errors where this pack measured them."""
     known = {r.name: r for r in patcher.attachments.get(ATTACHMENT, [])}
     return [
-        known.get(name) or _record(name, _base_weight(patcher, name, module), _format(module))
+        known.get(name) or _record(name, _base_weight(patcher, name, module), format_of(module))
         for name, module in _linears(patcher)
     ]
 
@@ -425,7 +429,7 @@ def save_model(patcher, prefix: str, prompt=None, extra_pnginfo: dict | None = N
     # The host's own naming of the parts of a checkpoint; it looks at names only.
     targets = patcher.model.model_config.process_unet_state_dict_for_saving({n: n for n in names})
     targets = {source: target for target, source in targets.items()}
-    bar, tick = _progress(len(names))
+    bar, tick = progress(len(names))
     room = {
         "names_bytes": sum(len(json.dumps(n)) + ENTRY_BYTES for n in targets.values()),
         "metadata_bytes": len(json.dumps(metadata)),
@@ -482,7 +486,7 @@ def _device() -> torch.device:
     return comfy.model_management.get_torch_device()
 
 
-def _progress(total: int):
+def progress(total: int):
     """Return the host's progress bar and a function that stops when the user interrupts."""
     import comfy.model_management
     import comfy.utils
