@@ -169,27 +169,33 @@ def low_rank_of(module: torch.nn.Module, x: torch.Tensor) -> Iterator[LowRank | 
         yield None
         return
     stack = module._stack
-    with contextlib.ExitStack() as held:
-        terms = []
+    # By hand: torch.compile does not trace an ExitStack.
+    held, terms = [], []
+    try:
         for index, term in module._terms:
-            if strength := stack.now[index]:
-                lora = stack.loras[index]
-                down, up = (held.enter_context(lora.cast(m, x)) for m in (term.down, term.up))
-                factor, shift = term.factors(x.device, strength)
-                terms.append(LowRank(down, up, factor, shift, term.rows, term.key))
-        if not terms:
-            yield None
-        elif terms[0].down.dim() == 2:
-            yield stacked(terms)
-        else:
-            yield _stacked_convolutions(terms)
+            lora, strength = stack.loras[index], stack.now[index]
+            if not strength:
+                continue
+            weights = []
+            for layer in (term.down, term.up):
+                context = lora.cast(layer, x)
+                weights.append(context.__enter__())
+                held.append(context)
+            factor, shift = term.factors(x.device, strength)
+            terms.append(LowRank(*weights, factor, shift, term.rows, term.key))
+        yield _joined(terms) if terms else None
+    finally:
+        for context in reversed(held):
+            context.__exit__(None, None, None)
 
 
-def _stacked_convolutions(terms: Sequence[LowRank]) -> LowRank:
-    down, factor, shift = (
-        torch.cat([getattr(t, n) for t in terms]) for n in ("down", "factor", "shift")
-    )
-    return LowRank(down, torch.cat([t.up for t in terms], dim=1), factor, shift)
+def _joined(terms: Sequence[LowRank]) -> LowRank:
+    """Return the sum of terms, of linear layers or of convolutions."""
+    if terms[0].down.dim() == 2:
+        return stacked(terms)
+    downs, factors, shifts = zip(*((t.down, t.factor, t.shift) for t in terms), strict=True)
+    ups = torch.cat([t.up for t in terms], dim=1)
+    return LowRank(torch.cat(downs), ups, torch.cat(factors), torch.cat(shifts))
 
 
 def _convolve(module, out: torch.Tensor, x: torch.Tensor, term: LowRank) -> torch.Tensor:
