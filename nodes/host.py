@@ -90,7 +90,7 @@ def load_model(path, format_name, recipe_name, keep=(), disable_dynamic=False):
     for name, module in _linears(patcher):
         fmt = formats_by_layer.get(name) or format_of(module)
         if fmt and not module._full_precision_mm_config:
-            show(module, fmt, module.weight)
+            _show(module, fmt, module.weight)
             ours[name] = module
     _fuse(patcher, patcher, ours)
     patcher.cached_patcher_init = (load_model, (path, format_name, recipe_name, tuple(keep)))
@@ -190,7 +190,7 @@ def _marker(module) -> dict:
     return {"format": module.quant_format, "convrot": getattr(params, "convrot", False)}
 
 
-def show(module, fmt: formats.Format, weight: QuantizedTensor) -> None:
+def _show(module, fmt: formats.Format, weight: QuantizedTensor) -> None:
     """Give a module, which nobody else holds, `weight` under our layout."""
     import comfy.quant_ops
 
@@ -242,7 +242,8 @@ def _run_after_gelu(module, x: torch.Tensor) -> torch.Tensor:
         compute_dtype=x.dtype,
         want_requant=not module._full_precision_mm,
     )
-    with cast as (weight, bias), low_rank_of(module, x) as low_rank:
+    low_rank = low_rank_of(module, x)
+    with cast as (weight, bias):
         if isinstance(weight, QuantizedTensor):
             return linear(x, weight, bias, input_act="gelu_tanh", low_rank=low_rank)
         x = F.gelu(x, approximate="tanh")
@@ -375,7 +376,7 @@ def _replacement(module, fmt, weight: QuantizedTensor, scales_too: bool) -> torc
         value = getattr(module, extra, None)
         if value is not None:
             new.register_parameter(extra, torch.nn.Parameter(value.detach(), requires_grad=False))
-    show(new, fmt, weight)
+    _show(new, fmt, weight)
     return new.eval()
 
 

@@ -1,8 +1,8 @@
 """LoRAs as ComfyUI needs them: files of models/loras, and the host's hands on their memory.
 
-The matrices are layers of the host's own in a model of their own, which is loaded, streamed and
-unloaded beside the diffusion model; a wrapper around each run of the diffusion model lets its
-layers add their terms (`lora_terms.py`). Beside `host.py`, as that file is full.
+The matrices are a model of their own, which the host loads and unloads beside the diffusion model;
+what it has no room for is copied as it is needed. A wrapper around each run of the diffusion model
+lets its layers add their terms (`lora_terms.py`). Beside `host.py`, as that file is full.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ from ..quant.checkpoint import Checkpoint
 from . import host
 from .attention_override import is_within
 from .inputs import AS_STORED
-from .lora_terms import Lora, Stack, Term, padded
+from .lora_terms import Lora, Matrix, Stack, Term, padded
 
 logger = logging.getLogger(__name__)
 
@@ -73,13 +73,13 @@ def set_lora(patcher, path: str, strength: float, steps: tuple[float, float]):
     model, terms = _terms(source, patcher)
     clone = patcher.clone()
     _add_patches(clone, source, strength, steps)
-    _add_model(clone, model, path)
+    _add_model(clone, model)
     known = clone.get_attachment(KEY) or ()
     clone.set_attachments(KEY, (*known, Applied(path, strength, steps)))
     stack = clone.get_wrappers(_wrapper_type(), KEY)
     loras = stack[0].__self__.stack.loras if stack else ()
     clone.remove_wrappers_with_key(_wrapper_type(), KEY)
-    added = Lora(terms, strength, steps, Cast, source.bare_differences())
+    added = Lora(terms, strength, steps, source.bare_differences())
     runner = Runner(Stack((*loras, added)))
     clone.add_wrapper_with_key(_wrapper_type(), KEY, runner.run)
     return clone
@@ -263,8 +263,8 @@ def _rows(member: lora.Layer) -> tuple[torch.Tensor, torch.Tensor]:
     return scales, constants
 
 
-def _down(members: list[lora.Layer], module, dtype: torch.dtype, device: torch.device):
-    """Return a layer of the host's with the first matrices of LoRAs below each other.
+def _down(members: list[lora.Layer], module, dtype: torch.dtype, device: torch.device) -> Matrix:
+    """Return the first matrices of LoRAs below each other.
 
     In 8 bits where the layers that they stand beside multiply 8 bits by 8.
     """
@@ -276,69 +276,35 @@ def _down(members: list[lora.Layer], module, dtype: torch.dtype, device: torch.d
     down = torch.cat(parts)
     name = _format_beside(module)
     if name is None:
-        return _layer(down)
-    fmt = formats.get(name)
-    quantized = fmt.quantize(down.to(device)).to(device=down.device)
-    new = _layer(quantized)
-    host.show(new, fmt, quantized)
-    return new
+        return Matrix(down)
+    return Matrix(formats.get(name).quantize(down.to(device)).to(device=down.device))
 
 
 def _format_beside(module) -> str | None:
-    """Return the name of the format for a first matrix beside a layer, None for 16 bits."""
-    fmt = host.format_of(module)
+    """Return the name of the format for a first matrix beside a layer, None for 16 bits.
+
+    8 bits share the activation that our own arithmetic quantizes; elsewhere they gain nothing.
+    """
+    ours = hasattr(getattr(module.weight, "layout_cls", None), "scheme")
+    fmt = host.format_of(module) if ours else None
     if fmt is None or fmt.name not in IN_8_BITS:
         return None
     return BY_ROW.get(fmt.name, fmt.name)
 
 
-def _up(member: lora.Layer, dtype: torch.dtype):
+def _up(member: lora.Layer, dtype: torch.dtype) -> Matrix:
     rank = member.down.shape[0]
     up = torch.zeros(member.up.shape[0], _size(member), dtype=dtype)
     up[:, :rank] = member.up.to(dtype)
     if member.bias is not None:
         up[:, rank] = member.bias.to(dtype)
-    return _layer(up)
-
-
-def _layer(weight: torch.Tensor) -> torch.nn.Module:
-    """Return a layer of the host's that holds `weight`, which it loads and streams as any other."""
-    import comfy.ops
-
-    operations = comfy.ops.mixed_precision_ops(compute_dtype=weight.dtype)
-    new = operations.Linear(weight.shape[1], weight.shape[0], False, "meta", weight.dtype)
-    new.weight = torch.nn.Parameter(weight, requires_grad=False)
-    return new.eval()
-
-
-class Cast:
-    """A context that gives a layer's weight on the device of an input, in its dtype."""
-
-    def __init__(self, module, x: torch.Tensor):
-        import comfy.ops
-
-        quantized = isinstance(module.weight, QuantizedTensor)
-        self.context = comfy.ops.CastBiasWeightContext(
-            module,
-            dtype=module.weight.dtype if quantized else x.dtype,
-            device=x.device,
-            bias_dtype=x.dtype,
-            offloadable=True,
-            compute_dtype=x.dtype,
-            want_requant=quantized,
-        )
-
-    def __enter__(self) -> torch.Tensor:
-        return self.context.__enter__()[0]
-
-    def __exit__(self, *error) -> None:
-        self.context.__exit__(*error)
+    return Matrix(up)
 
 
 def _add_patches(clone, source: _Source, strength: float, steps: tuple[float, float]) -> None:
     """Give the host what is no LoRA, to be added to parameters, strength included."""
     found = source.differences()
-    if not found:
+    if not found or not strength or steps[0] == steps[1]:
         return
     if steps != (0.0, 1.0):
         text = "%s: %d differences of norms and biases act in every step, %s first"
@@ -347,7 +313,7 @@ def _add_patches(clone, source: _Source, strength: float, steps: tuple[float, fl
     clone.add_patches(patches, strength)
 
 
-def _add_model(clone, model: torch.nn.Module, path: str) -> None:
+def _add_model(clone, model: torch.nn.Module) -> None:
     """Let the host manage the memory of a LoRA beside that of the model."""
     import comfy.model_patcher
 

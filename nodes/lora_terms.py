@@ -21,15 +21,49 @@ RANK_MULTIPLE = 16
 CONVOLUTIONS = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}
 
 
-class Term(torch.nn.Module):
-    """The LoRA of one layer, its matrices in two layers of the host's, which manages them.
+class Matrix(torch.nn.Module):
+    """A matrix that is loaded and unloaded as any other parameter of a model, quantized or not."""
 
-    down: weight [G, K], or [R, C, *kernel] of a convolution. up: weight [N, R]. scales: alpha by
-    rank, of each of the G rows. constants: 1 where a row stands for a bias, else 0. rows: of this
-    layer; key: of `down`, where several layers share it (`ops.linear.LowRank`).
+    def __init__(self, weight: torch.Tensor):
+        super().__init__()
+        self.weight = torch.nn.Parameter(weight, requires_grad=False)
+
+    def _apply(self, fn: Callable, recurse: bool = True) -> torch.nn.Module:
+        # torch's own writes into the parameter, which a quantized one does not take.
+        weight = fn(self.weight)
+        if weight.is_inference() and not torch.is_inference_mode_enabled():
+            weight = weight.clone()
+        self.weight = torch.nn.Parameter(weight, requires_grad=False)
+        return self
+
+    def on(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the matrix on the device of x and, unless quantized, in its dtype.
+
+        A copy where it was left elsewhere, in memory of its own: the host's buffers for streaming
+        hold the weights of two layers, and a term's are needed beside them.
+        """
+        if isinstance(self.weight, QuantizedTensor):
+            return self.weight.to(x.device, non_blocking=True)
+        return self.weight.to(x.device, x.dtype, non_blocking=True)
+
+
+class Term(torch.nn.Module):
+    """The LoRA of one layer.
+
+    down: [G, K], or [R, C, *kernel] of a convolution. up: [N, R]. scales: alpha by rank, of each of
+    the G rows. constants: 1 where a row stands for a bias, else 0. rows: of this layer; key: of
+    `down`, where several layers share it (`ops.linear.LowRank`).
     """
 
-    def __init__(self, down, up, scales: torch.Tensor, constants: torch.Tensor, rows, key):
+    def __init__(
+        self,
+        down: Matrix,
+        up: Matrix,
+        scales: torch.Tensor,
+        constants: torch.Tensor,
+        rows: tuple[int, int] | None = None,
+        key: object = None,
+    ):
         super().__init__()
         self.down, self.up = down, up
         self.scales, self.constants = scales, constants
@@ -50,14 +84,12 @@ class Term(torch.nn.Module):
 class Lora:
     """One LoRA of a model: terms by layer, strength, and the part of the sampling it is meant for.
 
-    cast: (module, input) -> context that gives its weight where and as it is to be multiplied.
     differences: of parameters that are in no layer, by name.
     """
 
     terms: Mapping[str, Term]
     strength: float
     steps: tuple[float, float]
-    cast: Callable
     differences: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
 
@@ -127,22 +159,19 @@ class WithTerms:
     def _call_impl(self, *args, **kwargs):
         """Return what the layer does, hooks included, plus its terms."""
         x = args[0] if args else kwargs["input"]
-        with low_rank_of(self, x) as low_rank:
-            if low_rank is None:
-                return super()._call_impl(*args, **kwargs)
-            object.__setattr__(self, "_pending", low_rank)
-            try:
-                out = super()._call_impl(*args, **kwargs)
-                left = self._pending
-            finally:
-                object.__setattr__(self, "_pending", None)
-            if left is None:
-                return out
-            return (
-                add_low_rank(out, x, left)
-                if self.weight.dim() == 2
-                else _convolve(self, out, x, left)
-            )
+        low_rank = low_rank_of(self, x)
+        if low_rank is None:
+            return super()._call_impl(*args, **kwargs)
+        object.__setattr__(self, "_pending", low_rank)
+        try:
+            out = super()._call_impl(*args, **kwargs)
+            left = self._pending
+        finally:
+            object.__setattr__(self, "_pending", None)
+        if left is None:
+            return out
+        add = add_low_rank if self.weight.dim() == 2 else functools.partial(_convolve, self)
+        return add(out, x, left)
 
     def _forward(self, *args, **kwargs):
         """Return the product as the host's layers call it, its terms in it where we compute it.
@@ -162,31 +191,21 @@ def _takes(module: torch.nn.Module, weight: torch.Tensor) -> bool:
     return ours and getattr(module, "pre_quant_scale", None) is None
 
 
-@contextlib.contextmanager
-def low_rank_of(module: torch.nn.Module, x: torch.Tensor) -> Iterator[LowRank | None]:
-    """Give the sum of a layer's terms for the input x; None where there is none in this run."""
+def low_rank_of(module: torch.nn.Module, x: torch.Tensor) -> LowRank | None:
+    """Return the sum of a layer's terms for the input x, None where there is none in this run."""
     if not isinstance(module, WithTerms):
-        yield None
-        return
+        return None
     stack = module._stack
-    # By hand: torch.compile does not trace an ExitStack.
-    held, terms = [], []
-    try:
-        for index, term in module._terms:
-            lora, strength = stack.loras[index], stack.now[index]
-            if not strength:
-                continue
-            weights = []
-            for layer in (term.down, term.up):
-                context = lora.cast(layer, x)
-                weights.append(context.__enter__())
-                held.append(context)
-            factor, shift = term.factors(x.device, strength)
-            terms.append(LowRank(*weights, factor, shift, term.rows, term.key))
-        yield _joined(terms) if terms else None
-    finally:
-        for context in reversed(held):
-            context.__exit__(None, None, None)
+    terms = [
+        LowRank(
+            *(term.down.on(x), term.up.on(x)),
+            *term.factors(x.device, stack.now[index]),
+            *(term.rows, term.key),
+        )
+        for index, term in module._terms
+        if stack.now[index]
+    ]
+    return _joined(terms) if terms else None
 
 
 def _joined(terms: Sequence[LowRank]) -> LowRank:

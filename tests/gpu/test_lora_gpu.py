@@ -118,7 +118,7 @@ def test_lora_acts_and_ends_in_comfyui(seen, name):
 def test_matrices_are_in_comfyuis_memory_management(seen, name):
     row = seen["formats"][name]
     assert row["managed"] and row["unloaded"] == 0
-    # Streamed layers are loaded for the time of their product.
+    # With no room for anything, they are copied as they are needed.
     if seen["mode"] == "legacy":
         assert row["loaded"] == row["size"]
 

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from lowbit.nodes.lora_loader import LowBitLoraLoader
-from lowbit.nodes.lora_terms import Lora, Stack, Term, WithTerms, padded
+from lowbit.nodes.lora_terms import Lora, Matrix, Stack, Term, WithTerms, padded
 
 DIM, RANK = 32, 4
 INPUTS = {
@@ -15,19 +15,6 @@ INPUTS = {
     "start_percent": "FLOAT",
     "end_percent": "FLOAT",
 }
-
-
-class Cast:
-    """What the host has to move and cast weights, without either."""
-
-    def __init__(self, module, x):
-        self.weight = module.weight
-
-    def __enter__(self):
-        return self.weight
-
-    def __exit__(self, *error):
-        pass
 
 
 class Block(nn.Module):
@@ -57,12 +44,7 @@ def term(n: int, inputs: tuple[int, ...], seed: int) -> Term:
     up[:, RANK] = 1
     scales, constants = torch.zeros(2, size)
     scales[:RANK], constants[RANK] = 0.5, 1
-    holders = []
-    for value in (down, up):
-        holder = nn.Linear(1, 1, bias=False)
-        holder.weight = nn.Parameter(value, requires_grad=False)
-        holders.append(holder)
-    return Term(*holders, scales, constants, None, None)
+    return Term(Matrix(down), Matrix(up), scales, constants)
 
 
 def merge(model: nn.Module, lora: Lora, strength: float) -> None:
@@ -83,7 +65,6 @@ def loras() -> list[Lora]:
             {name: term(DIM, (DIM,), seed + i) for i, name in enumerate(names[: 3 - seed // 10])},
             1.0,
             (0.0, 1.0),
-            Cast,
             {"1.modulation": torch.full((1, DIM), 0.5)},
         )
         for seed in (0, 10)
@@ -102,7 +83,7 @@ def test_result_is_that_of_merged_weights(model, loras):
 
 def test_convolution_takes_it(model):
     conv, x = model[0].conv, torch.randn(3, 2, 2, 4, 6)
-    lora = Lora({"0.conv": term(8, (2, 1, 2, 2), 0)}, 1.0, (0.0, 1.0), Cast)
+    lora = Lora({"0.conv": term(8, (2, 1, 2, 2), 0)}, 1.0, (0.0, 1.0))
     with Stack((lora,)).applied(model, (0.5,)):
         got = model[0].conv(x)
     assert model[0].conv is conv
@@ -152,7 +133,7 @@ def test_hooks_and_a_forward_of_another_packs_are_kept(model, loras):
     layer.register_forward_hook(lambda *_: seen.append(1))
     plain = layer.forward
     layer.forward = lambda x: plain(x) + 3
-    lora = Lora({"0.ffn.0": loras[0].terms["0.ffn.0"]}, 1.0, (0.0, 1.0), Cast)
+    lora = Lora({"0.ffn.0": loras[0].terms["0.ffn.0"]}, 1.0, (0.0, 1.0))
     base = layer(x)
     with Stack((lora,)).applied(model, (1.0,)):
         got = model[0].ffn[0](x)
