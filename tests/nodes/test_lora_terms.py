@@ -4,8 +4,10 @@ import pytest
 import torch
 from torch import nn
 
+from lowbit.nodes import lora_terms
 from lowbit.nodes.lora_loader import LowBitLoraLoader
 from lowbit.nodes.lora_terms import Lora, Matrix, Stack, Term, WithTerms, padded
+from lowbit.quant import formats
 
 DIM, RANK = 32, 4
 INPUTS = {
@@ -155,3 +157,42 @@ def test_inputs_are_those_that_workflows_hold():
     required = LowBitLoraLoader.INPUT_TYPES()["required"]
     assert {name: kind for name, (kind, _) in required.items()} == INPUTS
     assert list(required) == list(INPUTS)
+
+
+class HostLinear(nn.Module):
+    """As ComfyUI's: what it multiplies goes through a method of its own."""
+
+    def __init__(self, weight, smoothing=None):
+        super().__init__()
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.pre_quant_scale = smoothing
+
+    def _forward(self, input, weight, bias):
+        return nn.functional.linear(input, weight, bias)
+
+    def forward(self, input):
+        if self.pre_quant_scale is not None:
+            input = input * self.pre_quant_scale
+        return self._forward(input, self.weight, None)
+
+
+@pytest.mark.parametrize("smoothing", [None, torch.full((256,), 2.0)])
+def test_quantized_layer_adds_terms_in_its_product_unless_its_input_is_changed(
+    smoothing, monkeypatch
+):
+    after = []
+    add = lora_terms.add_low_rank
+    monkeypatch.setattr(lora_terms, "add_low_rank", lambda *a: after.append(1) or add(*a))
+    generator = torch.Generator().manual_seed(0)
+    weight = formats.get("int8_convrot").quantize(torch.randn(48, 256, generator=generator) / 16)
+    root = nn.ModuleDict({"layer": HostLinear(weight, smoothing)})
+    one = term(48, (256,), 3)
+    x = torch.randn(2, 5, 256, generator=generator)
+    before = root["layer"](x)
+    with Stack((Lora({"layer": one}, 1.0, (0.0, 1.0)),)).applied(root, (0.5,)):
+        got = root["layer"](input=x)
+    assert len(after) == (smoothing is not None)
+    low = one.up.weight[:, :RANK] @ one.down.weight[:RANK]
+    torch.testing.assert_close(got, before + 0.25 * x @ low.t() + 0.5, rtol=1e-4, atol=1e-3)
+    assert root["layer"].weight is not None and torch.equal(root["layer"](x), before)
+    assert root["layer"].weight._qdata.data_ptr() == weight._qdata.data_ptr()
