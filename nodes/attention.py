@@ -5,17 +5,12 @@ from ..ops.attention.guard import FIRST_CALL, GUARDS
 from ..ops.registry import NoBackendError
 from . import host
 from .attention_override import LAYERS, Override, forget_graphs
-from .inputs import CATEGORY
+from .inputs import CATEGORY, part_of_sampling
 
 MODES = (
     *("auto", "lowbit_exact", "lowbit_int8", "lowbit_fp8", "sdpa", "cudnn", "flash"),
     *("kitchen_int8", "sageattn", "sageattn3_fp4"),
 )
-
-
-def _part_of_sampling(default: float, tooltip: str) -> tuple:
-    settings = {"default": default, "min": 0.0, "max": 1.0, "step": 0.01, "advanced": True}
-    return ("FLOAT", {**settings, "tooltip": tooltip})
 
 
 class LowBitAttention:
@@ -57,8 +52,8 @@ class LowBitAttention:
                 "mode": (list(MODES), {"default": "auto", "tooltip": mode}),
                 "layers": (list(LAYERS), {"default": "self", "tooltip": layers, "advanced": True}),
                 "blocks": ("STRING", {"default": "", "tooltip": blocks, "advanced": True}),
-                "start_percent": _part_of_sampling(0.0, start),
-                "end_percent": _part_of_sampling(1.0, end),
+                "start_percent": part_of_sampling(0.0, start),
+                "end_percent": part_of_sampling(1.0, end),
                 "guard": (
                     list(GUARDS),
                     {"default": FIRST_CALL, "tooltip": guard, "advanced": True},

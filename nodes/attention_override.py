@@ -88,6 +88,23 @@ def parse_blocks(text: str) -> tuple[range, ...] | None:
     return tuple(ranges)
 
 
+def is_within(steps: tuple[float, float], sampling, sigmas: torch.Tensor | None) -> bool:
+    """Return whether a step is within `steps`, parts of the sampling, by the host's order.
+
+    There sigma falls. sampling: the model's `model_sampling`. sigmas: of the step; None: unknown,
+    which is within all but an empty range.
+    """
+    start, end = steps
+    if start == end or sigmas is None:
+        return start < end
+    if (start, end) == (0.0, 1.0):
+        return True
+    sigma = sigmas[0].item()
+    before = start > 0 and sigma > sampling.percent_to_sigma(start) * SAME_SIGMA
+    after = end < 1 and sigma <= sampling.percent_to_sigma(end) * SAME_SIGMA
+    return not before and not after
+
+
 def read_call(q, k, v, **options) -> Call | None:
     """Return the call of one of the host's attention functions, None where it is the host's alone.
 
@@ -184,19 +201,11 @@ class Override:
             _running.pop(self._key, None)
 
     def _is_active(self, sampling, options: dict) -> bool:
-        """Return whether a step is within `steps`, by the host's order: sigma falls."""
-        start, end = self.steps
-        sigmas, all_sigmas = options.get("sigmas"), options.get("sample_sigmas")
-        if start == end:
+        """Return whether a step is within `steps`, and an inner one where the mode has 4 bits."""
+        sigmas = options.get("sigmas")
+        if router.bits(self.mode) == 4 and not _is_inner(sigmas, options.get("sample_sigmas")):
             return False
-        if router.bits(self.mode) == 4 and not _is_inner(sigmas, all_sigmas):
-            return False
-        if (start, end) == (0.0, 1.0) or sigmas is None:
-            return True
-        sigma = sigmas[0].item()
-        before = start > 0 and sigma > sampling.percent_to_sigma(start) * SAME_SIGMA
-        after = end < 1 and sigma <= sampling.percent_to_sigma(end) * SAME_SIGMA
-        return not before and not after
+        return is_within(self.steps, sampling, sigmas)
 
     def __call__(self, func, q, k, v, *args, **kwargs):
         """Return attention as `func`, the host's function, would; see `read_call`."""

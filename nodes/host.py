@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from comfy_kitchen.tensor import QuantizedTensor
 
 from ..ops.attention import router
-from ..ops.linear import linear
+from ..ops.linear import add_low_rank, linear
 from ..ops.linear.activation import Kind, kind_of
 from ..ops.registry import NoBackendError
 from ..quant import arithmetic, convert, families, formats, recipe
@@ -36,6 +36,7 @@ from ..quant.record import RECORD_KEY, LayerRecord, decode, encode
 from . import fusion, stand_in
 from .attention_override import Override
 from .inputs import AS_STORED
+from .lora_terms import low_rank_of
 from .memory import make_room
 
 logger = logging.getLogger(__name__)
@@ -71,7 +72,7 @@ def load_model(path, format_name, recipe_name, keep=(), disable_dynamic=False):
     _check_loaded(patcher, path, records)
     ours = {}
     for name, module in _linears(patcher):
-        fmt = formats_by_layer.get(name) or _format(module)
+        fmt = formats_by_layer.get(name) or format_of(module)
         if fmt and not module._full_precision_mm_config:
             _show(module, fmt, module.weight)
             ours[name] = module
@@ -233,7 +234,7 @@ def _run_after_gelu(module, x: torch.Tensor) -> torch.Tensor:
     if not ours or _is_static(module) or _is_patched(module):
         return module(F.gelu(x, approximate="tanh"))
     comfy.ops.run_every_op()
-    with comfy.ops.CastBiasWeightContext(
+    cast = comfy.ops.CastBiasWeightContext(
         module,
         dtype=weight.dtype,
         device=x.device,
@@ -241,10 +242,14 @@ def _run_after_gelu(module, x: torch.Tensor) -> torch.Tensor:
         offloadable=True,
         compute_dtype=x.dtype,
         want_requant=not module._full_precision_mm,
-    ) as (weight, bias):
+    )
+    low_rank = low_rank_of(module, x)
+    with cast as (weight, bias):
         if isinstance(weight, QuantizedTensor):
-            return linear(x, weight, bias, input_act="gelu_tanh")
-        return F.linear(F.gelu(x, approximate="tanh"), weight.to(x.dtype), bias)
+            return linear(x, weight, bias, input_act="gelu_tanh", low_rank=low_rank)
+        x = F.gelu(x, approximate="tanh")
+        out = F.linear(x, weight.to(x.dtype), bias)
+        return out if low_rank is None else add_low_rank(out, x, low_rank)
 
 
 def _is_patched(module) -> bool:
@@ -310,13 +315,13 @@ def _choose(modules, patcher, format_name, recipe_name, keep) -> dict[str, recip
 
 
 def _as_it_is(module) -> recipe.Choice:
-    fmt = _format(module)
+    fmt = format_of(module)
     if fmt and module._full_precision_mm_config:
         return recipe.Choice(None, "its file asks for products in full precision")
     return recipe.Choice(fmt, "as stored")
 
 
-def _format(module) -> formats.Format | None:
+def format_of(module) -> formats.Format | None:
     """Return the format of a module's weight, under our layout or the host's, or None."""
     if not isinstance(module.weight, QuantizedTensor):
         return None
@@ -336,7 +341,7 @@ def _base_weight(patcher, name: str, module) -> torch.Tensor:
 def _quantized(patcher, name, module, fmt, tick) -> tuple[QuantizedTensor, float | None]:
     """Return a module's weight in `fmt` and its error, None where its bits are kept."""
     weight = _base_weight(patcher, name, module)
-    if _format(module) is fmt:
+    if format_of(module) is fmt:
         return QuantizedTensor(weight._qdata, fmt.layout.__name__, weight._params), None
     home = weight.device
     if isinstance(weight, QuantizedTensor):
@@ -386,7 +391,7 @@ def layer_records(patcher) -> list[LayerRecord]:
     """Return a record of every linear layer, with errors where this pack measured them."""
     known = {r.name: r for r in patcher.attachments.get(ATTACHMENT, [])}
     return [
-        known.get(name) or _record(name, _base_weight(patcher, name, module), _format(module))
+        known.get(name) or _record(name, _base_weight(patcher, name, module), format_of(module))
         for name, module in _linears(patcher)
     ]
 

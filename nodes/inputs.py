@@ -38,6 +38,12 @@ def keep_input() -> tuple:
     return ("STRING", {"default": "", "multiline": True, "tooltip": tooltip, "advanced": True})
 
 
+def part_of_sampling(default: float, tooltip: str) -> tuple:
+    """Return an input that is a part of the sampling, 0 to 1."""
+    settings = {"default": default, "min": 0.0, "max": 1.0, "step": 0.01, "advanced": True}
+    return ("FLOAT", {**settings, "tooltip": tooltip})
+
+
 def keep_patterns(text: str) -> list[str]:
     """Return the expressions of a `keep` input: its lines that are not blank."""
     return [line.strip() for line in text.splitlines() if line.strip()]

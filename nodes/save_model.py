@@ -1,6 +1,6 @@
 """The node that saves a quantized model."""
 
-from . import host
+from . import host, host_lora
 from .inputs import CATEGORY
 
 
@@ -33,7 +33,7 @@ class LowBitSaveModel:
         }
 
     def save(self, model, filename_prefix, prompt=None, extra_pnginfo=None):
-        path = host.save_model(model, filename_prefix, prompt, extra_pnginfo)
+        path = host.save_model(host_lora.merged(model), filename_prefix, prompt, extra_pnginfo)
         return {"ui": {"text": [path]}, "result": (path,)}
 
 

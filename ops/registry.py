@@ -70,6 +70,7 @@ class Backend:
 
     run_quantized: of linear layers, `run` with a `QuantizedActivation`; without it one is
     dequantized first. quantizes: `run_quantized` runs floats too, which are quantized before it.
+    adds_low_rank: `run_quantized` takes `low_rank`, of `scaled_mm`, and adds it as it goes.
     """
 
     op: str
@@ -79,6 +80,7 @@ class Backend:
     run: Callable = field(compare=False)
     run_quantized: Callable | None = field(default=None, compare=False)
     quantizes: bool = False
+    adds_low_rank: bool = False
 
 
 _BACKENDS: dict[str, list[Backend]] = {}

@@ -14,7 +14,10 @@ PAGES = ROOT / "web" / "docs"
 NODES = lowbit.NODE_CLASS_MAPPINGS
 every_node = pytest.mark.parametrize("node_id", NODES)
 # Attention has no weights, so its pages say nothing of formats.
-of_formats = pytest.mark.parametrize("node_id", [n for n in NODES if "Attention" not in n])
+OF_NO_FORMAT = ("Attention", "Lora")
+of_formats = pytest.mark.parametrize(
+    "node_id", [n for n in NODES if not any(word in n for word in OF_NO_FORMAT)]
+)
 
 
 def page(node_id: str) -> str:

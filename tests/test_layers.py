@@ -19,8 +19,8 @@ MAY_IMPORT = {
     "": {"ops", "quant", "cli", "nodes", ""},
 }
 HOST_FILE = "nodes/host.py"
-# Files beside it that know ComfyUI: its folders and its memory are other ideas than its models.
-HOST_FILES = {HOST_FILE, "nodes/memory.py", "nodes/model_files.py"}
+# Files beside it that know ComfyUI, each for an idea of its own.
+HOST_FILES = {HOST_FILE, "nodes/host_lora.py", "nodes/memory.py", "nodes/model_files.py"}
 HOST = {
     "comfy",
     "comfy_api",
@@ -79,7 +79,7 @@ ALL = [*SOURCES, *(f"tests/{name}" for name in sources(ROOT / "tests"))]
 
 
 def test_sources_are_found():
-    assert {HOST_FILE, "__init__.py", "ops/registry.py", "quant/convert.py"} <= set(SOURCES)
+    assert {*HOST_FILES, "__init__.py", "ops/registry.py", "quant/convert.py"} <= set(SOURCES)
     assert "tests/test_layers.py" in ALL
 
 

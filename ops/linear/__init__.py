@@ -13,14 +13,18 @@ from comfy_kitchen.tensor import QuantizedTensor
 
 from .. import registry, tuning
 from ..quantize_rows import Prologue
+from ..scaled_mm.check import LOW_RANK
 from .activation import QuantizedActivation, fits, from_host, kind_of, quantize_activation
+from .low_rank import LowRank, add_low_rank, add_product, stacked
 from .sharing import quantized_once, release, share
 
 OP = "linear"
 
 __all__ = [
     "Conversion",
+    "LowRank",
     "QuantizedActivation",
+    "add_low_rank",
     "convert_fp4_linear",
     "convert_fp8_linear",
     "fp8_linear_forward",
@@ -28,6 +32,7 @@ __all__ = [
     "quantize_activation",
     "release",
     "share",
+    "stacked",
 ]
 
 
@@ -38,13 +43,15 @@ def linear(
     backend: str = "auto",
     *,
     input_act: str | None = None,
+    low_rank: LowRank | None = None,
 ) -> torch.Tensor:
     """Return act(x) · Wᵀ + bias, [..., N], in the dtype of `x`.
 
     x: [..., K] float, any strides, never written to; or an activation that `quantize_activation`
     made for a weight of this kind. weight: [N, K] quantized. bias: [N] or None. backend: `auto`, or
     the name of one that then runs or raises. input_act: "gelu_tanh" or None; done in the pass that
-    quantizes x, where there is one.
+    quantizes x, where there is one. low_rank: a term beside the weight, of the same act(x), which
+    is added while the result is still in registers where the backend can.
     Raises ValueError when shapes or kinds do not fit, NoBackendError when no backend can run the
     call.
     """
@@ -57,33 +64,54 @@ def linear(
     if isinstance(x, QuantizedTensor):
         x = from_host(x, weight)
     shape, dtype = (*x.shape[:-1], n), x.dtype
-    if isinstance(x, QuantizedActivation):
-        _check_kind(x, weight, input_act)
-    elif input_act is not None:
-        # Prologue says which are known.
-        Prologue(activation=input_act).check(rows, k)
+    _check_act(x, weight, input_act)
     if rows == 0:
         return weight._qdata.new_empty(shape, dtype=dtype, device=x.device)
+    given = x
     if not isinstance(x, QuantizedActivation):
         x = _prepared(x, weight, input_act, chosen.quantizes)
-    if isinstance(x, QuantizedActivation) and chosen.run_quantized:
+    term = None
+    if low_rank is not None:
+        term = (low_rank.project(x, lambda: _plain(given, input_act)), low_rank.up.to(dtype))
+    return _run(chosen, x, weight, bias, term).reshape(shape)
+
+
+def _run(chosen: registry.Backend, x, weight, bias, term) -> torch.Tensor:
+    """Return x · Wᵀ + bias + h · upᵀ, [M, N], in the dtype of x; term: (h, up) or None."""
+    dtype = x.dtype
+    quantized = isinstance(x, QuantizedActivation) and chosen.run_quantized
+    if quantized and chosen.adds_low_rank and term and dtype in LOW_RANK:
+        return chosen.run_quantized(x, weight, bias, low_rank=term).to(dtype)
+    if quantized:
         out = chosen.run_quantized(x, weight, bias)
     else:
-        plain = x.dequantize() if isinstance(x, QuantizedActivation) else x
-        out = chosen.run(plain.reshape(-1, k), weight, bias)
-    return out.to(dtype).reshape(shape)
+        out = chosen.run(_plain(x, None).reshape(-1, weight.shape[1]), weight, bias)
+    return add_product(out.to(dtype), *term) if term else out.to(dtype)
+
+
+def _plain(x: torch.Tensor | QuantizedActivation, input_act: str | None) -> torch.Tensor:
+    """Return act(x) in the dtype of x, not quantized."""
+    if isinstance(x, QuantizedActivation):
+        return x.dequantize()
+    return x if input_act is None else F.gelu(x, approximate="tanh")
 
 
 def _prepared(x: torch.Tensor, weight: QuantizedTensor, input_act: str | None, quantize: bool):
     """Return act(x), quantized or not; x itself where nothing is to be done."""
     if not quantize:
-        return x if input_act is None else F.gelu(x, approximate="tanh")
+        return _plain(x, input_act)
     if input_act is not None:
         return quantize_activation(x, weight, prologue=Prologue(activation=input_act))
     return quantized_once(x, kind_of(weight), lambda: quantize_activation(x, weight))
 
 
-def _check_kind(x: QuantizedActivation, weight: QuantizedTensor, input_act: str | None) -> None:
+def _check_act(x, weight: QuantizedTensor, input_act: str | None) -> None:
+    """Raise ValueError when x, quantized or not, is none that `weight` multiplies after the act."""
+    if not isinstance(x, QuantizedActivation):
+        if input_act is not None:
+            # Prologue says which are known.
+            Prologue(activation=input_act).check(math.prod(x.shape[:-1]), x.shape[-1])
+        return
     kind = kind_of(weight)
     if not fits(x.kind, kind):
         raise ValueError(f"linear: the activation is {x.kind}, the weight multiplies {kind}")

@@ -5,11 +5,11 @@ Whoever knows that the same tensor goes to several layers, unchanged between the
 tensor, and after the last one it is taken away.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 
 import torch
 
-from .activation import Kind, QuantizedActivation
+from .activation import QuantizedActivation
 
 ATTRIBUTE = "_lowbit_shared"
 
@@ -20,7 +20,7 @@ class Shared:
     def __init__(self, readers: int, version: int | None):
         self.readers = readers
         self.version = version
-        self.forms: dict[Kind, QuantizedActivation] = {}
+        self.forms: dict[Hashable, QuantizedActivation | torch.Tensor] = {}
 
 
 def _version(x: torch.Tensor) -> int | None:
@@ -55,9 +55,12 @@ def release(x: torch.Tensor) -> None:
 
 
 def quantized_once(
-    x: torch.Tensor, kind: Kind, quantize: Callable[[], QuantizedActivation]
-) -> QuantizedActivation:
-    """Return `quantize()`, or what it returned to an earlier reader of a shared x."""
+    x: torch.Tensor, kind: Hashable, quantize: Callable[[], QuantizedActivation | torch.Tensor]
+) -> QuantizedActivation | torch.Tensor:
+    """Return `quantize()`, or what it returned to an earlier reader of a shared x.
+
+    kind: what is made of x, a `Kind` or any other name for it.
+    """
     shared = None if torch.compiler.is_compiling() else getattr(x, ATTRIBUTE, None)
     if shared is None or shared.version != _version(x):
         return quantize()

@@ -16,12 +16,15 @@ def run_quantized(
     weight: QuantizedTensor,
     bias: torch.Tensor | None,
     backend: str = "triton",
+    low_rank: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> torch.Tensor:
-    """Return x · Wᵀ + bias, [M, N]; weight [N, K], bias [N] or None. backend: of `scaled_mm`."""
+    """Return x · Wᵀ + bias, [M, N]; weight [N, K], bias [N] or None.
+
+    backend, low_rank: of `scaled_mm`.
+    """
     scale_b = weight._params.scale.contiguous()
-    return scaled_mm(
-        x.stored, weight._qdata, x.scale, scale_b, bias, out_dtype=x.dtype, backend=backend
-    )
+    operands = (x.stored, weight._qdata, x.scale, scale_b, bias)
+    return scaled_mm(*operands, low_rank=low_rank, out_dtype=x.dtype, backend=backend)
 
 
 def run(x: torch.Tensor, weight: QuantizedTensor, bias: torch.Tensor | None, backend="triton"):
@@ -41,7 +44,7 @@ def _register(schemes: set[str], least: tuple[int, int]) -> None:
         package="triton.tools.tensor_descriptor",
         package_min=TRITON_MIN,
     )
-    register(Backend("linear", "triton", 10, needs, run, run_quantized, quantizes=True))
+    register(Backend("linear", "triton", 10, needs, run, run_quantized, True, True))
 
 
 _register({"int8_row", "int8_row_convrot"}, (8, 0))

@@ -4,7 +4,7 @@ import torch
 
 from .. import registry
 from ..custom_op import custom_op
-from .check import check, scheme
+from .check import check, check_low_rank, scheme
 
 OP = "scaled_mm"
 
@@ -21,17 +21,19 @@ def scaled_mm(
     activation: str | None = None,
     gate: torch.Tensor | None = None,
     residual: torch.Tensor | None = None,
+    low_rank: tuple[torch.Tensor, torch.Tensor] | None = None,
     out_dtype: torch.dtype = torch.bfloat16,
     backend: str = "auto",
 ) -> torch.Tensor:
-    """Return residual + gate · activation(scale_a · scale_b · (a·bᵀ − point) + bias), [M, N].
+    """Return residual + gate · activation(scale_a · scale_b · (a·bᵀ − point) + h·uᵀ + bias).
 
-    a: [M, K], b: [N, K], both INT8 (summed in INT32) or both FP8 (summed in FP32), K-contiguous,
-    K % 16 = 0. Scales are float32: scale_a one or [M, 1] with scale_b one or [N, 1]; or one per
-    block, scale_a [M, ⌈K/128⌉] of any strides with scale_b [⌈N/128⌉, ⌈K/128⌉], where each 128
-    columns of K are summed, scaled and added up in float32.
+    The result is [M, N]. a: [M, K], b: [N, K], both INT8 (summed in INT32) or both FP8 (summed in
+    FP32), K-contiguous, K % 16 = 0. Scales are float32: scale_a one or [M, 1] with scale_b one or
+    [N, 1]; or one per block, scale_a [M, ⌈K/128⌉] of any strides with scale_b [⌈N/128⌉, ⌈K/128⌉],
+    where each 128 columns of K are summed, scaled and added up in float32.
     zero_point: [M] int32, of a; column_sum: [N] int32, the sums of b along K; INT8 without blocks
-    only; the point in the formula is zero_point · column_sum. bias: [N]. activation: None or
+    only; the point in the formula is zero_point · column_sum. low_rank: h [M, R] and u [N, R], both
+    bfloat16 or both float16, contiguous rows, R > 0; None: without. bias: [N]. activation: None or
     `gelu_tanh`. gate: [R, N], R divides M: row i takes gate[i // (M / R)]. residual: [M, N], never
     written to. Bias, gate and residual: bfloat16, float16 or float32, as is out_dtype. Everything
     after the sums is float32, in the order of the formula, rounded once at the end.
@@ -40,18 +42,34 @@ def scaled_mm(
     """
     arguments = (a, b, scale_a, scale_b, bias, zero_point, column_sum, activation, gate, residual)
     check(*arguments, out_dtype)
-    return _OP(*arguments, out_dtype, backend)
+    if low_rank is not None:
+        check_low_rank(a, b, *low_rank)
+    return _OP(*arguments, *(low_rank or (None, None)), out_dtype, backend)
 
 
 def _run(
-    a, b, scale_a, scale_b, bias, point, column_sum, activation, gate, residual, out_dtype, backend
+    a,
+    b,
+    scale_a,
+    scale_b,
+    bias,
+    point,
+    column_sum,
+    activation,
+    gate,
+    residual,
+    low_a,
+    low_b,
+    out_dtype,
+    backend,
 ):
     call = registry.Call(scheme(a, b, scale_a, scale_b), a.device, b.shape[0], b.shape[1])
     run = registry.select(OP, call, backend).run
     if a.shape[0] == 0 or b.shape[0] == 0:
         return _empty(a, b, out_dtype)
     rest = (bias, point, column_sum, activation, gate, residual, out_dtype)
-    return run(a, b, scale_a, scale_b, *rest)
+    low_rank = None if low_a is None else (low_a, low_b)
+    return run(a, b, scale_a, scale_b, *rest, low_rank)
 
 
 def _empty(a, b, out_dtype):
@@ -61,6 +79,7 @@ def _empty(a, b, out_dtype):
 _OP = custom_op(
     "scaled_mm(Tensor a, Tensor b, Tensor scale_a, Tensor scale_b, Tensor? bias, "
     "Tensor? zero_point, Tensor? column_sum, str? activation, Tensor? gate, Tensor? residual, "
+    "Tensor? low_a, Tensor? low_b, "
     "ScalarType out_dtype, str backend) -> Tensor",
     _run,
     lambda a, b, *rest: _empty(a, b, rest[-2]),

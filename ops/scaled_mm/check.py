@@ -5,6 +5,8 @@ import torch
 FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 OUTPUTS = (torch.bfloat16, torch.float16, torch.float32)
 ACTIVATIONS = ("gelu_tanh",)
+# Of the factors of a low-rank term.
+LOW_RANK = (torch.bfloat16, torch.float16)
 # Bytes that a TMA descriptor's rows, and the widest loads, are aligned to.
 K_MULTIPLE = 16
 GIVEN = ("b", "scale_a", "scale_b", "bias", "zero_point", "column_sum", "gate", "residual")
@@ -82,6 +84,22 @@ def check(
             raise ValueError(
                 f"scaled_mm: {name} is on {tensor.device}, a on {device}; move both to one device"
             )
+
+
+def check_low_rank(a, b, h, u) -> None:
+    """Raise TypeError or ValueError when h [M, R] and u [N, R] do not fit a [M, K] and b [N, K]."""
+    for name, x, rows in (("h", h, a.shape[0]), ("u", u, b.shape[0])):
+        if x.dtype not in LOW_RANK or x.dtype != h.dtype:
+            raise TypeError(
+                f"scaled_mm: {name} is {x.dtype}; both of {_names(LOW_RANK)} are wanted"
+            )
+        if x.dim() != 2 or x.shape[0] != rows or x.shape[1] != h.shape[1] or not x.shape[1]:
+            raise ValueError(
+                f"scaled_mm: {name} is {list(x.shape)}; [{rows}, R] is wanted, one R > 0 for both"
+            )
+        _check_rows(name, x)
+        if x.device != a.device:
+            raise ValueError(f"scaled_mm: {name} is on {x.device}, a on {a.device}; move it there")
 
 
 def _names(dtypes) -> str:

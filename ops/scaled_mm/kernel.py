@@ -90,6 +90,36 @@ def _part(x, INDEX: tl.constexpr, PARTS: tl.constexpr, M: tl.constexpr, N: tl.co
 
 
 @triton.jit
+def _with_low_rank(
+    value,
+    h,
+    u,
+    rows,
+    in_m,
+    start_n,
+    N,
+    stride_h,
+    stride_u,
+    WIDTH: tl.constexpr,
+    RANK: tl.constexpr,
+    PIECE: tl.constexpr,
+):
+    """Return value + h·uᵀ of a tile, float32, PIECE columns of h and u at a time."""
+    columns = start_n + tl.arange(0, WIDTH)
+    in_n = columns < N
+    # One stage: pieces that are loaded ahead would stand in shared memory beside the pipeline.
+    for first in tl.range(0, RANK, PIECE, num_stages=1):
+        ranks = first + tl.arange(0, PIECE)
+        of_h = h + rows.to(tl.int64)[:, None] * stride_h + ranks[None, :]
+        of_u = u + columns.to(tl.int64)[:, None] * stride_u + ranks[None, :]
+        in_r = (ranks < RANK)[None, :]
+        left = tl.load(of_h, mask=in_m[:, None] & in_r, other=0.0)
+        right = tl.load(of_u, mask=in_n[:, None] & in_r, other=0.0)
+        value = tl.dot(left, right.T, value)
+    return value
+
+
+@triton.jit
 def _finish(
     c,
     value,
@@ -141,6 +171,8 @@ def scaled_mm_kernel(
     column_sum,
     gate,
     residual,
+    h,
+    u,
     M,
     N,
     K,
@@ -151,6 +183,8 @@ def scaled_mm_kernel(
     stride_scale_a,
     stride_gate,
     stride_residual,
+    stride_h,
+    stride_u,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -166,15 +200,18 @@ def scaled_mm_kernel(
     HAS_RESIDUAL: tl.constexpr,
     FLATTEN: tl.constexpr,
     PARTS: tl.constexpr,
+    RANK: tl.constexpr,
+    PIECE: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """C = residual + gate · activation(scale_a · scale_b · (A·Bᵀ − point) + bias).
+    """C = residual + gate · activation(scale_a · scale_b · (A·Bᵀ − point) + H·Uᵀ + bias).
 
     a: [M, K], b: [N, K], both K-contiguous, pointers or TMA descriptors. c: [M, N], contiguous.
     SCALE_A, SCALE_B: "one", "row" ([M] or [N]) or, both, "block" ([M, ⌈K/128⌉] with strides
     stride_scale_a and step_scale_a; [⌈N/128⌉, ⌈K/128⌉], contiguous). bias: [N]. The point:
     zero_point [M] int32, of A, times column_sum [N] int32, of B along K. gate: [1 or R, N], for
-    gate_tokens rows of C each. residual: [M, N].
+    gate_tokens rows of C each. residual: [M, N]. h: [M, RANK], u: [N, RANK], 16 bits, PIECE columns
+    at a time; RANK 0: none.
     """
     if PDL:
         # This grid may be set up while the kernel before it in the stream ends. Until the wait
@@ -228,6 +265,10 @@ def scaled_mm_kernel(
             SCALE_B,
             HAS_ZERO_POINT,
         )
+        if RANK:
+            value = _with_low_rank(
+                value, h, u, rows, in_m, start_n, N, stride_h, stride_u, BLOCK_N, RANK, PIECE
+            )
         for part in tl.static_range(PARTS):
             _finish(
                 c,

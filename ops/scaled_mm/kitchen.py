@@ -9,31 +9,54 @@ from comfy_kitchen.scaled_mm_v2 import scaled_mm_v2
 
 from ..registry import Backend, Needs, register
 from . import OP
-from .reference import finished, scaled
+from .reference import finished, scaled, with_low_rank
 from .self_test import self_test
 from .torch import CUDA, FP8_MULTIPLE, aligned, can_fuse
 
 
 def run_int8(
-    a, b, scale_a, scale_b, bias, zero_point, column_sum, activation, gate, residual, out_dtype
+    a,
+    b,
+    scale_a,
+    scale_b,
+    bias,
+    zero_point,
+    column_sum,
+    activation,
+    gate,
+    residual,
+    out_dtype,
+    low_rank=None,
 ) -> torch.Tensor:
     """Return the product of INT8 operands as `scaled_mm` describes it."""
     value = scaled(mm_int8(aligned(a), aligned(b).t()), scale_a, scale_b, zero_point, column_sum)
-    return finished(value, bias, activation, gate, residual, out_dtype)
+    return finished(with_low_rank(value, low_rank), bias, activation, gate, residual, out_dtype)
 
 
 def run_fp8(
-    a, b, scale_a, scale_b, bias, zero_point, column_sum, activation, gate, residual, out_dtype
+    a,
+    b,
+    scale_a,
+    scale_b,
+    bias,
+    zero_point,
+    column_sum,
+    activation,
+    gate,
+    residual,
+    out_dtype,
+    low_rank=None,
 ) -> torch.Tensor:
     """Return the product of FP8 operands, one scale each, as `scaled_mm` describes it."""
     rest = (bias, activation, gate, residual, out_dtype)
     a, b = aligned(a), aligned(b)
-    if can_fuse("tensor", *rest):
+    if low_rank is None and can_fuse("tensor", *rest):
         bias = None if bias is None else aligned(bias)
         return scaled_mm_v2(a, b.t(), scale_a, scale_b, bias, out_dtype)
     one = scale_a.new_ones(())
     total = scaled_mm_v2(a, b.t(), one, one, None, torch.float32)
-    return finished(scaled(total, scale_a, scale_b, None, None), *rest)
+    value = scaled(total, scale_a, scale_b, None, None)
+    return finished(with_low_rank(value, low_rank), *rest)
 
 
 def _register(what: str, run, schemes: tuple[str, ...], least: tuple[int, int], **needs) -> None:

@@ -26,6 +26,7 @@ def run(
     gate,
     residual,
     out_dtype,
+    low_rank=None,
 ) -> torch.Tensor:
     """Return the product as `scaled_mm` describes it.
 
@@ -36,7 +37,7 @@ def run(
     else:
         total = a.double() @ b.double().t()
         value = scaled(total, scale_a, scale_b, zero_point, column_sum)
-    return finished(value, bias, activation, gate, residual, out_dtype)
+    return finished(with_low_rank(value, low_rank), bias, activation, gate, residual, out_dtype)
 
 
 def _blocks(a, b, scale_a, scale_b) -> torch.Tensor:
@@ -57,6 +58,14 @@ def scaled(total, scale_a, scale_b, zero_point, column_sum) -> torch.Tensor:
     if zero_point is not None:
         total = total - zero_point.to(total.dtype)[:, None] * column_sum.to(total.dtype)[None, :]
     return total.float() * scale_a.reshape(-1, 1) * scale_b.reshape(1, -1)
+
+
+def with_low_rank(value: torch.Tensor, low_rank) -> torch.Tensor:
+    """Return value + h·uᵀ, [M, N] float32; low_rank: h and u, or None."""
+    if low_rank is None:
+        return value
+    h, u = low_rank
+    return torch.addmm(value, h.float(), u.float().t())
 
 
 def finished(value, bias, activation, gate, residual, out_dtype) -> torch.Tensor:

@@ -12,7 +12,7 @@ from ..launch import ALIGNMENT
 from ..registry import Backend, Needs, register
 from . import OP
 from .check import BLOCK, granularity
-from .reference import finished, scaled
+from .reference import finished, scaled, with_low_rank
 from .self_test import self_test
 
 CUDA = frozenset({"cuda"})
@@ -37,30 +37,52 @@ def _padded(x: torch.Tensor, rows: int) -> torch.Tensor:
 
 
 def run_int8(
-    a, b, scale_a, scale_b, bias, zero_point, column_sum, activation, gate, residual, out_dtype
+    a,
+    b,
+    scale_a,
+    scale_b,
+    bias,
+    zero_point,
+    column_sum,
+    activation,
+    gate,
+    residual,
+    out_dtype,
+    low_rank=None,
 ) -> torch.Tensor:
     """Return the product of INT8 operands as `scaled_mm` describes it."""
     total = torch._int_mm(aligned(_padded(a, INT8_ROWS)), aligned(b).t())[: a.shape[0]]
     value = scaled(total, scale_a, scale_b, zero_point, column_sum)
-    return finished(value, bias, activation, gate, residual, out_dtype)
+    return finished(with_low_rank(value, low_rank), bias, activation, gate, residual, out_dtype)
 
 
 def run_fp8(
-    a, b, scale_a, scale_b, bias, zero_point, column_sum, activation, gate, residual, out_dtype
+    a,
+    b,
+    scale_a,
+    scale_b,
+    bias,
+    zero_point,
+    column_sum,
+    activation,
+    gate,
+    residual,
+    out_dtype,
+    low_rank=None,
 ) -> torch.Tensor:
     """Return the product of FP8 operands as `scaled_mm` describes it."""
     rest = (bias, activation, gate, residual, out_dtype)
     scales = granularity(a, b, scale_a, scale_b)
     if scales == "block":
-        return _run_blocks(a, b, scale_a, scale_b, *rest)
+        return _run_blocks(a, b, scale_a, scale_b, *rest, low_rank)
     if scales == "row":
         scale_a = scale_a.reshape(-1, 1).expand(a.shape[0], 1).contiguous()
         scale_b = scale_b.reshape(1, -1).expand(1, b.shape[0]).contiguous()
-    if can_fuse(scales, *rest):
+    if low_rank is None and can_fuse(scales, *rest):
         return _product(a, b, scale_a, scale_b, bias, out_dtype)
     one = scale_a.new_ones(())
     value = scaled(_product(a, b, one, one, None, torch.float32), scale_a, scale_b, None, None)
-    return finished(value, *rest)
+    return finished(with_low_rank(value, low_rank), *rest)
 
 
 def can_fuse(scales: str, bias, activation, gate, residual, out_dtype) -> bool:
@@ -73,14 +95,14 @@ def can_fuse(scales: str, bias, activation, gate, residual, out_dtype) -> bool:
     return plain and out_dtype in outputs and (bias is None or bias.dtype == out_dtype)
 
 
-def _run_blocks(a, b, scale_a, scale_b, bias, activation, gate, residual, out_dtype):
+def _run_blocks(a, b, scale_a, scale_b, bias, activation, gate, residual, out_dtype, low_rank):
     m = a.shape[0]
     rows = -(-m // SCALES) * SCALES
     scale_a = F.pad(scale_a, (0, 0, 0, rows - m))
     # In memory, the scales of a column of blocks stand side by side.
     scale_a = scale_a.t().contiguous().t()
     value = _product(_padded(a, rows), b, scale_a, scale_b.t(), None, torch.float32)[:m]
-    return finished(value, bias, activation, gate, residual, out_dtype)
+    return finished(with_low_rank(value, low_rank), bias, activation, gate, residual, out_dtype)
 
 
 def _product(a, b, scale_a, scale_b, bias, out_dtype) -> torch.Tensor:

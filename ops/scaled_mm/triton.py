@@ -12,6 +12,9 @@ from .check import granularity
 from .tiles import Row, Tile, choose
 
 WARP_SIZE = 32
+# Columns of a low-rank term that are multiplied at a time: as few as the tensor cores take, and as
+# many as leave the pipeline its shared memory (64 take 32 KiB more where loops are flattened).
+RANK_MIN, RANK_MAX = 16, 32
 # For one scale per block of 128 x 128: BLOCK_K is 128, BLOCK_N divides it. The sum of a block
 # stands in registers beside the sum of all: large tiles have twice the warps. Compiled and tested,
 # not measured.
@@ -42,7 +45,18 @@ def choose_for_blocks(has: tuple[int, int], m: int, n: int, k: int, integer: boo
 
 
 def run(
-    a, b, scale_a, scale_b, bias, zero_point, column_sum, activation, gate, residual, out_dtype
+    a,
+    b,
+    scale_a,
+    scale_b,
+    bias,
+    zero_point,
+    column_sum,
+    activation,
+    gate,
+    residual,
+    out_dtype,
+    low_rank=None,
 ) -> torch.Tensor:
     """Return the product as `scaled_mm` describes it, cut as `tiles.py` says."""
     (m, k), n = a.shape, b.shape[0]
@@ -55,7 +69,7 @@ def run(
         tile = choose(has, processors, m, n, k, integer, out_dtype == torch.float32, known)
     out = torch.empty(m, n, dtype=out_dtype, device=a.device)
     operands = (a, b, scale_a, scale_b, bias, zero_point, column_sum)
-    run_tile(out, *operands, tile, processors, activation, gate, residual)
+    run_tile(out, *operands, tile, processors, activation, gate, residual, low_rank)
     return out
 
 
@@ -69,6 +83,14 @@ def parts(tile: Tile, activation: str | None, gate_rows: str | None, has_residua
         return 1
     loaded = (gate_rows == "many") + has_residual
     return (4 if activation else 1, 4, 8)[loaded]
+
+
+def pieces(low_rank: tuple[torch.Tensor, torch.Tensor] | None) -> tuple[int, int]:
+    """Return (rank, columns of it that are multiplied at a time), zeros for None."""
+    if low_rank is None:
+        return 0, 0
+    rank = low_rank[0].shape[1]
+    return rank, min(max(1 << (rank - 1).bit_length(), RANK_MIN), RANK_MAX)
 
 
 @functools.cache
@@ -104,13 +126,15 @@ def run_tile(
     activation: str | None = None,
     gate: torch.Tensor | None = None,
     residual: torch.Tensor | None = None,
+    low_rank: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> None:
     """Write the product to `out` [M, N], contiguous, cut into `tile` on so many processors."""
     kernel, describe = _imports()
     (m, k), n = a.shape, b.shape[0]
     # The stride of one row may be anything, which a descriptor does not take.
     a, b = (x.as_strided(x.shape, (k, 1)) if len(x) == 1 else x for x in (a, b))
-    tensors = (scale_a, scale_b, bias, zero_point, column_sum, gate, residual)
+    h, u = low_rank or (None, None)
+    tensors = (scale_a, scale_b, bias, zero_point, column_sum, gate, residual, h, u)
     aligned = alignment(a, b, *tensors)
     # A weight that is mapped from a file may start anywhere.
     tma = tile.tma and aligned[0] and aligned[1]
@@ -120,6 +144,7 @@ def run_tile(
     stride_scale = scale_a.stride(0) if blocks else None
     stride_gate = None if gate is None else gate.stride(0)
     stride_residual = None if residual is None else residual.stride(0)
+    stride_h, stride_u = (None if x is None else x.stride(0) for x in (h, u))
     constants = (
         *(tile.block_m, tile.block_n, tile.block_k, tile.group_m),
         tma,
@@ -133,6 +158,7 @@ def run_tile(
         residual is not None,
         tile.flatten,
         parts(tile, activation, gate_rows, residual is not None),
+        *pieces(low_rank),
         bool(early),
     )
     arguments = (
@@ -142,18 +168,19 @@ def run_tile(
         *(m, n, k, a.stride(0), b.stride(0)),
         scale_a.stride(1) if blocks else None,
         None if gate is None else m // gate.shape[0],
-        *(stride_scale, stride_gate, stride_residual),
+        *(stride_scale, stride_gate, stride_residual, stride_h, stride_u),
         *constants,
     )
     types = (a.dtype, b.dtype, out.dtype, _dtype(bias), _dtype(gate), _dtype(residual))
-    strides = (_class(stride_scale), _class(stride_gate), _class(stride_residual))
+    given = (stride_scale, stride_gate, stride_residual, stride_h, stride_u)
+    strides = tuple(_class(stride) for stride in given)
     tiles = -(-m // tile.block_m) * -(-n // tile.block_n)
     launch(
         kernel,
         min(tiles, processors * tile.per_sm),
         arguments,
         {"num_warps": tile.warps, "num_stages": tile.stages, **early},
-        (constants, aligned, types, _class(n), strides),
+        (constants, aligned, (*types, _dtype(h)), _class(n), strides),
         a.device,
     )
 

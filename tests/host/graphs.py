@@ -82,6 +82,12 @@ def lora(graph: Graph, model: Ref, name: str, strength: float) -> Ref:
     return graph.add("LoraLoaderModelOnly", model=model, lora_name=name, strength_model=strength)
 
 
+def lora_lowbit(graph: Graph, model: Ref, name: str, strength: float, **options) -> Ref:
+    """The pack's LoRA loader, in all steps unless `options` say otherwise."""
+    inputs = {"start_percent": 0.0, "end_percent": 1.0, **options}
+    return graph.add("LowBitLoraLoader", model=model, lora_name=name, strength=strength, **inputs)
+
+
 def unload(graph: Graph, samples: Ref) -> Ref:
     """Move every model out of memory once `samples` exist, and pass them on."""
     return graph.add("LowBitTestUnload", samples=samples, nonce=next(_nonces))

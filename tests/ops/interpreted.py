@@ -118,6 +118,25 @@ def test_what_follows_the_sums_is_that_of_the_reference(
     assert kept is None or torch.equal(residual, before)
 
 
+@pytest.mark.parametrize("rank", [1, 16, 40, 96])
+@pytest.mark.parametrize("out", [torch.float32, torch.float16])
+def test_low_rank_term_is_that_of_the_reference(rank, out):
+    """Before the bias and the activation; h lies apart, as a part of what layers share."""
+    m, n, k = 37, 50, 96
+    a, b = integers(m, k), integers(n, k, seed=1)
+    scales = (make(m, 1).abs() * 1e-3, make(n, 1, seed=1).abs() * 1e-2)
+    h = make(m, rank + 24, seed=3, dtype=torch.float16)[:, 8 : rank + 8]
+    low_rank = h, make(n, rank, seed=4, dtype=torch.float16)
+    rest = (make(n, seed=2), None, None, "gelu_tanh", None, None)
+    want = mm_reference.run(a, b, *scales, *rest, out, low_rank)
+    for tile in TILES:
+        got = product(a, b, *scales, *rest, low_rank, tile=tile, out=out)
+        # Float32 sums of the rank in another order.
+        torch.testing.assert_close(
+            got, want, rtol=2e-3 if out == torch.float16 else 1e-4, atol=1e-4
+        )
+
+
 def test_gelu_is_that_of_float64_and_hides_nothing():
     """The sums are 1, so that what is put in is the scale of a row."""
     x = torch.cat((torch.linspace(-13, 13, 400), torch.tensor([1e4, 1e20, -1e20, 0.0, 1e-30])))

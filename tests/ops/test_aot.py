@@ -72,7 +72,7 @@ def product(tile: Tile, arch: int, a: torch.dtype, b: torch.dtype, scales="row",
             "a": f"tensordesc<{TYPES[a]}[{tile.block_m}, {tile.block_k}]>",
             "b": f"tensordesc<{TYPES[b]}[{tile.block_n}, {tile.block_k}]>",
         }
-    optional = ("bias", "zero_point", "column_sum", "gate", "residual")
+    optional = ("bias", "zero_point", "column_sum", "gate", "residual", "h", "u")
     types = {
         **pointers,
         **{"c": "*bf16", "scale_a": "*fp32", "scale_b": "*fp32"},
@@ -82,7 +82,8 @@ def product(tile: Tile, arch: int, a: torch.dtype, b: torch.dtype, scales="row",
     sizes = {
         **{"stride_scale_a": scales == "block", "step_scale_a": scales == "block"},
         **{"gate_tokens": "gate" in given, "stride_gate": "gate" in given},
-        "stride_residual": "residual" in given,
+        **{"stride_residual": "residual" in given},
+        **{name: "h" in given for name in ("stride_h", "stride_u")},
     }
     types.update({name: "i32" for name, there in sizes.items() if there})
     activation, gate_rows = given.get("ACTIVATION"), given.get("GATE_ROWS")
@@ -95,6 +96,7 @@ def product(tile: Tile, arch: int, a: torch.dtype, b: torch.dtype, scales="row",
         **{"ACTIVATION": activation, "GATE_ROWS": gate_rows},
         "HAS_RESIDUAL": "residual" in given,
         "PARTS": parts(tile, activation, gate_rows, "residual" in given),
+        **{"RANK": given.get("RANK", 0), "PIECE": given.get("PIECE", 0)},
         "PDL": arch >= HOPPER,
     }
     options = {"num_warps": tile.warps, "num_stages": tile.stages}
@@ -135,6 +137,8 @@ GELU = {"bias": "*bf16", "ACTIVATION": "gelu_tanh"}
 GATED = {"bias": "*bf16", "gate": "*fp32", "GATE_ROWS": "one", "residual": "*bf16"}
 ALL = {**GELU, "gate": "*fp32", "GATE_ROWS": "many", "residual": "*fp32"}
 POINT = {"zero_point": "*i32", "column_sum": "*i32"}
+# As LoRAs have it.
+LOW_RANK = {"bias": "*bf16", "h": "*bf16", "u": "*bf16", "RANK": 64, "PIECE": 32}
 
 
 def cases() -> list:
@@ -154,7 +158,9 @@ def cases() -> list:
             todo += [(by_row[-1], "row", "all", every), (by_block[-1], "block", "all", ALL)]
             # The most that the kernel can do, once by rows and once by blocks.
             for_every_triton = ("row" if integer else "block", "all")
+            todo += [(by_row[-1], "row", "low rank", LOW_RANK)]
             if arch == HOPPER:
+                todo += [(tile, "row", "low rank", LOW_RANK) for tile in by_row[:-1]]
                 todo += [(tile, "block", "plain", PLAIN) for tile in by_block]
                 todo += [(by_row[-1], "row", "gelu", GELU), (by_row[-1], "row", "gated", GATED)]
             found += [

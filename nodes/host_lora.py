@@ -1,0 +1,356 @@
+"""LoRAs as ComfyUI needs them: files of models/loras, and the host's hands on their memory.
+
+The matrices are a model of their own, which the host loads and unloads beside the diffusion model;
+what it has no room for is copied as it is needed. A wrapper around each run of the diffusion model
+lets its layers add their terms (`lora_terms.py`). Beside `host.py`, as that file is full.
+"""
+
+import dataclasses
+import importlib.util
+import logging
+from collections.abc import Collection, Iterator
+
+import torch
+from comfy_kitchen.tensor import QuantizedTensor
+
+from ..quant import families, formats, lora
+from ..quant.checkpoint import Checkpoint
+from . import host
+from .attention_override import is_within
+from .inputs import AS_STORED
+from .lora_terms import Lora, Matrix, Stack, Term, padded
+
+logger = logging.getLogger(__name__)
+
+FOLDER = "loras"
+KEY = "lowbit_lora"
+# Rows of `down` have a scale each here, so that strengths are a matter of scales.
+BY_ROW = {"fp8_e4m3": "fp8_e4m3_rowwise", "fp8_e5m2": "fp8_e4m3_rowwise"}
+IN_8_BITS = (*BY_ROW, "fp8_e4m3_rowwise", "int8", "int8_convrot")
+# The layout of the host's whose layers it may run without calling them.
+UNCALLED = "TensorWiseINT8Layout"
+
+
+def lora_names() -> list[str]:
+    """Return the files of models/loras; none where there is no ComfyUI."""
+    if importlib.util.find_spec("folder_paths") is None:
+        return []
+    import folder_paths
+
+    return folder_paths.get_filename_list(FOLDER)
+
+
+def lora_path(name: str) -> str:
+    """Return the path of a file of models/loras. Raises FileNotFoundError."""
+    import folder_paths
+
+    return folder_paths.get_full_path_or_raise(FOLDER, name)
+
+
+@dataclasses.dataclass(frozen=True)
+class Applied:
+    """A LoRA that a model has: where from, how strongly and when, for `merged`."""
+
+    path: str
+    strength: float
+    steps: tuple[float, float]
+
+
+def set_lora(patcher, path: str, strength: float, steps: tuple[float, float]):
+    """Return a clone of `patcher` with the LoRA at `path` beside its weights.
+
+    steps: first and last part of the sampling, 0 to 1. Differences of norms, and of biases whose
+    layer has no LoRA, become patches of the host's, which know no steps.
+    Raises LoraError for files that cannot be used, ValueError for steps that end before they start.
+    """
+    start, end = steps
+    if not 0 <= start <= end <= 1:
+        raise ValueError(f"steps from {start} to {end}: start to end within 0 and 1 is wanted")
+    source = _Source(patcher, path)
+    if any(_is_uncalled(source.modules[name]) for name in source.parsed.pairs):
+        patcher = host.quantize_model(patcher, AS_STORED)
+        source = _Source(patcher, path)
+    model, terms = _terms(source, patcher)
+    clone = patcher.clone()
+    _add_patches(clone, source, strength, steps)
+    _add_model(clone, model)
+    known = clone.get_attachment(KEY) or ()
+    clone.set_attachments(KEY, (*known, Applied(path, strength, steps)))
+    stack = clone.get_wrappers(_wrapper_type(), KEY)
+    loras = stack[0].__self__.stack.loras if stack else ()
+    clone.remove_wrappers_with_key(_wrapper_type(), KEY)
+    added = Lora(terms, strength, steps, source.bare_differences())
+    runner = Runner(Stack((*loras, added)))
+    clone.add_wrapper_with_key(_wrapper_type(), KEY, runner.run)
+    return clone
+
+
+def _wrapper_type() -> str:
+    from comfy.patcher_extension import WrappersMP
+
+    return WrappersMP.APPLY_MODEL
+
+
+@dataclasses.dataclass(eq=False)
+class Runner:
+    """Runs a model with the LoRAs of a stack, each within its steps."""
+
+    stack: Stack
+
+    def run(
+        self,
+        executor,
+        x,
+        t,
+        c_concat=None,
+        c_crossattn=None,
+        control=None,
+        transformer_options=None,
+        **kwargs,
+    ):
+        """Run the model once; the arguments are those of the host's `BaseModel.apply_model`."""
+        options = transformer_options or {}
+        model, sigmas = executor.class_obj, options.get("sigmas")
+        loras = self.stack.loras
+        meant = [is_within(one.steps, model.model_sampling, sigmas) for one in loras]
+        now = [one.strength * within for one, within in zip(loras, meant, strict=True)]
+        with self.stack.applied(model.diffusion_model, now):
+            return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
+
+
+class _Source:
+    """A LoRA file, read as one for the model of a patcher."""
+
+    def __init__(self, patcher, path: str):
+        root = patcher.get_model_object(host.ROOT)
+        self.path, self.checkpoint = path, Checkpoint(path)
+        self.state = {name: tuple(value.shape) for name, value in root.state_dict().items()}
+        self.family = families.recognise(self.state).family
+        self.modules = {
+            name: patcher.get_model_object(f"{host.ROOT}.{name}")
+            for name, module in root.named_modules()
+            if getattr(module, "weight", None) is not None
+        }
+        bare = {name for name in self.state if name.rpartition(".")[0] not in self.modules}
+        places = {*self.modules, *bare}
+        self.parsed = lora.parse(self.checkpoint, places, self.family, _aliases(patcher))
+        if unknown := self.parsed.unknown:
+            text = "%s: %d tensors fit no layer of this model and are left out, %s first"
+            logger.warning(text, path, len(unknown), unknown[0])
+        self._refuse_what_is_no_sum()
+
+    def _refuse_what_is_no_sum(self) -> None:
+        quantized = [n for n in self.parsed.diffs if _is_quantized(self.modules.get(n))]
+        if quantized:
+            raise lora.LoraError(
+                f"{self.path}: it has the whole difference of {quantized[0]}, a quantized layer; "
+                "use ComfyUI's own LoRA loader, which merges it"
+            )
+        for name in self.parsed.pairs:
+            module = self.modules.get(name)
+            known = module is not None and module.weight.dim() in (2, 3, 4, 5)
+            if not known or getattr(module, "groups", 1) != 1 or hasattr(module, "num_embeddings"):
+                raise lora.LoraError(f"{self.path}: {name} is no linear layer or convolution")
+
+    def layers(self) -> Iterator[tuple[str, lora.Layer]]:
+        """Yield (layer, its LoRA)."""
+        shapes = {name: tuple(self.modules[name].weight.shape) for name in self.parsed.pairs}
+        yield from lora.read(self.checkpoint, self.parsed, shapes)
+
+    def bare_differences(self) -> dict[str, torch.Tensor]:
+        """Return those of parameters that are in no layer (modulation), by name.
+
+        Patches of the host's for them are not applied when it loads a model.
+        """
+        diffs = self.parsed.diffs.items()
+        return {p: self._difference(p, name) for p, name in diffs if p not in self.modules}
+
+    def differences(self) -> dict[str, torch.Tensor]:
+        """Return those of norms and lone biases, by the host's names of parameters."""
+        diffs = self.parsed.diffs.items()
+        found = {f"{place}.weight": name for place, name in diffs if place in self.modules}
+        for place, name in self.parsed.biases.items():
+            if place not in self.parsed.pairs:
+                found[f"{place}.bias"] = name
+        absent = [parameter for parameter in found if parameter not in self.state]
+        if absent:
+            raise lora.LoraError(
+                f"{self.path}: the model has no {absent[0]}, which it would change"
+            )
+        return {parameter: self._difference(parameter, name) for parameter, name in found.items()}
+
+    def _difference(self, parameter: str, name: str) -> torch.Tensor:
+        """Return the difference `name` of a parameter. Raises LoraError where shapes differ."""
+        value = self.checkpoint.read(name)
+        if tuple(value.shape) != self.state[parameter]:
+            raise lora.LoraError(
+                f"{self.path}: of another model: {parameter} is {list(self.state[parameter])}, "
+                f"{name} {list(value.shape)}"
+            )
+        return value
+
+
+def _is_uncalled(module) -> bool:
+    return getattr(module.weight, "_layout_cls", None) == UNCALLED
+
+
+def _is_quantized(module) -> bool:
+    return module is not None and isinstance(module.weight, QuantizedTensor)
+
+
+def _aliases(patcher) -> dict[str, str]:
+    """Return the host's own names in LoRA files for whole weights of this model."""
+    import comfy.lora
+
+    names = comfy.lora.model_lora_keys_unet(patcher.model, {})
+    prefix = f"{host.ROOT}."
+    return {
+        name: key.removeprefix(prefix).removesuffix(".weight")
+        for name, key in names.items()
+        if isinstance(key, str) and key.startswith(prefix)
+    }
+
+
+def _terms(source: _Source, patcher) -> tuple[torch.nn.Module, dict[str, Term]]:
+    """Return a model that holds the matrices, and the terms by layer."""
+    layers = dict(source.layers())
+    dtype = patcher.get_model_object("manual_cast_dtype") or patcher.model.get_dtype()
+    bar, tick = host.progress(len(layers))
+    model, terms = torch.nn.ModuleList(), {}
+    for group in _groups(layers, source):
+        tick()
+        members = [layers.pop(name) for name in group]
+        down = _down(members, source.modules[group[0]], dtype, patcher.load_device)
+        constants = torch.cat([_rows(m)[1] for m in members])
+        scales = torch.cat([_rows(m)[0] for m in members])
+        key, first = object() if len(group) > 1 else None, 0
+        for name, member in zip(group, members, strict=True):
+            rows = None if key is None else (first, first + _size(member))
+            terms[name] = Term(down, _up(member, dtype), scales, constants, rows, key)
+            first += _size(member)
+        bar.update(len(group))
+    model.extend(terms.values())
+    return model, terms
+
+
+def _groups(layers: Collection[str], source: _Source) -> Iterator[list[str]]:
+    """Yield the layers, those together that read one tensor and are of one kind."""
+    rest = dict.fromkeys(layers)
+    for ends in source.family.shared_inputs:
+        for name in [n for n in rest if n.endswith(f".{ends[0]}")]:
+            block = name.removesuffix(ends[0])
+            group = [block + end for end in ends if block + end in rest]
+            kinds = {_format_beside(source.modules[member]) for member in group}
+            if len(group) > 1 and len(kinds) == 1:
+                yield group
+                for member in group:
+                    del rest[member]
+    yield from ([name] for name in rest)
+
+
+def _size(member: lora.Layer) -> int:
+    """Return the rows of a LoRA as they are stored: its rank, one for a bias, and padding."""
+    return padded(member.down.shape[0] + (member.bias is not None))
+
+
+def _rows(member: lora.Layer) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return (scales, constants) of the rows of a LoRA: a bias is a row that is constant."""
+    scales, constants = torch.zeros(2, _size(member))
+    rank = member.down.shape[0]
+    scales[:rank] = member.scale
+    if member.bias is not None:
+        constants[rank] = 1
+    return scales, constants
+
+
+def _down(members: list[lora.Layer], module, dtype: torch.dtype, device: torch.device) -> Matrix:
+    """Return the first matrices of LoRAs below each other.
+
+    In 8 bits where the layers that they stand beside multiply 8 bits by 8.
+    """
+    parts = []
+    for member in members:
+        part = member.down.new_zeros(_size(member), *member.down.shape[1:], dtype=dtype)
+        part[: member.down.shape[0]] = member.down.to(dtype)
+        parts.append(part)
+    down = torch.cat(parts)
+    name = _format_beside(module)
+    if name is None:
+        return Matrix(down)
+    return Matrix(formats.get(name).quantize(down.to(device)).to(device=down.device))
+
+
+def _format_beside(module) -> str | None:
+    """Return the name of the format for a first matrix beside a layer, None for 16 bits.
+
+    8 bits share the activation that our own arithmetic quantizes; elsewhere they gain nothing.
+    """
+    ours = hasattr(getattr(module.weight, "layout_cls", None), "scheme")
+    fmt = host.format_of(module) if ours else None
+    if fmt is None or fmt.name not in IN_8_BITS:
+        return None
+    return BY_ROW.get(fmt.name, fmt.name)
+
+
+def _up(member: lora.Layer, dtype: torch.dtype) -> Matrix:
+    rank = member.down.shape[0]
+    up = torch.zeros(member.up.shape[0], _size(member), dtype=dtype)
+    up[:, :rank] = member.up.to(dtype)
+    if member.bias is not None:
+        up[:, rank] = member.bias.to(dtype)
+    return Matrix(up)
+
+
+def _add_patches(clone, source: _Source, strength: float, steps: tuple[float, float]) -> None:
+    """Give the host what is no LoRA, to be added to parameters, strength included."""
+    found = source.differences()
+    if not found or not strength or steps[0] == steps[1]:
+        return
+    if steps != (0.0, 1.0):
+        text = "%s: %d differences of norms and biases act in every step, %s first"
+        logger.warning(text, source.path, len(found), next(iter(found)))
+    patches = {f"{host.ROOT}.{name}": ("diff", (value,)) for name, value in found.items()}
+    clone.add_patches(patches, strength)
+
+
+def _add_model(clone, model: torch.nn.Module) -> None:
+    """Let the host manage the memory of a LoRA beside that of the model."""
+    import comfy.model_patcher
+
+    devices = {"load_device": clone.load_device, "offload_device": clone.offload_device}
+    patcher = comfy.model_patcher.CoreModelPatcher(model, **devices)
+    known = clone.get_additional_models_with_key(KEY)
+    clone.set_additional_models(KEY, [*known, patcher])
+
+
+def merged(patcher):
+    """Return `patcher`, or a clone whose LoRAs are patches of the host's, as a file needs them.
+
+    Raises LoraError when a LoRA is meant for a part of the sampling, which no file can hold.
+    """
+    from comfy.weight_adapter import LoRAAdapter
+
+    applied = patcher.get_attachment(KEY)
+    if not applied:
+        return patcher
+    clone = patcher.clone()
+    clone.remove_wrappers_with_key(_wrapper_type(), KEY)
+    clone.remove_additional_models(KEY)
+    clone.remove_attachments(KEY)
+    for one in applied:
+        if one.steps != (0.0, 1.0):
+            raise lora.LoraError(
+                f"{one.path}: a LoRA from {one.steps[0]} to {one.steps[1]} of the sampling cannot "
+                "be merged into a file; save the model without it, or with all steps"
+            )
+        source, patches = _Source(patcher, one.path), {}
+        for name, layer in source.layers():
+            alpha = layer.scale * layer.down.shape[0]
+            weights = (layer.up, layer.down, alpha, None, None, None)
+            patches[f"{host.ROOT}.{name}.weight"] = LoRAAdapter(set(), weights)
+            if layer.bias is not None:
+                patches[f"{host.ROOT}.{name}.bias"] = ("diff", (layer.bias,))
+        for name, value in source.bare_differences().items():
+            patches[f"{host.ROOT}.{name}"] = ("diff", (value,))
+        clone.add_patches(patches, one.strength)
+    return clone

@@ -1,0 +1,246 @@
+"""LoRAs beside a model's layers while it runs, without a need for ComfyUI.
+
+For the time of one run of the model, each layer that has a LoRA is replaced in its parent by a view
+of it: another class with the very same attributes, so that weights, hooks, and whatever the host
+notes on a layer are those of the layer. Nothing is left behind.
+"""
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from comfy_kitchen.tensor import QuantizedTensor
+
+from ..ops.linear import LowRank, add_low_rank, linear, stacked
+
+# What the tensor cores take, and the widest loads.
+RANK_MULTIPLE = 16
+CONVOLUTIONS = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}
+
+
+class Matrix(torch.nn.Module):
+    """A matrix that is loaded and unloaded as any other parameter of a model, quantized or not."""
+
+    def __init__(self, weight: torch.Tensor):
+        super().__init__()
+        self.weight = torch.nn.Parameter(weight, requires_grad=False)
+
+    def _apply(self, fn: Callable, recurse: bool = True) -> torch.nn.Module:
+        # torch's own writes into the parameter, which a quantized one does not take.
+        weight = fn(self.weight)
+        if weight.is_inference() and not torch.is_inference_mode_enabled():
+            weight = weight.clone()
+        self.weight = torch.nn.Parameter(weight, requires_grad=False)
+        return self
+
+    def on(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the matrix on the device of x and, unless quantized, in its dtype.
+
+        A copy where it was left elsewhere, in memory of its own: the host's buffers for streaming
+        hold the weights of two layers, and a term's are needed beside them.
+        """
+        if isinstance(self.weight, QuantizedTensor):
+            return self.weight.to(x.device, non_blocking=True)
+        return self.weight.to(x.device, x.dtype, non_blocking=True)
+
+
+class Term(torch.nn.Module):
+    """The LoRA of one layer.
+
+    down: [G, K], or [R, C, *kernel] of a convolution. up: [N, R]. scales: alpha by rank, of each of
+    the G rows. constants: 1 where a row stands for a bias, else 0. rows: of this layer; key: of
+    `down`, where several layers share it (`ops.linear.LowRank`).
+    """
+
+    def __init__(
+        self,
+        down: Matrix,
+        up: Matrix,
+        scales: torch.Tensor,
+        constants: torch.Tensor,
+        rows: tuple[int, int] | None = None,
+        key: object = None,
+    ):
+        super().__init__()
+        self.down, self.up = down, up
+        self.scales, self.constants = scales, constants
+        self.rows, self.key = rows, key
+        self._factors: dict[tuple[torch.device, float], tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def factors(self, device: torch.device, strength: float) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return (factor, shift), [G] float32 on `device`: of `LowRank`."""
+        found = self._factors.get((device, strength))
+        if found is None:
+            found = (strength * self.scales).to(device), (strength * self.constants).to(device)
+            # One strength at a time: a schedule would pile them up.
+            self._factors = {(device, strength): found}
+        return found
+
+
+@dataclass(eq=False)
+class Lora:
+    """One LoRA of a model: terms by layer, strength, and the part of the sampling it is meant for.
+
+    differences: of parameters that are in no layer, by name.
+    """
+
+    terms: Mapping[str, Term]
+    strength: float
+    steps: tuple[float, float]
+    differences: Mapping[str, torch.Tensor] = field(default_factory=dict)
+
+
+@dataclass(eq=False)
+class Stack:
+    """All LoRAs of a model, in the order of their nodes.
+
+    now: the strength of each in the run at hand; those of strength 0 have no part in it.
+    """
+
+    loras: tuple[Lora, ...]
+    now: tuple[float, ...] = ()
+    _views: dict[str, tuple[torch.nn.Module, torch.nn.Module]] = field(default_factory=dict)
+
+    @contextlib.contextmanager
+    def applied(self, root: torch.nn.Module, now: Sequence[float]) -> Iterator[None]:
+        """Let what is below `root` have its LoRAs, with these strengths, within the context."""
+        self.now = tuple(now)
+        acting = [lora for lora, strength in zip(self.loras, now, strict=True) if strength]
+        replaced: list[tuple[dict, str, object]] = []
+        try:
+            for name in dict.fromkeys(name for lora in acting for name in lora.terms):
+                parent, leaf = _place(root, name)
+                plain = parent.get_submodule(leaf)
+                replaced.append((parent._modules, leaf, plain))
+                parent._modules[leaf] = self._view(name, plain)
+            for name in dict.fromkeys(name for lora in acting for name in lora.differences):
+                parent, leaf = _place(root, name)
+                plain = getattr(parent, leaf)
+                replaced.append((parent._parameters, leaf, plain))
+                parent._parameters[leaf] = self._changed(name, plain)
+            yield
+        finally:
+            for members, leaf, plain in replaced:
+                members[leaf] = plain
+
+    def _changed(self, name: str, plain: torch.Tensor) -> torch.nn.Parameter:
+        """Return a parameter with the differences that act now added to it, in float32."""
+        value = plain.float()
+        for lora, strength in zip(self.loras, self.now, strict=True):
+            if strength and name in lora.differences:
+                value = value + strength * lora.differences[name].to(value)
+        return torch.nn.Parameter(value.to(plain.dtype), requires_grad=False)
+
+    def _view(self, name: str, plain: torch.nn.Module) -> torch.nn.Module:
+        """Return the view of a layer: the same one as long as the layer is."""
+        known = self._views.get(name)
+        if known is None or known[0] is not plain:
+            terms = [
+                (i, lora.terms[name]) for i, lora in enumerate(self.loras) if name in lora.terms
+            ]
+            known = self._views[name] = plain, _view_of(plain, self, terms)
+        return known[1]
+
+
+def _place(root: torch.nn.Module, name: str) -> tuple[torch.nn.Module, str]:
+    """Return (the module that holds `name`, its name there)."""
+    path, _, leaf = name.rpartition(".")
+    return root.get_submodule(path), leaf
+
+
+class WithTerms:
+    """Mixed into the class of a layer: adds the terms of its LoRAs."""
+
+    __slots__ = ()
+
+    def _call_impl(self, *args, **kwargs):
+        """Return what the layer does, hooks included, plus its terms."""
+        x = args[0] if args else kwargs["input"]
+        low_rank = low_rank_of(self, x)
+        if low_rank is None:
+            return super()._call_impl(*args, **kwargs)
+        object.__setattr__(self, "_pending", low_rank)
+        try:
+            out = super()._call_impl(*args, **kwargs)
+            left = self._pending
+        finally:
+            object.__setattr__(self, "_pending", None)
+        if left is None:
+            return out
+        add = add_low_rank if self.weight.dim() == 2 else functools.partial(_convolve, self)
+        return add(out, x, left)
+
+    def _forward(self, *args, **kwargs):
+        """Return the product as the host's layers call it, its terms in it where we compute it.
+
+        Arguments: input, weight and bias, as they are multiplied.
+        """
+        low_rank = self._pending
+        if low_rank is None or kwargs or not _takes(self, args[1]):
+            return super()._forward(*args, **kwargs)
+        object.__setattr__(self, "_pending", None)
+        return linear(*args, low_rank=low_rank)
+
+
+def _takes(module: torch.nn.Module, weight: torch.Tensor) -> bool:
+    """Return whether `linear` multiplies a layer's weight with the layer's own input."""
+    ours = isinstance(weight, QuantizedTensor) and hasattr(weight.layout_cls, "scheme")
+    return ours and getattr(module, "pre_quant_scale", None) is None
+
+
+def low_rank_of(module: torch.nn.Module, x: torch.Tensor) -> LowRank | None:
+    """Return the sum of a layer's terms for the input x, None where there is none in this run."""
+    if not isinstance(module, WithTerms):
+        return None
+    stack = module._stack
+    terms = [
+        LowRank(
+            *(term.down.on(x), term.up.on(x)),
+            *term.factors(x.device, stack.now[index]),
+            *(term.rows, term.key),
+        )
+        for index, term in module._terms
+        if stack.now[index]
+    ]
+    return _joined(terms) if terms else None
+
+
+def _joined(terms: Sequence[LowRank]) -> LowRank:
+    """Return the sum of terms, of linear layers or of convolutions."""
+    if terms[0].down.dim() == 2:
+        return stacked(terms)
+    downs, factors, shifts = zip(*((t.down, t.factor, t.shift) for t in terms), strict=True)
+    ups = torch.cat([t.up for t in terms], dim=1)
+    return LowRank(torch.cat(downs), ups, torch.cat(factors), torch.cat(shifts))
+
+
+def _convolve(module, out: torch.Tensor, x: torch.Tensor, term: LowRank) -> torch.Tensor:
+    """Return out [B, N, …] plus the term of a convolution's input x [B, C, …]."""
+    run = CONVOLUTIONS[term.down.dim()]
+    geometry = (module.stride, module.padding, module.dilation)
+    h = run(x, term.down.to(x.dtype), None, *geometry).transpose(1, -1)
+    h = (h.float() * term.factor + term.shift).to(x.dtype)
+    return out + F.linear(h, term.up.to(x.dtype)).transpose(1, -1).to(out.dtype)
+
+
+def _view_of(plain: torch.nn.Module, stack: Stack, terms: Sequence[tuple[int, Term]]):
+    view = object.__new__(_view_class(type(plain)))
+    # The same dictionary, not a copy: the host moves weights, and notes on layers, at any time.
+    object.__setattr__(view, "__dict__", plain.__dict__)
+    for name, value in (("_stack", stack), ("_terms", terms), ("_pending", None)):
+        object.__setattr__(view, name, value)
+    return view
+
+
+@functools.cache
+def _view_class(kind: type) -> type:
+    slots = {"__slots__": ("_pending", "_stack", "_terms")}
+    return type(f"{kind.__name__}WithTerms", (WithTerms, kind), slots)
+
+
+def padded(rank: int) -> int:
+    """Return a rank as it is stored: a multiple of RANK_MULTIPLE."""
+    return -(-rank // RANK_MULTIPLE) * RANK_MULTIPLE

@@ -1,0 +1,146 @@
+"""LoRA files: which tensors belong to which layer of a model, in every dialect.
+
+Knows names and tensors alone; the arithmetic is `ops/linear/low_rank.py`, what a host makes of it
+lies beside that host's nodes.
+"""
+
+import json
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+
+from ..checkpoint import Checkpoint
+from ..families import Family
+from .names import Kind, Names, Refused, split
+
+__all__ = ["Layer", "LoraError", "Parsed", "parse", "read"]
+
+ADAPTER_METADATA = "lora_adapter_metadata"
+SHOWN = 3
+
+
+class LoraError(ValueError):
+    """A LoRA file that cannot be used: what it holds, and what to do instead."""
+
+
+@dataclass(frozen=True)
+class Parsed:
+    """What a file holds, tensors by name.
+
+    pairs: layer -> (down, up). alphas: layer -> name. diffs: layer, or parameter without `.weight`
+    -> difference of its weight. biases: layer -> difference of its bias. unknown: names that fit no
+    layer of the model. alpha: of the layers that have none, or None.
+    """
+
+    pairs: dict[str, tuple[str, str]]
+    alphas: dict[str, str]
+    diffs: dict[str, str]
+    biases: dict[str, str]
+    unknown: tuple[str, ...]
+    alpha: float | None
+
+
+@dataclass(frozen=True)
+class Layer:
+    """The LoRA of one layer: W + scale · up · down, and bias added to the layer's own.
+
+    down: [R, K] of a linear layer, [R, C, *kernel] of a convolution. up: [N, R]. scale: alpha / R.
+    bias: [N] or None.
+    """
+
+    down: torch.Tensor
+    up: torch.Tensor
+    scale: float
+    bias: torch.Tensor | None
+
+
+def parse(
+    checkpoint: Checkpoint,
+    places: Collection[str],
+    family: Family,
+    aliases: Mapping[str, str] | None = None,
+) -> Parsed:
+    """Return which tensors of a LoRA file belong to which layer.
+
+    places: the model's layers and bare parameters (`blocks.0.modulation`), by the host's names.
+    family: knows other names for them. aliases: more names, as files have them -> places.
+    Raises LoraError for kinds that are no sum (DoRA, LoHa, LoKr, …), for halves of a pair, for two
+    tensors in one place, and where nothing fits the model.
+    """
+    names = Names(places, family, aliases or {})
+    found: dict[Kind, dict[str, str]] = {kind: {} for kind in Kind}
+    unknown = []
+    for name in checkpoint:
+        try:
+            base, kind = split(name)
+        except Refused as reason:
+            raise LoraError(
+                f"{checkpoint.path}: {name} makes it a {reason}, which is no sum beside the "
+                "weight; use ComfyUI's own LoRA loader, which merges it"
+            ) from None
+        place = names.resolve(base) if kind else None
+        if place is None:
+            unknown.append(name)
+        elif place in found[kind]:
+            raise LoraError(f"{checkpoint.path}: {found[kind][place]} and {name} are of one layer")
+        else:
+            found[kind][place] = name
+    down, up = found[Kind.DOWN], found[Kind.UP]
+    if half := sorted(down.keys() ^ up.keys()):
+        raise LoraError(f"{checkpoint.path}: {half[0]} has one matrix of the two of a LoRA")
+    diffs, biases = found[Kind.DIFF], found[Kind.BIAS]
+    if not (down or diffs or biases):
+        shown = ", ".join(unknown[:SHOWN])
+        raise LoraError(f"{checkpoint.path}: nothing in it fits this model; it holds {shown}, …")
+    pairs = {place: (down[place], up[place]) for place in down}
+    alpha = _adapter_alpha(checkpoint)
+    return Parsed(pairs, found[Kind.ALPHA], diffs, biases, tuple(unknown), alpha)
+
+
+def _adapter_alpha(checkpoint: Checkpoint) -> float | None:
+    """Return the alpha of all layers that diffusers wrote into the file's header, or None.
+
+    Raises LoraError for settings that give layers alphas of their own.
+    """
+    try:
+        settings = json.loads(checkpoint.metadata.get(ADAPTER_METADATA, "{}"))
+    except ValueError as error:
+        raise LoraError(f"{checkpoint.path}: {ADAPTER_METADATA} is no JSON: {error}") from error
+    settings = {key.rpartition(".")[2]: value for key, value in settings.items()}
+    odd = [name for name in ("alpha_pattern", "use_rslora") if settings.get(name)]
+    if odd:
+        raise LoraError(f"{checkpoint.path}: {odd[0]} in its {ADAPTER_METADATA} is not supported")
+    alpha = settings.get("lora_alpha")
+    return None if alpha is None else float(alpha)
+
+
+def read(
+    checkpoint: Checkpoint, parsed: Parsed, shapes: Mapping[str, tuple[int, ...]]
+) -> Iterator[tuple[str, Layer]]:
+    """Yield (layer, its LoRA) of every pair, biases with them.
+
+    shapes: of the layers' weights. Raises LoraError where the two do not fit.
+    """
+    for place, (down_name, up_name) in parsed.pairs.items():
+        down, up = checkpoint.read(down_name), checkpoint.read(up_name)
+        rank, (n, *inputs) = down.shape[0], shapes[place]
+        count = torch.Size(inputs).numel()
+        if down.numel() != rank * count or up.numel() != n * rank or up.shape[0] != n:
+            raise LoraError(
+                f"{checkpoint.path}: of another model: {place} is {list(shapes[place])}, its LoRA "
+                f"{list(down.shape)} and {list(up.shape)}"
+            )
+        alpha = parsed.alpha
+        if place in parsed.alphas:
+            alpha = checkpoint.read(parsed.alphas[place]).float().item()
+        bias = parsed.biases.get(place)
+        yield (
+            place,
+            Layer(
+                down.reshape(rank, *inputs),
+                up.reshape(n, rank),
+                1.0 if alpha is None else alpha / rank,
+                None if bias is None else checkpoint.read(bias),
+            ),
+        )

@@ -1,0 +1,127 @@
+"""LoRAs on the GPU: the kernel's low-rank term, linear layers with one, and ComfyUI's memory."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from lowbit.ops.linear import LowRank, linear, release, share
+from lowbit.ops.scaled_mm import scaled_mm
+from lowbit.quant import formats
+
+SESSION = Path(__file__).with_name("lora_session.py")
+HOST = Path(os.environ.get("COMFYUI_PATH", Path.home() / "ComfyUI"))
+OPERANDS = (torch.int8, torch.float8_e4m3fn)
+# Relative error of the sums: see test_scaled_mm_gpu.py.
+OF_SUMS = {torch.int8: 2**-20, torch.float8_e4m3fn: 2**-8}
+BESIDE = {"fp8_e4m3": "fp8_e4m3_rowwise"}
+
+
+def make(*shape: int, seed: int, scale: float = 1.0) -> torch.Tensor:
+    generator = torch.Generator("cuda").manual_seed(seed)
+    return torch.randn(shape, generator=generator, device="cuda") * scale
+
+
+def error(got: torch.Tensor, want: torch.Tensor) -> float:
+    return ((got.double() - want.double()).norm() / want.double().norm()).item()
+
+
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+@pytest.mark.parametrize("dtype", OPERANDS)
+@pytest.mark.parametrize("rank", [16, 40, 64, 96, 160])
+@pytest.mark.parametrize("shape", [(1, 32, 256), (63, 1000, 512), (4000, 3072, 1024)], ids=str)
+def test_term_is_added_before_bias_and_activation(backend, dtype, rank, shape):
+    m, n, k = shape
+    if backend == "torch" and n % 16:
+        pytest.skip("torch's FP8 product wants multiples of 16")
+    a, b = ((make(rows, k, seed=rows) * 3).to(dtype) for rows in (m, n))
+    scales = make(m, 1, seed=1).abs() * 1e-2, make(n, 1, seed=2).abs() * 1e-2
+    h, u = (
+        make(m, rank + 64, seed=3).bfloat16()[:, 32 : rank + 32],
+        make(n, rank, seed=4).bfloat16(),
+    )
+    bias = make(n, seed=5).bfloat16()
+    got = scaled_mm(a, b, *scales, bias, low_rank=(h, u), activation="gelu_tanh", backend=backend)
+    value = a.double() @ b.double().t() * scales[0].double() * scales[1].double().t()
+    value = value + h.double() @ u.double().t() + bias.double()
+    want = torch.nn.functional.gelu(value, approximate="tanh")
+    assert error(got, want) <= OF_SUMS[dtype] + torch.finfo(torch.bfloat16).eps
+
+
+@pytest.mark.parametrize("name", formats.names())
+@pytest.mark.parametrize("tokens", [1, 1000, 4224])
+def test_layer_errs_as_its_format(name, tokens):
+    n, k, rank = 3072, 3072, 64
+    fmt = formats.get(name)
+    x, weight = make(tokens, k, seed=0).bfloat16(), make(n, k, seed=1, scale=k**-0.5).bfloat16()
+    down, up = (
+        make(rank, k, seed=2, scale=k**-0.5).bfloat16(),
+        make(n, rank, seed=3, scale=0.1).bfloat16(),
+    )
+    factor = torch.full((rank,), 0.7, device="cuda")
+    want = x.double() @ (weight.double() + 0.7 * up.double() @ down.double()).t()
+    packed = fmt.quantize(weight)
+    error_without = error(linear(x, packed), x.double() @ weight.double().t())
+    matrices = [down]
+    if name.startswith(("int8", "fp8")):
+        matrices.append(formats.get("fp8_e4m3_rowwise" if name[0] == "f" else name).quantize(down))
+    for matrix in matrices:
+        got = linear(x, packed, low_rank=LowRank(matrix, up, factor))
+        # The two matrices that x is multiplied with are rounded alike.
+        assert error(got, want) <= 1.5 * error_without + 0.01
+
+
+def test_layers_that_share_give_what_each_gives_alone():
+    x = make(2000, 1024, seed=0).bfloat16()
+    fmt, key = formats.get("int8_convrot"), object()
+    packed = fmt.quantize(make(1024, 1024, seed=1, scale=0.03).bfloat16())
+    down = fmt.quantize(make(96, 1024, seed=2, scale=0.03).bfloat16())
+    up, factor = make(1024, 32, seed=3).bfloat16(), torch.ones(96, device="cuda")
+    terms = [LowRank(down, up, factor, None, (i, i + 32), key) for i in (0, 32, 64)]
+    alone = [linear(x, packed, low_rank=term) for term in terms]
+    for term, want in zip(terms, alone, strict=True):
+        share(x, 3)
+        assert torch.equal(linear(x, packed, low_rank=term), want)
+        release(x)
+
+
+@pytest.fixture(scope="module", params=["dynamic", "legacy", "novram"])
+def seen(request):
+    # Before needs_gpu, which is asked for every test.
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    if not HOST.is_dir():
+        pytest.skip(f"no ComfyUI at {HOST}")
+    run = subprocess.run(
+        [sys.executable, str(SESSION), request.param], capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 0, run.stderr[-4000:]
+    report = json.loads(run.stdout.splitlines()[-1])
+    print(json.dumps(report, indent=1))
+    return report
+
+
+@pytest.mark.parametrize("name", ["bf16", "int8_convrot", "fp8_e4m3", "nvfp4"])
+def test_lora_acts_and_ends_in_comfyui(seen, name):
+    row = seen["formats"][name]
+    tolerance = 0.03 if name == "bf16" else 2**0.5 * 4 * formats.get(name).max_error
+    assert row["error"] < min(tolerance, seen["moves"])
+    assert row["removed"] and row["strength_0"] and row["halves"] and row["again"]
+    assert row["stacked"] < 0.03
+
+
+@pytest.mark.parametrize("name", ["bf16", "int8_convrot", "fp8_e4m3", "nvfp4"])
+def test_matrices_are_in_comfyuis_memory_management(seen, name):
+    row = seen["formats"][name]
+    assert row["managed"] and row["unloaded"] == 0
+    # With no room for anything, they are copied as they are needed.
+    if seen["mode"] == "legacy":
+        assert row["loaded"] == row["size"]
+
+
+def test_mode_is_the_one_asked_for(seen):
+    assert seen["dynamic"] == (seen["mode"] == "dynamic")

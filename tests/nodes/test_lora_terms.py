@@ -1,0 +1,198 @@
+"""Layers with LoRAs while a model runs: what they add, what is left behind, without ComfyUI."""
+
+import pytest
+import torch
+from torch import nn
+
+from lowbit.nodes import lora_terms
+from lowbit.nodes.lora_loader import LowBitLoraLoader
+from lowbit.nodes.lora_terms import Lora, Matrix, Stack, Term, WithTerms, padded
+from lowbit.quant import formats
+
+DIM, RANK = 32, 4
+INPUTS = {
+    "model": "MODEL",
+    "lora_name": [],
+    "strength": "FLOAT",
+    "start_percent": "FLOAT",
+    "end_percent": "FLOAT",
+}
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.ffn = nn.Sequential(nn.Linear(DIM, DIM), nn.GELU(), nn.Linear(DIM, DIM))
+        self.conv = nn.Conv3d(2, 8, (1, 2, 2), (1, 2, 2))
+        self.modulation = nn.Parameter(torch.zeros(1, DIM))
+
+    def forward(self, x):
+        return self.ffn(x) + self.modulation
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    return nn.Sequential(Block(), Block()).requires_grad_(False)
+
+
+def term(n: int, inputs: tuple[int, ...], seed: int) -> Term:
+    """A LoRA of rank RANK, scale 0.5 and a bias of ones, padded as they are stored."""
+    size = padded(RANK + 1)
+    generator = torch.Generator().manual_seed(seed)
+    down, up = torch.zeros(size, *inputs), torch.zeros(n, size)
+    down[:RANK] = torch.randn(RANK, *inputs, generator=generator)
+    up[:, :RANK] = torch.randn(n, RANK, generator=generator)
+    up[:, RANK] = 1
+    scales, constants = torch.zeros(2, size)
+    scales[:RANK], constants[RANK] = 0.5, 1
+    return Term(Matrix(down), Matrix(up), scales, constants)
+
+
+def merge(model: nn.Module, lora: Lora, strength: float) -> None:
+    for name, one in lora.terms.items():
+        layer = model.get_submodule(name)
+        low = one.up.weight[:, :RANK] @ one.down.weight[:RANK].flatten(1)
+        layer.weight += strength * 0.5 * low.reshape(layer.weight.shape)
+        layer.bias += strength
+    for name, value in lora.differences.items():
+        model.get_parameter(name).add_(strength * value)
+
+
+@pytest.fixture
+def loras() -> list[Lora]:
+    names = ("0.ffn.0", "0.ffn.2", "1.ffn.2")
+    return [
+        Lora(
+            {name: term(DIM, (DIM,), seed + i) for i, name in enumerate(names[: 3 - seed // 10])},
+            1.0,
+            (0.0, 1.0),
+            {"1.modulation": torch.full((1, DIM), 0.5)},
+        )
+        for seed in (0, 10)
+    ]
+
+
+def test_result_is_that_of_merged_weights(model, loras):
+    x = torch.randn(5, DIM)
+    with Stack(tuple(loras)).applied(model, (0.7, -0.2)):
+        got = model(x)
+    merge(model, loras[0], 0.7)
+    merge(model, loras[1], -0.2)
+    # Sums in another order, of values of about 20.
+    torch.testing.assert_close(got, model(x), rtol=1e-5, atol=1e-4)
+
+
+def test_convolution_takes_it(model):
+    conv, x = model[0].conv, torch.randn(3, 2, 2, 4, 6)
+    lora = Lora({"0.conv": term(8, (2, 1, 2, 2), 0)}, 1.0, (0.0, 1.0))
+    with Stack((lora,)).applied(model, (0.5,)):
+        got = model[0].conv(x)
+    assert model[0].conv is conv
+    merge(model, lora, 0.5)
+    torch.testing.assert_close(got, conv(x))
+
+
+def test_nothing_is_left_behind_not_even_after_an_error(model, loras):
+    before = dict(model.named_modules()), dict(model.named_parameters())
+    attributes = {name: dict(vars(m)) for name, m in model.named_modules()}
+    x, stack = torch.randn(5, DIM), Stack(tuple(loras))
+    plain = model(x)
+    with pytest.raises(RuntimeError), stack.applied(model, (1.0, 1.0)):
+        assert isinstance(model[0].ffn[0], WithTerms)
+        model(torch.randn(5, DIM + 1))
+    after = dict(model.named_modules()), dict(model.named_parameters())
+    assert all(
+        x is y
+        for b, a in zip(before, after, strict=True)
+        for x, y in zip(b.values(), a.values(), strict=True)
+    )
+    assert attributes == {name: dict(vars(m)) for name, m in model.named_modules()}
+    assert torch.equal(model(x), plain)
+
+
+def test_strength_0_replaces_nothing(model, loras):
+    with Stack(tuple(loras)).applied(model, (0.0, 0.0)):
+        assert not any(isinstance(m, WithTerms) for m in model.modules())
+    with Stack(tuple(loras)).applied(model, (0.0, 1.0)):
+        assert isinstance(model[0].ffn[0], WithTerms) and not isinstance(model[1].ffn[2], WithTerms)
+
+
+def test_views_share_all_that_is_noted_on_a_layer(model, loras):
+    plain = model[0].ffn[0]
+    with Stack(tuple(loras)).applied(model, (1.0, 0.0)):
+        view = model[0].ffn[0]
+        assert view is not plain and isinstance(view, nn.Linear)
+        view.noted = 1
+        view.weight = nn.Parameter(plain.weight.double(), requires_grad=False)
+        assert view.state_dict().keys() == {"weight", "bias"}
+    assert plain.noted == 1 and plain.weight.dtype == torch.float64
+
+
+def test_hooks_and_a_forward_of_another_packs_are_kept(model, loras):
+    """ComfyUI's bypass LoRAs assign to a layer's forward."""
+    layer, x, seen = model[0].ffn[0], torch.randn(5, DIM), []
+    layer.register_forward_hook(lambda *_: seen.append(1))
+    plain = layer.forward
+    layer.forward = lambda x: plain(x) + 3
+    lora = Lora({"0.ffn.0": loras[0].terms["0.ffn.0"]}, 1.0, (0.0, 1.0))
+    base = layer(x)
+    with Stack((lora,)).applied(model, (1.0,)):
+        got = model[0].ffn[0](x)
+    assert seen == [1, 1]
+    merge(model, lora, 1.0)
+    torch.testing.assert_close(got, plain(x) + 3)
+    assert not torch.equal(got, base)
+
+
+def test_compiled_model_follows_what_acts(model, loras):
+    x, stack = torch.randn(5, DIM), Stack(tuple(loras))
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    for now in ((0.0, 0.0), (1.0, 0.5), (0.0, 0.0), (0.3, 0.0), (1.0, 0.5)):
+        with stack.applied(model, now):
+            torch.testing.assert_close(compiled(x), model(x))
+
+
+def test_inputs_are_those_that_workflows_hold():
+    required = LowBitLoraLoader.INPUT_TYPES()["required"]
+    assert {name: kind for name, (kind, _) in required.items()} == INPUTS
+    assert list(required) == list(INPUTS)
+
+
+class HostLinear(nn.Module):
+    """As ComfyUI's: what it multiplies goes through a method of its own."""
+
+    def __init__(self, weight, smoothing=None):
+        super().__init__()
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.pre_quant_scale = smoothing
+
+    def _forward(self, input, weight, bias):
+        return nn.functional.linear(input, weight, bias)
+
+    def forward(self, input):
+        if self.pre_quant_scale is not None:
+            input = input * self.pre_quant_scale
+        return self._forward(input, self.weight, None)
+
+
+@pytest.mark.parametrize("smoothing", [None, torch.full((256,), 2.0)])
+def test_quantized_layer_adds_terms_in_its_product_unless_its_input_is_changed(
+    smoothing, monkeypatch
+):
+    after = []
+    add = lora_terms.add_low_rank
+    monkeypatch.setattr(lora_terms, "add_low_rank", lambda *a: after.append(1) or add(*a))
+    generator = torch.Generator().manual_seed(0)
+    weight = formats.get("int8_convrot").quantize(torch.randn(48, 256, generator=generator) / 16)
+    root = nn.ModuleDict({"layer": HostLinear(weight, smoothing)})
+    one = term(48, (256,), 3)
+    x = torch.randn(2, 5, 256, generator=generator)
+    before = root["layer"](x)
+    with Stack((Lora({"layer": one}, 1.0, (0.0, 1.0)),)).applied(root, (0.5,)):
+        got = root["layer"](input=x)
+    assert len(after) == (smoothing is not None)
+    low = one.up.weight[:, :RANK] @ one.down.weight[:RANK]
+    torch.testing.assert_close(got, before + 0.25 * x @ low.t() + 0.5, rtol=1e-4, atol=1e-3)
+    assert root["layer"].weight is not None and torch.equal(root["layer"](x), before)
+    assert root["layer"].weight._qdata.data_ptr() == weight._qdata.data_ptr()

@@ -1,0 +1,154 @@
+"""LoRA files of every dialect are read as the same LoRA; what is none is refused by name."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from lowbit.quant import families, lora
+from lowbit.quant.checkpoint import Checkpoint
+
+WAN = families.get("wan")
+QWEN = families.get("qwen_image")
+SHAPES = {
+    "blocks.0.self_attn.q": (32, 16),
+    "blocks.0.cross_attn.k_img": (32, 16),
+    "blocks.0.ffn.0": (64, 16),
+    "blocks.11.ffn.2": (16, 64),
+    "blocks.0.norm3": (16,),
+    "patch_embedding": (16, 4, 1, 2, 2),
+    "blocks.0.modulation": (1, 6, 16),
+}
+KOHYA, PEFT = ("lora_down.weight", "lora_up.weight"), ("lora_A.weight", "lora_B.weight")
+# Name of the layer in the file, ends of its two matrices, the host's name.
+DIALECTS = [
+    ("lora_unet_blocks_0_self_attn_q", KOHYA, "blocks.0.self_attn.q"),
+    ("lora_unet__blocks_0_cross_attn_k_img", KOHYA, "blocks.0.cross_attn.k_img"),
+    ("lycoris_blocks_11_ffn_2", KOHYA, "blocks.11.ffn.2"),
+    ("diffusion_model.blocks.0.ffn.0", KOHYA, "blocks.0.ffn.0"),
+    ("diffusion_model.blocks.0.ffn.0", PEFT, "blocks.0.ffn.0"),
+    ("blocks.0.ffn.0", ("lora_A.default.weight", "lora_B.default.weight"), "blocks.0.ffn.0"),
+    ("blocks.0.ffn.0", ("lora_A", "lora_B"), "blocks.0.ffn.0"),
+    ("base_model.model.blocks.0.ffn.0", PEFT, "blocks.0.ffn.0"),
+    ("transformer.blocks.0.attn1.to_q", PEFT, "blocks.0.self_attn.q"),
+    ("transformer.blocks.0.attn2.add_k_proj", PEFT, "blocks.0.cross_attn.k_img"),
+    ("base_model.model.transformer.blocks.0.ffn.net.0.proj", PEFT, "blocks.0.ffn.0"),
+    ("blocks.11.ffn.net.2", ("lora.down.weight", "lora.up.weight"), "blocks.11.ffn.2"),
+    ("diffusion_model.patch_embedding", KOHYA, "patch_embedding"),
+    ("unet.named.by.the.host", PEFT, "blocks.0.ffn.0"),
+]
+ALIASES = {"unet.named.by.the.host": "blocks.0.ffn.0"}
+
+
+def parse(path, tensors, metadata=None, family=WAN, places=tuple(SHAPES)):
+    save_file(tensors, path, metadata)
+    checkpoint = Checkpoint(path)
+    return checkpoint, lora.parse(checkpoint, places, family, ALIASES)
+
+
+def pair(place: str, rank: int = 4) -> tuple[torch.Tensor, torch.Tensor]:
+    n, *inputs = SHAPES[place]
+    generator = torch.Generator().manual_seed(0)
+    return (
+        torch.randn(rank, *inputs, generator=generator),
+        torch.randn(n, rank, *[1] * (len(inputs) - 1), generator=generator),
+    )
+
+
+@pytest.mark.parametrize(("name", "ends", "place"), DIALECTS)
+def test_dialects_name_one_layer(tmp_path, name, ends, place):
+    down, up = pair(place)
+    tensors = {f"{name}.{end}": value for end, value in zip(ends, (down, up), strict=True)}
+    tensors[f"{name}.alpha"] = torch.tensor(2.0)
+    checkpoint, parsed = parse(tmp_path / "lora.safetensors", tensors)
+    ((found, layer),) = lora.read(checkpoint, parsed, SHAPES)
+    assert found == place and parsed.unknown == ()
+    assert torch.equal(layer.down, down)
+    assert torch.equal(layer.up, up.reshape(-1, 4))
+    assert layer.scale == 0.5 and layer.bias is None
+
+
+def test_qwen_image_in_peft_and_musubis_names(tmp_path):
+    places = ("transformer_blocks.0.attn.to_out.0", "transformer_blocks.0.img_mlp.net.0.proj")
+    names = (
+        "transformer.transformer_blocks.0.attn.to_out.0.lora_A.weight",
+        "transformer.transformer_blocks.0.attn.to_out.0.lora_B.weight",
+        "lora_unet_transformer_blocks_0_img_mlp_net_0_proj.lora_down.weight",
+        "lora_unet_transformer_blocks_0_img_mlp_net_0_proj.lora_up.weight",
+    )
+    tensors = {name: torch.ones(4, 4) for name in names}
+    _, parsed = parse(tmp_path / "lora.safetensors", tensors, None, QWEN, places)
+    assert set(parsed.pairs) == set(places) and parsed.unknown == ()
+
+
+def test_ranks_differ_and_biases_go_with_their_layer(tmp_path):
+    tensors = {}
+    for rank, place in ((2, "blocks.0.ffn.0"), (8, "blocks.11.ffn.2")):
+        for end, value in zip(KOHYA, pair(place, rank), strict=True):
+            tensors[f"diffusion_model.{place}.{end}"] = value
+    tensors["diffusion_model.blocks.0.ffn.0.diff_b"] = torch.full((64,), 3.0)
+    tensors["diffusion_model.blocks.0.norm3.diff"] = torch.ones(16)
+    tensors["diffusion_model.blocks.0.modulation.diff"] = torch.ones(1, 6, 16)
+    checkpoint, parsed = parse(tmp_path / "lora.safetensors", tensors)
+    layers = dict(lora.read(checkpoint, parsed, SHAPES))
+    assert {name: layer.down.shape[0] for name, layer in layers.items()} == {
+        "blocks.0.ffn.0": 2,
+        "blocks.11.ffn.2": 8,
+    }
+    assert torch.equal(layers["blocks.0.ffn.0"].bias, torch.full((64,), 3.0))
+    assert layers["blocks.0.ffn.0"].scale == 1.0
+    assert set(parsed.diffs) == {"blocks.0.norm3", "blocks.0.modulation"}
+
+
+def test_alpha_of_diffusers_header_counts(tmp_path):
+    tensors = dict(zip([f"blocks.0.ffn.0.{e}" for e in PEFT], pair("blocks.0.ffn.0"), strict=True))
+    settings = {"transformer.lora_alpha": 8, "transformer.r": 4}
+    metadata = {"lora_adapter_metadata": json.dumps(settings)}
+    checkpoint, parsed = parse(tmp_path / "lora.safetensors", tensors, metadata)
+    assert dict(lora.read(checkpoint, parsed, SHAPES))["blocks.0.ffn.0"].scale == 2.0
+    metadata = {"lora_adapter_metadata": json.dumps({**settings, "transformer.use_rslora": True})}
+    with pytest.raises(lora.LoraError, match="use_rslora"):
+        parse(tmp_path / "other.safetensors", tensors, metadata)
+
+
+def test_what_fits_no_layer_is_told(tmp_path):
+    down, up = pair("blocks.0.ffn.0")
+    tensors = {"blocks.0.ffn.0.lora_down.weight": down, "blocks.0.ffn.0.lora_up.weight": up}
+    tensors["img_emb.proj.1.lora_down.weight"] = down.clone()
+    _, parsed = parse(tmp_path / "lora.safetensors", tensors)
+    assert parsed.unknown == ("img_emb.proj.1.lora_down.weight",)
+
+
+@pytest.mark.parametrize(
+    ("ends", "message"),
+    [
+        (["dora_scale"], "DoRA"),
+        (["lora_magnitude_vector.default.weight"], "DoRA"),
+        (["hada_w1_a"], "LoHa"),
+        (["lokr_w2"], "LoKr"),
+        (["oft_blocks"], "OFT"),
+        (["a1.weight"], "GLoRA"),
+        (["lora_mid.weight"], "middle matrix"),
+        (["set_weight"], "replaces weights"),
+        (["lora_B.bias"], "bias of its own"),
+        (["lora_up.weight"], "one matrix of the two"),
+    ],
+)
+def test_what_is_no_lora_is_refused_by_name(tmp_path, ends, message):
+    tensors = {f"diffusion_model.blocks.0.ffn.0.{end}": torch.ones(2, 2) for end in ends}
+    with pytest.raises(lora.LoraError, match=message):
+        parse(tmp_path / "lora.safetensors", tensors)
+
+
+def test_two_names_of_one_layer_and_other_models_are_refused(tmp_path):
+    down, up = pair("blocks.0.ffn.0")
+    one = {"blocks.0.ffn.0.lora_A.weight": down, "blocks.0.ffn.0.lora_B.weight": up}
+    two = {f"transformer.{name}": value.clone() for name, value in one.items()}
+    with pytest.raises(lora.LoraError, match="are of one layer"):
+        parse(tmp_path / "twice.safetensors", one | two)
+    with pytest.raises(lora.LoraError, match="nothing in it fits this model"):
+        parse(tmp_path / "none.safetensors", {"unet.down_blocks.0.lora_A.weight": down})
+    checkpoint, parsed = parse(tmp_path / "lora.safetensors", one)
+    with pytest.raises(lora.LoraError, match=r"of another model: blocks\.0\.ffn\.0"):
+        list(lora.read(checkpoint, parsed, {**SHAPES, "blocks.0.ffn.0": (64, 24)}))
