@@ -13,7 +13,16 @@ from comfy_kitchen.tensor import QuantizedTensor
 
 from .. import registry, tuning
 from ..quantize_rows import Prologue
-from .activation import QuantizedActivation, fits, from_host, kind_of, quantize_activation
+from .activation import (
+    QuantizedActivation,
+    from_host,
+    kind_of,
+    kind_on,
+    quantize_activation,
+    takes,
+)
+from .arithmetic import backend_of, with_arithmetic
+from .four_bit import FEW_ROWS, GROUPS
 from .sharing import quantized_once, release, share
 
 OP = "linear"
@@ -28,6 +37,7 @@ __all__ = [
     "quantize_activation",
     "release",
     "share",
+    "with_arithmetic",
 ]
 
 
@@ -43,7 +53,8 @@ def linear(
 
     x: [..., K] float, any strides, never written to; or an activation that `quantize_activation`
     made for a weight of this kind. weight: [N, K] quantized. bias: [N] or None. backend: `auto`, or
-    the name of one that then runs or raises. input_act: "gelu_tanh" or None; done in the pass that
+    the name of one that then runs or raises; a weight may name one itself (`with_arithmetic`),
+    which `auto` follows. input_act: "gelu_tanh" or None; done in the pass that
     quantizes x, where there is one.
     Raises ValueError when shapes or kinds do not fit, NoBackendError when no backend can run the
     call.
@@ -53,7 +64,9 @@ def linear(
         raise ValueError(f"linear: input has {x.shape[-1]} features, weight [{n}, {k}] takes {k}")
     scheme, rows = weight.layout_cls.scheme, math.prod(x.shape[:-1])
     m = tuning.bucket_if_tuned(OP, scheme, x.device, n, k, rows)
-    chosen = registry.select(OP, registry.Call(scheme, x.device, n, k, m), backend)
+    few = rows <= FEW_ROWS if scheme in GROUPS else None
+    name = backend_of(weight) if backend == "auto" else backend
+    chosen = registry.select(OP, registry.Call(scheme, x.device, n, k, m, few), name)
     if isinstance(x, QuantizedTensor):
         x = from_host(x, weight)
     shape, dtype = (*x.shape[:-1], n), x.dtype
@@ -80,13 +93,14 @@ def _prepared(x: torch.Tensor, weight: QuantizedTensor, input_act: str | None, q
         return x if input_act is None else F.gelu(x, approximate="tanh")
     if input_act is not None:
         return quantize_activation(x, weight, prologue=Prologue(activation=input_act))
-    return quantized_once(x, kind_of(weight), lambda: quantize_activation(x, weight))
+    return quantized_once(x, kind_on(x.device, weight), lambda: quantize_activation(x, weight))
 
 
 def _check_kind(x: QuantizedActivation, weight: QuantizedTensor, input_act: str | None) -> None:
-    kind = kind_of(weight)
-    if not fits(x.kind, kind):
-        raise ValueError(f"linear: the activation is {x.kind}, the weight multiplies {kind}")
+    if not takes(weight, x.kind):
+        raise ValueError(
+            f"linear: the activation is {x.kind}, the weight multiplies {kind_of(weight)}"
+        )
     if input_act is not None:
         raise ValueError("linear: input_act comes before the quantization of x; give it there")
 

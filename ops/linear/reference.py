@@ -13,6 +13,7 @@ SCHEMES = frozenset(
         "int8_row",
         "int8_row_convrot",
         "mxfp8",
+        "mxfp4",
         "nvfp4",
         "convrot_w4a4",
         "asym_w4a8_int8",

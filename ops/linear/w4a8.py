@@ -1,0 +1,48 @@
+"""W4A8: the 4-bit weight re-expressed in 8 bits, multiplied by activations of 8 bits.
+
+E4M3 where the GPU multiplies FP8, with a scale per channel that leaves most codes exact; rotated
+INT8 elsewhere, and for an activation that comes so.
+"""
+
+import torch
+import torch.nn.functional as F
+from comfy_kitchen.tensor import QuantizedTensor
+
+from ..launch import TRITON_MIN
+from ..quantize_rows.triton import K_MAX
+from ..registry import Backend, Needs, register
+from ..scaled_mm import scaled_mm
+from .activation import QuantizedActivation, quantize_activation
+from .four_bit import GROUPS, eight_bit, four_bit
+
+
+def run_quantized(
+    x: QuantizedActivation,
+    weight: QuantizedTensor,
+    bias: torch.Tensor | None,
+    backend: str = "triton",
+) -> torch.Tensor:
+    """Return x · Wᵀ + bias, [M, N]. backend: of everything that is called."""
+    stored, scale = eight_bit(four_bit(weight), x.kind.dtype, x.kind.rotation > 0, backend)
+    a = x.stored
+    if stored.shape[1] > a.shape[1]:
+        missing = stored.shape[1] - a.shape[1]
+        a = F.pad(a.view(torch.uint8), (0, missing)).view(a.dtype)
+    return scaled_mm(a, stored, x.scale, scale, bias, out_dtype=x.dtype, backend=backend)
+
+
+def run(x: torch.Tensor, weight: QuantizedTensor, bias: torch.Tensor | None, backend="triton"):
+    """Return x · Wᵀ + bias for floats [M, K]. backend: of everything that is called."""
+    return run_quantized(quantize_activation(x, weight, backend=backend), weight, bias, backend)
+
+
+needs = Needs(
+    frozenset(GROUPS),
+    devices=frozenset({"cuda"}),
+    capability=(8, 0),
+    measured=((9, 0), (10, 0)),
+    k_max=K_MAX,
+    package="triton.tools.tensor_descriptor",
+    package_min=TRITON_MIN,
+)
+register(Backend("linear", "w4a8", 12, needs, run, run_quantized, quantizes=True))
