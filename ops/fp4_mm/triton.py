@@ -1,14 +1,15 @@
 """The Triton backend of `fp4_mm`: few tokens by a kernel that decodes, many by a decoded weight."""
 
+import dataclasses
 import functools
 from dataclasses import dataclass
 
 import torch
 
 from ..decode_fp4 import decode_fp4
-from ..decode_fp4.triton import words
+from ..decode_fp4.triton import WORD, words
 from ..launch import ALIGNMENT, TRITON_MIN, alignment, dependent, launch
-from ..registry import Backend, Needs, register
+from ..registry import Backend, Needs, capability, register
 from ..scaled_mm import tiles
 from ..scaled_mm.triton import processors_of
 from ..scaled_mm.triton import run_tile as run_product
@@ -54,9 +55,18 @@ def run(x, packed, scale, tensor_scale, bias, n, group) -> torch.Tensor:
     m, k = x.shape
     x = x if x.stride(1) == 1 else x.contiguous()
     if m <= max(FEW):
-        tile = next(tile for tokens, tile in FEW.items() if m <= tokens)
+        tile = few_tile(m, group)
         return run_tile(x, packed, scale, tensor_scale, n, group, bias, tile)
     return multiply(x, decode_fp4(packed, scale, (n, k), group, x.dtype), tensor_scale, bias)
+
+
+def few_tile(m: int, group: int) -> Tile:
+    """Return the tile for m tokens: as wide as the columns of a word of scales at least."""
+    tile = next(tile for tokens, tile in FEW.items() if m <= tokens)
+    if tile.block_k >= WORD * group:
+        return tile
+    # Fewer stages, for the same shared memory.
+    return dataclasses.replace(tile, block_k=WORD * group, stages=2)
 
 
 def multiply(
@@ -70,6 +80,8 @@ def multiply(
     if columns > k or x.stride(0) % ALIGNMENT:
         x = torch.nn.functional.pad(x, (0, columns - k)).contiguous()
     tile = next(tile for tokens, tile in MANY.items() if m <= tokens)
+    # There are no descriptors before.
+    tile = tile if capability(x.device) >= (9, 0) else dataclasses.replace(tile, tma=False)
     one = _one(x.device)
     out = x.new_empty(m, n)
     scale = one if tensor_scale is None else tensor_scale.reshape(1)
@@ -94,7 +106,7 @@ def run_tile(x, packed, scale, tensor_scale, n, group, bias, tile: Tile) -> torc
     target = x.new_empty(tile.splits, m, n, dtype=torch.float32) if split else out
     scaling = (None, None) if split else (tensor_scale, bias)
     tensors = (x, packed, scale, *scaling, target)
-    sizes = (m, n, k, columns, -(-columns // group // 4), x.stride(0))
+    sizes = (m, n, k, columns, -(-columns // group // WORD), x.stride(0))
     constants = (group, tile.block_m, tile.block_n, tile.block_k, tile.splits, bool(early))
     divisible = tuple((size % ALIGNMENT == 0, size == 1) for size in sizes[1:])
     types = (x.dtype, None if bias is None else bias.dtype)

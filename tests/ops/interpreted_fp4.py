@@ -12,7 +12,7 @@ from lowbit.ops.fp4_mm import reference as mm_reference
 from lowbit.ops.fp4_mm import triton as mm_triton
 
 E4M3 = torch.float8_e4m3fn
-SHAPES = [(1, 64), (48, 96), (150, 1088)]
+SHAPES = [(1, 64), (130, 1088)]
 
 
 def weight(n: int, k: int, group: int, seed: int = 0):
@@ -28,8 +28,9 @@ def weight(n: int, k: int, group: int, seed: int = 0):
 
 @pytest.mark.parametrize("group", [16, 32])
 @pytest.mark.parametrize(("n", "k"), SHAPES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, E4M3])
-@pytest.mark.parametrize("short", [0, 5])
+@pytest.mark.parametrize(
+    ("dtype", "short"), [(torch.float32, 0), (torch.float16, 5), (torch.bfloat16, 0), (E4M3, 5)]
+)
 def test_decoded_weight_is_that_of_the_reference(group, n, k, dtype, short):
     """short: columns that are padding."""
     arguments = (*weight(n, k, group), n, k - short, group, dtype)
@@ -68,8 +69,9 @@ TILES = [
 
 @pytest.mark.parametrize("group", [16, 32])
 @pytest.mark.parametrize("tile", TILES, ids=str)
-@pytest.mark.parametrize(("m", "n", "k"), [(1, 48, 64), (37, 20, 1088), (16, 130, 320)])
-@pytest.mark.parametrize("biased", [True, False])
+@pytest.mark.parametrize(
+    ("m", "n", "k", "biased"), [(1, 48, 64, True), (37, 20, 448, False), (16, 130, 320, True)]
+)
 def test_product_is_that_of_the_reference(group, tile, m, n, k, biased):
     packed, scale, tensor_scale = weight(n, k, group)
     generator = torch.Generator().manual_seed(1)

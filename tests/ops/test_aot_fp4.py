@@ -9,7 +9,7 @@ triton = pytest.importorskip("triton", reason="Triton, which compiles the kernel
 from lowbit.ops.decode_fp4 import triton as decoding  # noqa: E402
 from lowbit.ops.decode_fp4.kernel import decode_fp4_kernel  # noqa: E402
 from lowbit.ops.fp4_mm.kernel import add_splits_kernel, fp4_mm_kernel  # noqa: E402
-from lowbit.ops.fp4_mm.triton import FEW, MANY, SUM_BLOCK, Tile  # noqa: E402
+from lowbit.ops.fp4_mm.triton import FEW, MANY, SUM_BLOCK, Tile, few_tile  # noqa: E402
 from lowbit.ops.scaled_mm.kernel import scaled_mm_kernel  # noqa: E402
 from tests.ops.test_aot import (  # noqa: E402
     ARCHITECTURES,
@@ -42,8 +42,7 @@ def decoder(arch: int, to: str, group: int, columns: int = 5120, padded: bool = 
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
-@pytest.mark.parametrize("group", GROUPS)
-@pytest.mark.parametrize("to", UNITS)
+@pytest.mark.parametrize(("to", "group"), [("bf16", 16), ("fp16", 32)])
 def test_decoder_to_16_bits_is_integer_instructions_and_wide_accesses(arch, group, to, tmp_path):
     kernel = decoder(arch, to, group)
     ptx = kernel.asm["ptx"]
@@ -55,15 +54,13 @@ def test_decoder_to_16_bits_is_integer_instructions_and_wide_accesses(arch, grou
 
 @pytest.mark.parametrize("arch", [arch for arch in ARCHITECTURES if arch >= FIRST_WITH_FP8])
 @pytest.mark.parametrize("group", GROUPS)
-@pytest.mark.parametrize("padded", [True, False])
-@pytest.mark.parametrize("columns", [3072, 13824])
-def test_decoder_to_e4m3_looks_codes_up(arch, group, padded, columns, tmp_path):
-    kernel = decoder(arch, "fp8e4nv", group, columns, padded)
+def test_decoder_to_e4m3_looks_codes_up(arch, group, tmp_path):
+    kernel = decoder(arch, "fp8e4nv", group, 13824, padded=arch == HOPPER)
     ptx = kernel.asm["ptx"]
     elements = decoding.ROWS * decoding.COLUMNS // (decoding.WARPS * 32)
-    # Eight magnitudes to a block, and no conversion besides.
-    assert ptx.count("cvt.rn.satfinite.e4m3x2") <= 4 * max(elements // group, 1) + 4
-    assert ptx.count("prmt.b32") >= elements // 4
+    # An instruction for the codes of four, one for their signs.
+    assert len(re.findall(r"prmt\.b32\s+x, ", ptx)) >= elements // 4
+    assert ptx.count("and.b32 n, ") == elements // 8
     assert re.search(r"ld\.global.*v4\.b32", ptx) and re.search(r"st\.global.*v4\.b32", ptx)
     assert spilled_bytes(kernel, tmp_path) <= SPILLED_BYTES
 
@@ -83,13 +80,13 @@ def few(tile: Tile, arch: int, dtype: str, group: int):
     return compiled(fp4_mm_kernel, types, constants, arch, **options)
 
 
-@pytest.mark.parametrize("arch", ARCHITECTURES)
-@pytest.mark.parametrize("tokens", FEW)
+@pytest.mark.parametrize(
+    ("arch", "tokens"),
+    [*((arch, max(FEW)) for arch in ARCHITECTURES), (80, min(FEW)), *((90, t) for t in FEW)],
+)
 @pytest.mark.parametrize(("dtype", "group"), [("bf16", 16), ("fp16", 32)])
 def test_product_of_few_tokens_decodes_in_registers(arch, tokens, dtype, group, tmp_path):
-    tile = FEW[tokens]
-    if tile.block_k < 4 * group:
-        pytest.skip("a word of MXFP4's scales is 128 columns")
+    tile = few_tile(tokens, group)
     kernel = few(tile, arch, dtype, group)
     ptx = kernel.asm["ptx"]
     assert UNITS[dtype] in ptx and "e4m3" not in ptx
@@ -99,7 +96,7 @@ def test_product_of_few_tokens_decodes_in_registers(arch, tokens, dtype, group, 
     assert kernel.metadata.shared <= SHARED_KIB[arch] * 1024
 
 
-@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("arch", [80, 90])
 def test_splits_are_added_up_without_atomics(arch):
     types = {"sums": "*fp32", "tensor_scale": "*fp32", "bias": "*bf16", "out": "*bf16"}
     types |= {"size": "i32", "N": "i32"}
@@ -110,9 +107,8 @@ def test_splits_are_added_up_without_atomics(arch):
 
 @pytest.mark.parametrize("arch", [90, 100, 120])
 @pytest.mark.parametrize("tokens", MANY)
-@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
-def test_product_of_a_decoded_weight_fits_and_uses_the_tensor_cores(arch, tokens, dtype, tmp_path):
-    tile = MANY[tokens]
+def test_product_of_a_decoded_weight_fits_and_uses_the_tensor_cores(arch, tokens, tmp_path):
+    tile, dtype = MANY[tokens], "bf16"
     sizes = ("M", "N", "K", "stride_a", "stride_b")
     types = {
         "a": f"tensordesc<{dtype}[{tile.block_m}, {tile.block_k}]>",
