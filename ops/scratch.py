@@ -16,28 +16,37 @@ from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 
 import torch
-from torch.utils.weak import WeakIdKeyDictionary
 
+# Of the tensor that stands for a layer: what is known of it goes with it.
+ATTRIBUTE = "_lowbit_ahead"
 Tensors = tuple[torch.Tensor, ...]
 # What prepares a layer: a function of the tensors that are its weight.
 Prepare = Callable[..., Tensors]
 
 
-@dataclass
+@dataclass(eq=False)
 class _Layer:
-    """A layer that followed another: weak references to its tensors, and what to do with them."""
+    """A layer: weak references to its tensors, what to do with them, and which one follows.
 
-    sources: tuple[weakref.ref | None, ...]
-    prepare: Prepare
-    form: Hashable
+    last_pass: when it was seen last. first: it begins a pass.
+    """
 
-    def alive(self) -> Tensors | None:
+    sources: tuple[weakref.ref | None, ...] = ()
+    prepare: Prepare | None = None
+    form: Hashable = None
+    last_pass: int = 0
+    first: bool = False
+    next: weakref.ref | None = None
+
+    def __reduce__(self):
+        """Make None of a copy: one of the tensor is another layer."""
+        return type(None), ()
+
+    def alive(self) -> tuple[torch.Tensor | None, ...] | None:
         """Return the tensors, None where one is gone."""
-        found = [None if ref is None else ref() for ref in self.sources]
-        gone = any(
-            t is None and ref is not None for t, ref in zip(found, self.sources, strict=True)
-        )
-        return None if gone else tuple(found)
+        found = tuple(None if ref is None else ref() for ref in self.sources)
+        pairs = zip(found, self.sources, strict=True)
+        return None if any(t is None and ref is not None for t, ref in pairs) else found
 
 
 class Ahead:
@@ -48,9 +57,8 @@ class Ahead:
 
     def __init__(self, side: "Side"):
         self._side = side
-        self._next = WeakIdKeyDictionary()
-        self._firsts = WeakIdKeyDictionary()
-        self._seen = WeakIdKeyDictionary()
+        self._pass = 0
+        # References to layers, which their tensors hold.
         self._last: weakref.ref | None = None
         self._ready: tuple[weakref.ref, Hashable, Tensors] | None = None
 
@@ -61,24 +69,30 @@ class Ahead:
 
         The first of `sources` stands for the layer. form, prepare: hold no tensor.
         """
-        key = sources[0]
-        references = tuple(None if s is None else weakref.ref(s) for s in sources)
-        self._learn(key, _Layer(references, prepare, form))
+        layer = self._learn(sources, form, prepare)
         ready, self._ready = self._ready, None
-        if ready is None or ready[0]() is not key or ready[1] != form:
+        if ready is None or ready[0]() is not layer or ready[1] != form:
             return prepare(*sources)
         return self._side.join(ready[2])
 
-    def _learn(self, key: torch.Tensor, layer: _Layer) -> None:
+    def _learn(self, sources, form: Hashable, prepare: Prepare) -> _Layer:
+        layer = getattr(sources[0], ATTRIBUTE, None)
+        if layer is None:
+            layer = _Layer()
+            setattr(sources[0], ATTRIBUTE, layer)
+        if layer.form != form or layer.alive() is None:
+            layer.sources = tuple(None if s is None else weakref.ref(s) for s in sources)
+            layer.prepare, layer.form = prepare, form
         last = self._last() if self._last else None
-        if key in self._seen or last is None:
+        if layer.last_pass == self._pass or last is None:
             # A layer that comes again begins a pass.
-            self._seen.clear()
-            self._firsts[key] = True
-        self._seen[key] = True
+            self._pass += 1
+            layer.first = True
+        layer.last_pass = self._pass
+        self._last = weakref.ref(layer)
         if last is not None:
-            self._next[last] = layer
-        self._last = weakref.ref(key)
+            last.next = self._last
+        return layer
 
     def begin(self) -> None:
         """Say that what is prepared next may begin when the work until now has ended."""
@@ -87,16 +101,15 @@ class Ahead:
     def go_on(self) -> None:
         """Prepare the layer that followed the one taken last, unless it begins a pass."""
         last = self._last() if self._last else None
-        layer = None if last is None else self._next.get(last)
-        sources = layer.alive() if layer else None
-        if sources is None or sources[0] in self._firsts:
+        layer = last.next() if last is not None and last.next else None
+        sources = None if layer is None or layer.first else layer.alive()
+        if sources is None:
             return
-        owner = weakref.ref(sources[0], self._drop)
-        tensors = self._side.run(lambda: layer.prepare(*sources))
-        self._ready = (owner, layer.form, tensors)
+        owner = weakref.ref(layer, self._drop)
+        self._ready = (owner, layer.form, self._side.run(lambda: layer.prepare(*sources)))
 
     def _drop(self, owner: weakref.ref) -> None:
-        """Let go of what was prepared for a weight that is gone."""
+        """Let go of what was prepared for a layer that is gone."""
         if self._ready is not None and self._ready[0] is owner:
             self._ready = None
 
@@ -105,7 +118,6 @@ class Side:
     """A side stream of a GPU."""
 
     def __init__(self, device: torch.device):
-        self._device = device
         self._stream = torch.cuda.Stream(device)
         self._begun, self._done = torch.cuda.Event(), torch.cuda.Event()
 
@@ -114,7 +126,7 @@ class Side:
 
         That is the weights' way to the GPU too.
         """
-        self._begun.record(torch.cuda.current_stream(self._device))
+        self._begun.record()
 
     def run(self, prepare: Callable[[], Tensors]) -> Tensors:
         """Return what `prepare` gives, computed beside the present stream: not to be used yet."""
@@ -126,7 +138,7 @@ class Side:
 
     def join(self, tensors: Tensors) -> Tensors:
         """Return the result of the last `run`, for the present stream to use."""
-        stream = torch.cuda.current_stream(self._device)
+        stream = torch.cuda.current_stream()
         stream.wait_event(self._done)
         for tensor in tensors:
             # Their memory is the side stream's, not to be given away there while it is read here.

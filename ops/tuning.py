@@ -166,7 +166,10 @@ def bucket_if_tuned(
     """Return the bucket of `m` where an entry is for this weight, whatever its M; else None.
 
     Where M makes no difference, neither remembered choices nor compiled graphs are to depend on it.
+    None in a graph that is being compiled: the compiler sees through caches, but reads no file.
     """
+    if torch.compiler.is_compiling():
+        return None
     return bucket(m) if (scheme, n, k) in _weights(op, gpu(device)) else None
 
 

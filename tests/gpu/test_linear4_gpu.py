@@ -110,7 +110,8 @@ def test_shape_of_the_weight_does_not_matter(name, backend, n, k):
     weight = weight_of(name, n, k)
     for tokens in (3, 100, 300):
         x = make(tokens, k, seed=2).bfloat16()
-        bound = 0.004 if backend == "w4a16" else 0.034
+        # A single product has the error of two E4M3 values at its worst.
+        bound = 0.004 if backend == "w4a16" else 0.13 if k == 1 else 0.034
         assert error(linear(x, weight, backend=backend), exact(x, weight)) <= bound
 
 

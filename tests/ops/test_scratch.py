@@ -1,5 +1,6 @@
 """Looking ahead: what is learnt, what is prepared, and that nothing is kept alive."""
 
+import copy
 import gc
 import weakref
 
@@ -111,6 +112,15 @@ def test_nothing_of_a_model_is_kept_alive(side, layers):
     gc.collect()
     assert [ref() for ref in gone] == [None] * 4
     assert prepared() is None and ahead._ready is None
+
+
+def test_a_copy_of_a_weight_is_another_layer(side, layers):
+    ahead = Ahead(side)
+    for _ in range(2):
+        a_pass(ahead, layers)
+    copies = [copy.deepcopy(layer).add_(30) for layer in layers]
+    for _ in range(2):
+        a_pass(ahead, copies)
 
 
 def test_a_cpu_has_no_side_stream():
