@@ -126,7 +126,9 @@ def source_hash(op: str) -> str:
     return digest.hexdigest()[:16]
 
 
+# torch.compile, which sees through the cache, cannot trace the reading of a file.
 @cached
+@torch.compiler.assume_constant_result
 def stored() -> tuple[tuple[Section, ...], str | None]:
     """Return the sections of the file, and why it cannot be used, which is logged, or None."""
     file = tuning_file.path()
@@ -166,10 +168,7 @@ def bucket_if_tuned(
     """Return the bucket of `m` where an entry is for this weight, whatever its M; else None.
 
     Where M makes no difference, neither remembered choices nor compiled graphs are to depend on it.
-    None in a graph that is being compiled: the compiler sees through caches, but reads no file.
     """
-    if torch.compiler.is_compiling():
-        return None
     return bucket(m) if (scheme, n, k) in _weights(op, gpu(device)) else None
 
 
