@@ -117,7 +117,9 @@ def capability(device: torch.device) -> tuple[int, int] | None:
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else None
 
 
+# torch.compile, which sees through the cache, cannot trace an import, nor the search for one.
 @functools.cache
+@torch.compiler.assume_constant_result
 def _has_package(name: str) -> bool:
     parent = name.rpartition(".")[0]
     if parent and not _has_package(parent):
@@ -125,7 +127,6 @@ def _has_package(name: str) -> bool:
     return importlib.util.find_spec(name) is not None
 
 
-# torch.compile, which sees through the cache, cannot trace an import.
 @functools.cache
 @torch.compiler.assume_constant_result
 def _version(name: str) -> tuple[int, ...]:

@@ -61,12 +61,9 @@ def run(x, packed, scale, tensor_scale, bias, n, group) -> torch.Tensor:
 
 
 def few_tile(m: int, group: int) -> Tile:
-    """Return the tile for m tokens: as wide as the columns of a word of scales at least."""
-    tile = next(tile for tokens, tile in FEW.items() if m <= tokens)
-    if tile.block_k >= WORD * group:
-        return tile
-    # Fewer stages, for the same shared memory.
-    return dataclasses.replace(tile, block_k=WORD * group, stages=2)
+    """Return the tile for m tokens that is as wide as the columns of a word of scales at least."""
+    tiles_of_group = [tile for tile in FEW.values() if tile.block_k >= WORD * group]
+    return next((tile for tile in tiles_of_group if m <= tile.block_m), tiles_of_group[-1])
 
 
 def multiply(

@@ -108,7 +108,7 @@ def chain(m: int, n: int, k: int) -> dict[str, dict]:
 
     def ours(rows: range):
         def run():
-            w4a8.AHEAD_ROWS = rows
+            w4a8.AHEAD_ROWS, w4a8.AHEAD_ELEMENTS = rows, 1
             for weight in packed:
                 linear(x, weight, None, "w4a8")
 
@@ -120,11 +120,11 @@ def chain(m: int, n: int, k: int) -> dict[str, dict]:
         "w4a8": ours(range(0)),
         "w4a8 ahead": ours(range(1 << 20)),
     }
-    before = w4a8.AHEAD_ROWS
+    before = w4a8.AHEAD_ROWS, w4a8.AHEAD_ELEMENTS
     try:
         measured = runner.measure(ways, CHAIN_CLEAR_BYTES)
     finally:
-        w4a8.AHEAD_ROWS = before
+        w4a8.AHEAD_ROWS, w4a8.AHEAD_ELEMENTS = before
     return {
         name: {key: value / CHAIN_LAYERS for key, value in vars(timing).items()}
         for name, timing in measured.items()

@@ -179,6 +179,12 @@ def test_shared_and_fused_activations_are_those_of_each_alone():
     assert error(got, exact(F.gelu(x.double(), approximate="tanh"), weights[0])) <= 0.04
 
 
+def always(monkeypatch) -> None:
+    """Look ahead whatever the size."""
+    monkeypatch.setattr(w4a8, "AHEAD_ROWS", range(1, 1 << 20))
+    monkeypatch.setattr(w4a8, "AHEAD_ELEMENTS", 1)
+
+
 class Layers:
     """A chain of layers of several shapes, as a model has them."""
 
@@ -211,7 +217,7 @@ def test_looking_ahead_changes_no_bit(tokens, monkeypatch, looked_ahead):
         patch.setattr(w4a8, "AHEAD_ROWS", range(0))
         want = [layers(x) for x in xs]
     assert not looked_ahead
-    monkeypatch.setattr(w4a8, "AHEAD_ROWS", range(1, 1 << 20))
+    always(monkeypatch)
     other = Layers(seed=50)
     for _ in range(3):
         # Not synchronized in between: a race would show.
@@ -222,7 +228,7 @@ def test_looking_ahead_changes_no_bit(tokens, monkeypatch, looked_ahead):
 
 
 def test_looking_ahead_from_several_streams_changes_no_bit(monkeypatch, looked_ahead):
-    monkeypatch.setattr(w4a8, "AHEAD_ROWS", range(1, 1 << 20))
+    always(monkeypatch)
     layers, x = Layers(), make(512, 3072).bfloat16()
     want = layers(x)
     torch.cuda.synchronize()
@@ -236,7 +242,7 @@ def test_looking_ahead_from_several_streams_changes_no_bit(monkeypatch, looked_a
 
 
 def test_weight_written_to_between_passes_counts(monkeypatch, looked_ahead):
-    monkeypatch.setattr(w4a8, "AHEAD_ROWS", range(1, 1 << 20))
+    always(monkeypatch)
     layers, x = Layers(), make(512, 3072).bfloat16()
     for _ in range(3):
         before = layers(x)
@@ -248,7 +254,7 @@ def test_weight_written_to_between_passes_counts(monkeypatch, looked_ahead):
 
 
 def test_scratch_is_bounded_and_goes_with_the_model(monkeypatch):
-    monkeypatch.setattr(w4a8, "AHEAD_ROWS", range(1, 1 << 20))
+    always(monkeypatch)
     gc.collect()
     torch.cuda.synchronize()
     start = torch.cuda.memory_allocated()
