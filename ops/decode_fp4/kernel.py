@@ -181,8 +181,8 @@ def _largest(scale, rows, inside, words, count, WORDS: tl.constexpr, RAGGED: tl.
     In the highest byte of a word a scale is compared by comparing words. RAGGED: the last word of a
     row has scales that do not count. A NaN counts as the largest of all.
     """
-    first = load_words(scale, rows, inside, 0, words, CHUNK) & 0
-    best = (first.to(tl.uint32), first.to(tl.uint32), first.to(tl.uint32), first.to(tl.uint32))
+    none = tl.zeros((rows.shape[0], CHUNK), tl.uint32)
+    best = (none, none, none, none)
     for start in tl.static_range(0, WORDS, CHUNK):
         word = load_words(scale, rows, inside, start, words, CHUNK)
         if RAGGED:
@@ -210,8 +210,8 @@ def _row_scale(largest, GROUP: tl.constexpr):
         bits = (exponent << MANTISSA) | HALF
         inverse = (253 - exponent) << MANTISSA | THIRD
     else:
-        # No scale is below the smallest normal float32.
-        exponent = tl.maximum(largest, 7) - 6
+        # No scale is below the smallest normal float32; a NaN counts as the largest.
+        exponent = tl.minimum(tl.maximum(largest, 7), 254) - 6
         bits = exponent << MANTISSA
         inverse = (254 - exponent) << MANTISSA
     return bits.to(tl.float32, bitcast=True), inverse.to(tl.float32, bitcast=True)

@@ -14,6 +14,7 @@ E4M3_TINY = 2.0**-9
 # The largest power of two that times 6 is an E4M3 value: 6 · 2^6 = 384.
 MX_EXPONENT = 6
 E8M0_BIAS, E8M0_NAN = 127, 255
+NAN_COUNTS_AS = {NVFP4_GROUP: 480.0, MXFP4_GROUP: 2.0**127}
 
 
 def unswizzle(scale: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
@@ -40,7 +41,8 @@ def values(byte: torch.Tensor, group: int) -> torch.Tensor:
 
 def row_scale(block: torch.Tensor, group: int) -> torch.Tensor:
     """Return the scale of E4M3 rows [N, 1] float32 for scales of blocks [N, K / group]."""
-    largest = torch.nan_to_num(block, nan=0.0).abs().amax(dim=1, keepdim=True)
+    # A NaN, which is the row's end, counts as the largest that its bits could be.
+    largest = torch.nan_to_num(block, nan=NAN_COUNTS_AS[group]).abs().amax(dim=1, keepdim=True)
     if group == MXFP4_GROUP:
         return largest.clamp_min(2.0 ** (7 - E8M0_BIAS)) * 2.0**-MX_EXPONENT
     mantissa, exponent = torch.frexp(largest.clamp_min(E4M3_TINY) / LARGEST)
