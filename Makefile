@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 OUT ?= demo
 PYTEST := $(BIN)/python -m pytest -m "not gpu and not slow"
-KERNEL_TESTS := tests/ops/test_aot.py tests/ops/attention/test_aot.py \
+KERNEL_TESTS := tests/ops/test_aot.py tests/ops/test_aot_fp4.py tests/ops/attention/test_aot.py \
 	tests/ops/attention/test_interpreted.py tests/ops/test_interpreted.py \
 	tests/ops/test_triton_versions.py tests/ops/attention_fp4
 

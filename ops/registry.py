@@ -32,7 +32,8 @@ class Needs:
     """What a backend needs to run. Empty fields ask for nothing.
 
     capability: the least one. measured: `auto` takes the backend from the first capability on,
-    below the second; elsewhere it runs when named. package: a module to import, dots allowed.
+    below the second; elsewhere it runs when named. few: `auto` takes it for few rows (True) or for
+    many (False) only. package: a module to import, dots allowed.
     package_min, package_max: the first and the last version of it that will do; (3, 9) is 3.9.1
     too. Where `auto` passes over a backend for its version alone, it says so once.
     """
@@ -41,6 +42,7 @@ class Needs:
     devices: frozenset[str] = frozenset()
     capability: tuple[int, int] | None = None
     measured: tuple[tuple[int, int], tuple[int, int]] | None = None
+    few: bool | None = None
     k_multiple: int = 1
     n_multiple: int = 1
     k_max: int | None = None
@@ -55,6 +57,7 @@ class Call:
     """What is known of a call before it runs: the weight's scheme and shape [N, K], the device.
 
     m: the bucket of its rows where `lowbit tune` measured the weight (`tuning.bucket_if_tuned`).
+    few: whether its rows are few, for operations that ask it (`Needs.few`).
     """
 
     scheme: str
@@ -62,6 +65,7 @@ class Call:
     n: int
     k: int
     m: int | None = None
+    few: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -115,7 +119,9 @@ def capability(device: torch.device) -> tuple[int, int] | None:
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else None
 
 
+# torch.compile, which sees through the cache, cannot trace an import, nor the search for one.
 @functools.cache
+@torch.compiler.assume_constant_result
 def _has_package(name: str) -> bool:
     parent = name.rpartition(".")[0]
     if parent and not _has_package(parent):
@@ -123,7 +129,6 @@ def _has_package(name: str) -> bool:
     return importlib.util.find_spec(name) is not None
 
 
-# torch.compile, which sees through the cache, cannot trace an import.
 @functools.cache
 @torch.compiler.assume_constant_result
 def _version(name: str) -> tuple[int, ...]:
@@ -179,6 +184,8 @@ def unmet(needs: Needs, call: Call) -> str | None:
 
 def _unmeasured(needs: Needs, call: Call) -> str | None:
     """Return why `auto` leaves a backend out that could run, or None."""
+    if needs.few is not None and needs.few != call.few:
+        return f"for {'few' if needs.few else 'many'} rows, runs when named"
     has = capability(call.device)
     if needs.measured is None or has is None or needs.measured[0] <= has < needs.measured[1]:
         return None

@@ -33,7 +33,10 @@ TRITON = ("triton", "triton-windows", "pytorch-triton")
 # Our sources that the speed of an operation depends on.
 SOURCES = {
     "scaled_mm": ("scaled_mm/kernel*.py", "scaled_mm/triton.py"),
-    "linear": ("linear/*.py", "quantize_rows/*.py", "scaled_mm/*.py"),
+    "linear": tuple(
+        f"{folder}/*.py"
+        for folder in ("linear", "quantize_rows", "scaled_mm", "decode_fp4", "fp4_mm")
+    ),
 }
 # Calls that are remembered; to look one up again costs microseconds.
 REMEMBERED = 4096
@@ -123,7 +126,9 @@ def source_hash(op: str) -> str:
     return digest.hexdigest()[:16]
 
 
+# torch.compile, which sees through the cache, cannot trace the reading of a file.
 @cached
+@torch.compiler.assume_constant_result
 def stored() -> tuple[tuple[Section, ...], str | None]:
     """Return the sections of the file, and why it cannot be used, which is logged, or None."""
     file = tuning_file.path()

@@ -27,7 +27,7 @@ INT4_MAJORS = {7, 8}
 # Backends that do the same whatever the scheme; {eight}: FP8 or INT8, as the GPU has it.
 BY_BACKEND = {
     "w4a16": "W4A16 on bf16 tensor cores",
-    "w4a8": "W4A8 on {eight} tensor cores",
+    "w4a8": "W4A8 on {eight} tensor cores, few tokens W4A16",
     "w4a4": "W4A4 on FP4 tensor cores",
 }
 BY_SCHEME = {

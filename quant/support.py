@@ -37,6 +37,9 @@ def _backend(fmt: Format, capability: tuple[int, int] | None) -> str:
 
 def _fits(needs: registry.Needs, scheme: str, capability: tuple[int, int] | None) -> bool:
     device = "cuda" if capability else "cpu"
+    # The table is of many tokens.
+    if needs.few:
+        return False
     if scheme not in needs.schemes or (needs.devices and device not in needs.devices):
         return False
     if capability is None:

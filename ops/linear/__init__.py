@@ -14,7 +14,16 @@ from comfy_kitchen.tensor import QuantizedTensor
 from .. import registry, tuning
 from ..quantize_rows import Prologue
 from ..scaled_mm.check import LOW_RANK
-from .activation import QuantizedActivation, fits, from_host, kind_of, quantize_activation
+from .activation import (
+    QuantizedActivation,
+    from_host,
+    kind_of,
+    kind_on,
+    quantize_activation,
+    takes,
+)
+from .arithmetic import backend_of, with_arithmetic
+from .four_bit import FEW_ROWS, GROUPS
 from .low_rank import LowRank, add_low_rank, add_product, stacked
 from .sharing import quantized_once, release, share
 
@@ -33,6 +42,7 @@ __all__ = [
     "release",
     "share",
     "stacked",
+    "with_arithmetic",
 ]
 
 
@@ -49,9 +59,10 @@ def linear(
 
     x: [..., K] float, any strides, never written to; or an activation that `quantize_activation`
     made for a weight of this kind. weight: [N, K] quantized. bias: [N] or None. backend: `auto`, or
-    the name of one that then runs or raises. input_act: "gelu_tanh" or None; done in the pass that
-    quantizes x, where there is one. low_rank: a term beside the weight, of the same act(x), which
-    is added while the result is still in registers where the backend can.
+    the name of one that then runs or raises; a weight may name one itself (`with_arithmetic`),
+    which `auto` follows. input_act: "gelu_tanh" or None; done in the pass that quantizes x, where
+    there is one. low_rank: a term beside the weight, of the same act(x), which is added while the
+    result is still in registers where the backend can.
     Raises ValueError when shapes or kinds do not fit, NoBackendError when no backend can run the
     call.
     """
@@ -60,7 +71,9 @@ def linear(
         raise ValueError(f"linear: input has {x.shape[-1]} features, weight [{n}, {k}] takes {k}")
     scheme, rows = weight.layout_cls.scheme, math.prod(x.shape[:-1])
     m = tuning.bucket_if_tuned(OP, scheme, x.device, n, k, rows)
-    chosen = registry.select(OP, registry.Call(scheme, x.device, n, k, m), backend)
+    few = rows <= FEW_ROWS if scheme in GROUPS else None
+    name = backend_of(weight) if backend == "auto" else backend
+    chosen = registry.select(OP, registry.Call(scheme, x.device, n, k, m, few), name)
     if isinstance(x, QuantizedTensor):
         x = from_host(x, weight)
     shape, dtype = (*x.shape[:-1], n), x.dtype
@@ -102,7 +115,7 @@ def _prepared(x: torch.Tensor, weight: QuantizedTensor, input_act: str | None, q
         return _plain(x, input_act)
     if input_act is not None:
         return quantize_activation(x, weight, prologue=Prologue(activation=input_act))
-    return quantized_once(x, kind_of(weight), lambda: quantize_activation(x, weight))
+    return quantized_once(x, kind_on(x.device, weight), lambda: quantize_activation(x, weight))
 
 
 def _check_act(x, weight: QuantizedTensor, input_act: str | None) -> None:
@@ -112,9 +125,10 @@ def _check_act(x, weight: QuantizedTensor, input_act: str | None) -> None:
             # Prologue says which are known.
             Prologue(activation=input_act).check(math.prod(x.shape[:-1]), x.shape[-1])
         return
-    kind = kind_of(weight)
-    if not fits(x.kind, kind):
-        raise ValueError(f"linear: the activation is {x.kind}, the weight multiplies {kind}")
+    if not takes(weight, x.kind):
+        raise ValueError(
+            f"linear: the activation is {x.kind}, the weight multiplies {kind_of(weight)}"
+        )
     if input_act is not None:
         raise ValueError("linear: input_act comes before the quantization of x; give it there")
 

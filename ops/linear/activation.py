@@ -7,6 +7,7 @@ from comfy_kitchen.tensor import QuantizedTensor
 
 from ..quantize_rows import NOTHING, ROTATION, Prologue, quantize_rows
 from ..quantize_rows.reference import prepare, rotate
+from .four_bit import GROUPS, has_fp8, rotation_of
 
 FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 
@@ -47,7 +48,7 @@ class QuantizedActivation:
 
 
 def kind_of(weight: QuantizedTensor) -> Kind | None:
-    """Return the kind of activation that `weight` multiplies in 8 bits, None for other formats."""
+    """Return the kind of activation that `weight` multiplies as stored, None for other formats."""
     stored, params = weight._qdata, weight._params
     if not weight.layout_cls.scheme.startswith(("int8_row", "fp8_")):
         return None
@@ -57,20 +58,47 @@ def kind_of(weight: QuantizedTensor) -> Kind | None:
     return Kind(dtype, rotation)
 
 
+def kind_on(device: torch.device, weight: QuantizedTensor) -> Kind | None:
+    """Return the kind of activation to quantize to for `weight` on `device`; None: to none.
+
+    A 4-bit weight is multiplied as FP8 where the GPU has it, else as INT8, rotated where K allows.
+    """
+    if weight.layout_cls.scheme not in GROUPS:
+        return kind_of(weight)
+    if has_fp8(device):
+        return Kind(torch.float8_e4m3fn, 0)
+    return Kind(torch.int8, rotation_of(tuple(weight.shape)))
+
+
+def takes(weight: QuantizedTensor, kind: Kind) -> bool:
+    """Return whether `weight` multiplies activations of `kind`: 4-bit weights do several."""
+    if weight.layout_cls.scheme not in GROUPS:
+        return fits(kind, kind_of(weight))
+    if kind.dtype == torch.int8:
+        return kind.rotation in (0, rotation_of(tuple(weight.shape)))
+    return kind.dtype in FP8 and not kind.rotation
+
+
 def quantize_activation(
     x: torch.Tensor,
     weight: QuantizedTensor,
     *,
+    kind: Kind | None = None,
     prologue: Prologue = NOTHING,
     input_scale: torch.Tensor | None = None,
     backend: str = "auto",
 ) -> QuantizedActivation:
     """Return x after `prologue`, quantized as `weight` multiplies it, for any number of `linear`.
 
-    x: [..., K] bf16, fp16 or fp32, never written to. prologue, input_scale, backend: as
-    `quantize_rows` has them. Raises ValueError when the weight's format takes no 8-bit activation.
+    x: [..., K] bf16, fp16 or fp32, never written to. kind: None, or one of those that a 4-bit
+    weight multiplies. prologue, input_scale, backend: as `quantize_rows` has them. Raises
+    ValueError when the weight's format takes no 8-bit activation, or none of `kind`.
     """
-    kind = kind_of(weight)
+    if kind is not None and not takes(weight, kind):
+        raise ValueError(
+            f"quantize_activation: weights of {weight.layout_cls.scheme} do not multiply {kind}"
+        )
+    kind = kind or kind_on(x.device, weight)
     if kind is None:
         raise ValueError(
             f"quantize_activation: weights of {weight.layout_cls.scheme} take no 8-bit activation; "

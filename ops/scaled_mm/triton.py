@@ -34,7 +34,8 @@ BLOCK_TABLE = {(8, 0): BLOCKS_MMA_SYNC, (9, 0): BLOCKS_HOPPER, (10, 0): BLOCKS_M
 
 
 @functools.cache
-def _processors(device: torch.device) -> int:
+def processors_of(device: torch.device) -> int:
+    """Return how many multiprocessors a GPU has."""
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
@@ -60,7 +61,7 @@ def run(
 ) -> torch.Tensor:
     """Return the product as `scaled_mm` describes it, cut as `tiles.py` says."""
     (m, k), n = a.shape, b.shape[0]
-    has, processors, integer = capability(a.device), _processors(a.device), a.dtype == torch.int8
+    has, processors, integer = capability(a.device), processors_of(a.device), a.dtype == torch.int8
     if granularity(a, b, scale_a, scale_b) == "block":
         tile = choose_for_blocks(has, m, n, k, integer)
     else:

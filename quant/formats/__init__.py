@@ -51,6 +51,7 @@ def from_marker(marker: Mapping[str, Any]) -> Format:
 def of(weight: QuantizedTensor) -> Format:
     """Return the format of a quantized weight of ours. Raises ValueError for other layouts."""
     for fmt in _formats().values():
-        if fmt.layout.__name__ == weight._layout_cls:
+        # A weight may have a layout of its own that extends the format's: `with_arithmetic`.
+        if issubclass(weight.layout_cls, fmt.layout):
             return fmt
     raise ValueError(f"layout {weight._layout_cls} is not one of this pack's formats")

@@ -40,12 +40,14 @@ def relative_error(got: torch.Tensor, want: torch.Tensor) -> float:
     return ((got.double() - want.double()).norm() / want.double().norm()).item()
 
 
-def measure(runs: Mapping[str, Callable[[], torch.Tensor]]) -> dict[str, Timing]:
-    """Return how long each of `runs` takes, the L2 cache cleared before every sample.
+def measure(
+    runs: Mapping[str, Callable[[], torch.Tensor]], clear_bytes: int = CLEAR_BYTES
+) -> dict[str, Timing]:
+    """Return how long each of `runs` takes, `clear_bytes` written before every sample.
 
     Samples are taken in turn: a GPU that slows down as it heats slows down for all.
     """
-    clear = torch.empty(CLEAR_BYTES // 4, dtype=torch.int32, device="cuda")
+    clear = torch.empty(clear_bytes // 4, dtype=torch.int32, device="cuda")
     slowest = max(statistics.median(times) for times in _samples(runs, clear, 3).values())
     count = int(min(max(SAMPLES_MS / slowest, MIN_SAMPLES), MAX_SAMPLES))
     timings = {}

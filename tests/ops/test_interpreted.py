@@ -1,4 +1,4 @@
-"""Runs `interpreted.py` in a process of its own: Triton reads TRITON_INTERPRET when it starts."""
+"""Kernels in the interpreter, in processes of their own: Triton reads the switch when it starts."""
 
 import os
 import subprocess
@@ -10,8 +10,9 @@ import pytest
 pytest.importorskip("triton", reason="Triton, which has the interpreter, is missing")
 
 
-def test_kernels_agree_with_the_reference_in_the_interpreter():
-    tests = Path(__file__).with_name("interpreted.py")
+@pytest.mark.parametrize("name", ["interpreted.py", "interpreted_fp4.py"])
+def test_kernels_agree_with_the_reference_in_the_interpreter(name):
+    tests = Path(__file__).with_name(name)
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-x", str(tests)],
         env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},

@@ -48,9 +48,9 @@ def test_nothing_runs_on_tensor_cores_on_a_cpu():
 @pytest.mark.parametrize(
     ("backend", "scheme", "capability", "words"),
     [
-        ("w4a8", "nvfp4", (9, 0), "W4A8 on FP8 tensor cores"),
-        ("w4a8", "mxfp4", (8, 9), "W4A8 on FP8 tensor cores"),
-        ("w4a8", "nvfp4", (8, 6), "W4A8 on INT8 tensor cores"),
+        ("w4a8", "nvfp4", (9, 0), "W4A8 on FP8 tensor cores, few tokens W4A16"),
+        ("w4a8", "mxfp4", (8, 9), "W4A8 on FP8 tensor cores, few tokens W4A16"),
+        ("w4a8", "nvfp4", (8, 6), "W4A8 on INT8 tensor cores, few tokens W4A16"),
         ("w4a16", "nvfp4", (8, 0), "W4A16 on bf16 tensor cores"),
         ("kitchen", "nvfp4", (10, 0), "W4A4 on FP4 tensor cores"),
         ("kitchen", "mxfp8", (12, 0), "W8A8 on MXFP8 tensor cores"),
@@ -90,4 +90,4 @@ def test_summary_follows_a_new_backend(monkeypatch):
     weight = formats.get("mxfp4").quantize(WEIGHT)
     # A shape that no other test asks for: choices are remembered.
     text = arithmetic.summary([weight], torch.device("cuda", 7))
-    assert text == "1 of mxfp4 weights, W4A8 on FP8 tensor cores"
+    assert text == "1 of mxfp4 weights, W4A8 on FP8 tensor cores, few tokens W4A16"

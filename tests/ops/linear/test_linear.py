@@ -9,6 +9,7 @@ from comfy_kitchen.tensor import QuantizedTensor
 
 from lowbit.ops import registry
 from lowbit.ops.linear import OP, linear
+from lowbit.ops.linear.four_bit import GROUPS
 from lowbit.quant import formats
 
 CPU = torch.device("cpu")
@@ -200,7 +201,7 @@ def test_reference_knows_every_scheme(fmt):
 
 
 def test_schemes_of_backends_are_those_of_formats():
-    schemes = {formats.get(name).layout.scheme for name in formats.names()}
+    schemes = {formats.get(name).layout.scheme for name in formats.names()} | set(GROUPS)
     for backend in registry.backends(OP):
         assert backend.needs.schemes <= schemes
 

@@ -1,0 +1,53 @@
+"""In which arithmetic a 4-bit weight is multiplied, where its owner wants to say so.
+
+The wish is part of the weight's layout, a subclass under a name of its own: whatever moves, copies,
+casts or quantizes the weight again (a LoRA that is merged, memory management) keeps the name of the
+layout, and with it the wish. What is stored, and saved, is the same.
+"""
+
+import functools
+
+from comfy_kitchen.tensor import QuantizedTensor, get_layout_class, register_layout_class
+
+from .four_bit import GROUPS
+
+AUTO = "auto"
+# The arithmetic's name -> the backend of `linear` that does it: weights of 4 bits with activations
+# of 16, of 8, or of 4 on tensor cores that have them.
+BACKENDS = {AUTO: AUTO, "w4a16": "w4a16", "w4a8": "w4a8", "native": "kitchen"}
+
+
+def with_arithmetic(weight: QuantizedTensor, arithmetic: str) -> QuantizedTensor:
+    """Return `weight`, on the same memory, to be multiplied in `arithmetic`, a key of BACKENDS.
+
+    Where that cannot run, `linear` raises NoBackendError with the reason. "auto" takes a wish back.
+    Raises ValueError for other names, and for a weight that has not 4 bits.
+    """
+    if arithmetic not in BACKENDS:
+        raise ValueError(f"arithmetic is {arithmetic!r}; {', '.join(BACKENDS)} are known")
+    layout = weight.layout_cls
+    if layout.scheme not in GROUPS:
+        raise ValueError(f"arithmetic is for {', '.join(GROUPS)} weights, not {layout.scheme}")
+    plain = getattr(layout, "plain_layout", weight._layout_cls)
+    name = plain if arithmetic == AUTO else _layout(plain, arithmetic)
+    return QuantizedTensor(weight._qdata, name, weight._params)
+
+
+def arithmetic_of(weight: QuantizedTensor) -> str:
+    """Return the arithmetic that was wished for a weight, "auto" where none was."""
+    return getattr(weight.layout_cls, "arithmetic", AUTO)
+
+
+def backend_of(weight: QuantizedTensor) -> str:
+    """Return the backend of `linear` that a weight asks for."""
+    return BACKENDS[arithmetic_of(weight)]
+
+
+@functools.cache
+def _layout(plain: str, arithmetic: str) -> str:
+    """Return the name of the layout `plain` with a wish, which is registered."""
+    base = get_layout_class(plain)
+    name = f"{plain}_{arithmetic}"
+    wish = {"arithmetic": arithmetic, "plain_layout": plain, "__doc__": base.__doc__}
+    register_layout_class(name, type(name, (base,), wish))
+    return name

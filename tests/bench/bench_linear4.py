@@ -1,0 +1,165 @@
+"""Linear layers with 4-bit weights: ours, the host's way (comfy-kitchen) and bf16, side by side.
+
+Run on a GPU: `python -m tests.bench.bench_linear4`. The weight's decoding and the activation's
+quantization are included everywhere. `--chain` times several layers that follow each other, with
+the next one's weight decoded ahead and without. Results go to docs/results/linear4.jsonl.
+"""
+
+import argparse
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from comfy_kitchen.tensor import QuantizedTensor
+
+from lowbit.ops.linear import linear, w4a8
+from lowbit.ops.linear.four_bit import GROUPS
+from lowbit.quant import formats
+from tests.bench import bench_linear, runner
+
+RESULTS = "linear4"
+WAYS = ("w4a8", "w4a16")
+# Wan 5B's widths are measured for 8 bits; here are those of the goals.
+LEFT_OUT = "wan 5B"
+HOST = "host nvfp4"
+# Twice the error of a 4-bit weight.
+MAX_ERROR = 0.25
+CHAIN_LAYERS = 8
+CHAIN_TOKENS = (128, 512, 1024, 2048, 4224, 7145, 32760)
+# With few tokens the host takes longer than the GPU: this gives it a start of milliseconds.
+CHAIN_CLEAR_BYTES = 1 << 34
+CHAIN_SHAPES = ((3072, 3072), (12288, 3072), (3072, 12288), (5120, 5120))
+
+
+def shapes() -> Iterator[tuple[str, int, int, int]]:
+    """Yield (name, M, N, K) of the layers of real models, then of a few tokens."""
+    return (shape for shape in bench_linear.shapes() if not shape[0].startswith(LEFT_OUT))
+
+
+def runs(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> Iterator[tuple[str, object]]:
+    """Yield (name, function) of each way to run the layer: bf16, the host's, then ours."""
+    yield "bf16", lambda: F.linear(x, weight, bias)
+    for name in formats.names():
+        fmt = formats.get(name)
+        if fmt.layout.scheme not in GROUPS:
+            continue
+        packed = fmt.quantize(weight)
+        if name == "nvfp4":
+            theirs = QuantizedTensor(packed._qdata, fmt.layout.kitchen_layout, packed._params)
+            yield HOST, lambda w=theirs: F.linear(x, w, bias)
+        for way in WAYS:
+            yield f"{way} {name}", lambda w=packed, way=way: linear(x, w, bias, way)
+
+
+def bench(m: int, n: int, k: int) -> dict[str, dict]:
+    """Return, by name of the way to run it, times, errors and rate of a layer [n, k], m tokens.
+
+    error: against float64 with the weight that was quantized; error_weight: with the 4-bit one.
+    """
+    generator = torch.Generator("cuda").manual_seed(0)
+    x = torch.randn(m, k, generator=generator, device="cuda").bfloat16()
+    x[:, :: bench_linear.OUTLIERS] *= 10
+    weight = (torch.randn(n, k, generator=generator, device="cuda") * 0.02).bfloat16()
+    bias = torch.randn(n, generator=generator, device="cuda").bfloat16()
+    rows = x[: bench_linear.CHECKED_ROWS].double()
+    plain = F.linear(rows, weight.double(), bias.double())
+    ways, errors = dict(runs(x, weight, bias)), {}
+    for name, run in ways.items():
+        got, four = run()[: len(rows)], plain
+        if name != "bf16":
+            packed = formats.get(name.split()[-1]).quantize(weight).dequantize()
+            four = F.linear(rows, packed.double(), bias.double())
+        errors[name] = {
+            "error": runner.relative_error(got, plain),
+            "error_weight": runner.relative_error(got, four),
+        }
+        # Not `>`, which NaN would pass.
+        if not errors[name]["error"] <= MAX_ERROR:
+            raise RuntimeError(f"{name} errs by {errors[name]} at {m}x{n}x{k}: not timed")
+    return {
+        name: {
+            **vars(timing),
+            **errors[name],
+            "tflops": 2 * m * n * k / timing.median_ms / 1e9,
+        }
+        for name, timing in runner.measure(ways).items()
+    }
+
+
+def row(name: str, m: int, n: int, k: int, results: dict[str, dict]) -> str:
+    """Return the table's line: each way's microseconds, rate and error, ours with its ratios."""
+    bf16, host = results["bf16"]["median_ms"], results[HOST]["median_ms"]
+    cells = [f"{name} {m}x{n}x{k}"]
+    for way, result in results.items():
+        ms = result["median_ms"]
+        cells.append(
+            f"{way} {ms * 1e3:.0f} us, {result['tflops']:.0f}, err {result['error']:.4f} "
+            f"({result['error_weight']:.4f}), {bf16 / ms:.2f}x bf16, {host / ms:.2f}x host"
+        )
+    return "| " + " | ".join(cells) + " |"
+
+
+def chain(m: int, n: int, k: int) -> dict[str, dict]:
+    """Return the times of CHAIN_LAYERS layers that follow each other, per layer."""
+    x = torch.randn(m, k, device="cuda").bfloat16()
+    plain = [(torch.randn(n, k, device="cuda") * 0.02).bfloat16() for _ in range(CHAIN_LAYERS)]
+    packed = [formats.get("nvfp4").quantize(weight) for weight in plain]
+    theirs = [QuantizedTensor(w._qdata, "TensorCoreNVFP4Layout", w._params) for w in packed]
+
+    def ours(rows: range):
+        def run():
+            w4a8.AHEAD_ROWS, w4a8.AHEAD_ELEMENTS = rows, 1
+            for weight in packed:
+                linear(x, weight, None, "w4a8")
+
+        return run
+
+    ways = {
+        "bf16": lambda: [F.linear(x, weight) for weight in plain],
+        HOST: lambda: [F.linear(x, weight) for weight in theirs],
+        "w4a8": ours(range(0)),
+        "w4a8 ahead": ours(range(1 << 20)),
+    }
+    before = w4a8.AHEAD_ROWS, w4a8.AHEAD_ELEMENTS
+    try:
+        measured = runner.measure(ways, CHAIN_CLEAR_BYTES)
+    finally:
+        w4a8.AHEAD_ROWS, w4a8.AHEAD_ELEMENTS = before
+    return {
+        name: {key: value / CHAIN_LAYERS for key, value in vars(timing).items()}
+        for name, timing in measured.items()
+    }
+
+
+def run_chains() -> None:
+    """Time every chain, print a line of each, append the results."""
+    for n, k in CHAIN_SHAPES:
+        for m in CHAIN_TOKENS:
+            results = chain(m, n, k)
+            times = [
+                f"{name} {result['median_ms'] * 1e3:.1f} us" for name, result in results.items()
+            ]
+            print(f"| chain {m}x{n}x{k} | " + " | ".join(times) + " |", flush=True)
+            record = {"layer": f"{CHAIN_LAYERS} layers", "M": m, "N": n, "K": k, "results": results}
+            runner.append(RESULTS, record)
+
+
+@torch.inference_mode()
+def main() -> None:
+    """Time every shape, print the table, append the results."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--only", default="", help="only shapes whose name holds this")
+    parser.add_argument("--chain", action="store_true", help="layers that follow each other")
+    arguments = parser.parse_args()
+    if arguments.chain:
+        run_chains()
+        return
+    for name, m, n, k in shapes():
+        if arguments.only in name:
+            results = bench(m, n, k)
+            print(row(name, m, n, k, results), flush=True)
+            runner.append(RESULTS, {"layer": name, "M": m, "N": n, "K": k, "results": results})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,315 @@
+"""4-bit weights on the GPU: decoders bit for bit, products against float64, looking ahead."""
+
+import gc
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from lowbit.ops import registry, scratch
+from lowbit.ops.decode_fp4 import reference as decode_reference
+from lowbit.ops.decode_fp4 import triton as decode_triton
+from lowbit.ops.fp4_mm import fp4_mm
+from lowbit.ops.linear import linear, quantize_activation, release, share, w4a8, with_arithmetic
+from lowbit.ops.linear.activation import Kind
+from lowbit.ops.linear.four_bit import FEW_ROWS, GROUPS, four_bit
+from lowbit.quant import formats
+
+NAMES = [name for name in formats.names() if formats.get(name).layout.scheme in GROUPS]
+E4M3 = torch.float8_e4m3fn
+N, K = 1040, 1280
+KIND_ERROR = {Kind(E4M3, 0): 0.03, Kind(torch.int8, 256): 0.015}
+
+
+def make(*shape: int, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator("cuda").manual_seed(seed)
+    return torch.randn(shape, generator=generator, device="cuda")
+
+
+def error(got: torch.Tensor, want: torch.Tensor) -> float:
+    return ((got.double() - want.double()).norm() / want.double().norm()).item()
+
+
+def weight_of(name: str, n: int = N, k: int = K, seed: int = 1):
+    return formats.get(name).quantize(make(n, k, seed=seed) * 0.02)
+
+
+def exact(x, weight, bias=None) -> torch.Tensor:
+    bias = None if bias is None else bias.double()
+    return F.linear(x.double(), weight.dequantize().double(), bias)
+
+
+def raw(n: int, k: int, group: int):
+    """Random codes and scales, every one of them; padding is poisoned. MXFP4's in a narrow range"""
+    generator = torch.Generator("cuda").manual_seed(n + k)
+    columns = -(-k // group) * group
+    wide = -(-(columns // group) // 4)
+    shape = ((n, columns // 2), (-(-n // 128) * wide * 512,))
+    low, high = (0, 127) if group == 16 else (100, 140)
+    packed, scale = (
+        torch.randint(a, b, s, generator=generator, device="cuda").to(torch.uint8)
+        for a, b, s in zip((0, low), (256, high), shape, strict=True)
+    )
+    return packed, scale
+
+
+@pytest.mark.parametrize("group", [16, 32])
+@pytest.mark.parametrize(
+    ("n", "k"), [(1, 64), (5, 250), (128, 512), (300, 1088), (1040, 13824), (3072, 3072)]
+)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, E4M3])
+def test_decoder_is_the_reference_bit_for_bit(group, n, k, dtype):
+    tensor_scale = torch.tensor(0.37, device="cuda")
+    arguments = (*raw(n, k, group), tensor_scale, n, k, group, dtype)
+    got, rows = decode_triton.run(*arguments)
+    want, want_rows = decode_reference.run(*arguments)
+    as_bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32}[dtype.itemsize]
+    assert torch.equal(got.view(as_bits), want.view(as_bits))
+    assert (rows is None and want_rows is None) or torch.equal(rows, want_rows)
+
+
+@pytest.mark.parametrize("group", [16, 32])
+def test_scale_of_nan_is_nan(group):
+    packed, scale = raw(256, 512, group)
+    scale[:] = 0x38 if group == 16 else 127
+    scale[5] = 0x7F if group == 16 else 0xFF
+    for dtype in (torch.bfloat16, torch.float16, E4M3):
+        got, want = (
+            run.run(packed, scale, None, 256, 512, group, dtype)[0].float()
+            for run in (decode_triton, decode_reference)
+        )
+        assert torch.isnan(got).sum() == group
+        assert torch.equal(torch.isnan(got), torch.isnan(want))
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("tokens", [0, 1, 16, 17, 63, 64, 65, 128, 129, 512, 1000, 5000])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("biased", [True, False])
+def test_w4a16_is_float64_rounded_once(name, tokens, dtype, biased):
+    x, weight = make(tokens, K, seed=2).to(dtype), weight_of(name)
+    bias = make(N, seed=3).to(dtype) if biased else None
+    before = x.clone()
+    got = linear(x, weight, bias, "w4a16")
+    assert (got.shape, got.dtype) == ((tokens, N), dtype)
+    assert torch.equal(x, before)
+    if tokens:
+        want = exact(x, weight, bias)
+        # One rounding, and sums of K products in float32.
+        assert error(got, want) <= torch.finfo(dtype).eps / 3 + 4e-6
+        limit = torch.finfo(dtype).eps * want.abs() + 2e-5 * want.abs().max()
+        assert ((got.double() - want).abs() <= limit).all()
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("backend", ["w4a16", "w4a8"])
+@pytest.mark.parametrize(
+    ("n", "k"), [(5, 250), (17, 40), (1, 1), (13824, 5120), (3072, 13824), (129, 16384)]
+)
+def test_shape_of_the_weight_does_not_matter(name, backend, n, k):
+    weight = weight_of(name, n, k)
+    w = four_bit(weight)
+    held = [t for t in (w.packed, w.scale.view(torch.uint8), w.tensor_scale) if t is not None]
+    before = [t.clone() for t in held]
+    values = weight.dequantize().double()
+    for tokens in (3, 100, 300):
+        x = make(tokens, k, seed=2).bfloat16()
+        want = F.linear(x.double(), values)
+        got = linear(x, weight, backend=backend)
+        assert all(torch.equal(t, b) for t, b in zip(held, before, strict=True))
+        # A single product has the error of two E4M3 values at its worst.
+        bound = 0.004 if backend == "w4a16" else 0.13 if k == 1 else 0.034
+        assert error(got, want) <= bound
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("tokens", [1, 63, 512, 5000])
+@pytest.mark.parametrize("kind", KIND_ERROR, ids=str)
+def test_w4a8_errs_as_the_activation_and_the_new_weight_do(name, tokens, kind):
+    x, weight, bias = make(tokens, K, seed=2).bfloat16(), weight_of(name), make(N, seed=3)
+    got = linear(quantize_activation(x, weight, kind=kind), weight, bias, "w4a8")
+    assert error(got, exact(x, weight, bias)) <= KIND_ERROR[kind] + 2**-8
+    if kind.dtype == E4M3:
+        assert torch.equal(got, linear(x, weight, bias, "w4a8"))
+
+
+def test_strides_of_the_input_do_not_matter():
+    weight = weight_of("nvfp4")
+    for backend in ("w4a16", "w4a8"):
+        for tokens in (60, 600):
+            x = make(tokens, K, seed=2).bfloat16()
+            wide = torch.full((tokens, 2 * K), torch.nan, device="cuda", dtype=x.dtype)
+            wide[:, ::2] = x
+            tall = torch.full((3 * tokens, K + 8), torch.nan, device="cuda", dtype=x.dtype)
+            tall[::3, 3 : K + 3] = x
+            want = linear(x, weight, backend=backend)
+            for view in (wide[:, ::2], tall[::3, 3 : K + 3], x.t().contiguous().t()):
+                assert torch.equal(linear(view, weight, backend=backend), want)
+
+
+@pytest.mark.parametrize("backend", ["w4a16", "w4a8"])
+@pytest.mark.parametrize("tokens", [40, 700])
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_what_is_not_finite_shows_in_its_token_and_no_other(backend, tokens, bad):
+    x, weight = make(tokens, K, seed=2).bfloat16(), weight_of("nvfp4")
+    clean = linear(x, weight, backend=backend)
+    x[7, 300] = bad
+    got = linear(x, weight, backend=backend)
+    assert not torch.isfinite(got[7]).any()
+    got[7] = clean[7]
+    assert torch.equal(got, clean)
+
+
+@pytest.mark.skipif(
+    torch.cuda.is_available() and torch.cuda.get_device_capability()[0] != 9,
+    reason="auto takes them where they were measured, on Hopper",
+)
+def test_auto_goes_by_the_number_of_tokens_and_the_weights_wish():
+    weight = weight_of("nvfp4")
+    for tokens, name in ((FEW_ROWS, "w4a16"), (FEW_ROWS + 1, "w4a8")):
+        x = make(tokens, K).bfloat16()
+        assert torch.equal(F.linear(x, weight), linear(x, weight, backend=name))
+    wish = with_arithmetic(weight, "w4a16")
+    assert torch.equal(F.linear(x, wish), linear(x, weight, backend="w4a16"))
+    with pytest.raises(registry.NoBackendError, match="needs compute capability"):
+        F.linear(x, with_arithmetic(weight, "native"))
+
+
+def test_shared_and_fused_activations_are_those_of_each_alone():
+    x, weights = make(500, K).bfloat16(), [weight_of("nvfp4", seed=s) for s in range(3)]
+    alone = [linear(x, w) for w in weights]
+    share(x, 3)
+    for w, want in zip(weights, alone, strict=True):
+        assert torch.equal(linear(x, w), want)
+        release(x)
+    got = linear(x, weights[0], input_act="gelu_tanh")
+    assert error(got, exact(F.gelu(x.double(), approximate="tanh"), weights[0])) <= 0.04
+
+
+def always(monkeypatch) -> None:
+    """Look ahead whatever the size."""
+    monkeypatch.setattr(w4a8, "AHEAD_ROWS", range(1, 1 << 20))
+    monkeypatch.setattr(w4a8, "AHEAD_ELEMENTS", 1)
+
+
+class Layers:
+    """A chain of layers of several shapes, as a model has them."""
+
+    def __init__(self, seed: int = 0):
+        shapes = [(3072, 3072), (12288, 3072), (3072, 12288)] * 3
+        self.weights = [weight_of("nvfp4", *s, seed=seed + i) for i, s in enumerate(shapes)]
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        for weight in self.weights:
+            x = linear(x, weight, backend="w4a8")
+            x = x / x.float().square().mean().sqrt().to(x.dtype)
+        return x
+
+
+@pytest.fixture
+def looked_ahead(monkeypatch):
+    """Count what was found prepared."""
+    joined = []
+    join = scratch.Side.join
+    monkeypatch.setattr(
+        scratch.Side, "join", lambda side, tensors: joined.append(1) or join(side, tensors)
+    )
+    return joined
+
+
+@pytest.mark.parametrize("tokens", [100, 512, 3000])
+def test_looking_ahead_changes_no_bit(tokens, monkeypatch, looked_ahead):
+    layers, xs = Layers(), [make(tokens, 3072, seed=s).bfloat16() for s in range(6)]
+    with monkeypatch.context() as patch:
+        patch.setattr(w4a8, "AHEAD_ROWS", range(0))
+        want = [layers(x) for x in xs]
+    assert not looked_ahead
+    always(monkeypatch)
+    other = Layers(seed=50)
+    for _ in range(3):
+        # Not synchronized in between: a race would show.
+        got = [layers(x) for x in xs]
+        other(xs[0])
+        assert all(torch.equal(g, w) for g, w in zip(got, want, strict=True))
+    assert len(looked_ahead) > 8 * 15
+
+
+def test_looking_ahead_from_several_streams_changes_no_bit(monkeypatch, looked_ahead):
+    always(monkeypatch)
+    layers, x = Layers(), make(512, 3072).bfloat16()
+    want = layers(x)
+    torch.cuda.synchronize()
+    streams = [torch.cuda.Stream() for _ in range(2)]
+    for turn in range(6):
+        with torch.cuda.stream(streams[turn % 2]):
+            got = layers(x)
+        torch.cuda.synchronize()
+        assert torch.equal(got, want)
+    assert looked_ahead
+
+
+def test_weight_written_to_between_passes_counts(monkeypatch, looked_ahead):
+    always(monkeypatch)
+    layers, x = Layers(), make(512, 3072).bfloat16()
+    for _ in range(3):
+        before = layers(x)
+    new = Layers(seed=90)
+    for weight, other in zip(layers.weights, new.weights, strict=True):
+        weight.copy_(other)
+    got, want = layers(x), new(x)
+    assert torch.equal(got, want) and not torch.equal(got, before)
+
+
+def test_scratch_is_bounded_and_goes_with_the_model(monkeypatch):
+    always(monkeypatch)
+    gc.collect()
+    torch.cuda.synchronize()
+    start = torch.cuda.memory_allocated()
+    layers, x = Layers(), make(512, 3072).bfloat16()
+    with torch.inference_mode():
+        for _ in range(3):
+            layers(x)
+        torch.cuda.synchronize()
+        held = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        layers(x)
+        torch.cuda.synchronize()
+        peak = torch.cuda.max_memory_allocated() - held
+    largest = 12288 * 3072
+    # Two buffers, and activations: 512 tokens, [12288] at most, in 16 bits thrice and 8 once.
+    assert peak <= 2 * largest + 8 * 512 * 12288 + (1 << 20)
+    del layers, x
+    gc.collect()
+    torch.cuda.synchronize()
+    assert torch.cuda.memory_allocated() <= start + (1 << 20)
+
+
+@pytest.mark.parametrize("backend", ["w4a16", "w4a8"])
+@pytest.mark.parametrize("tokens", [16, 512])
+def test_products_can_be_captured_in_a_graph(backend, tokens):
+    x, weight = make(tokens, K, seed=2).bfloat16(), weight_of("nvfp4")
+    want = linear(x, weight, backend=backend)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = linear(x, weight, backend=backend)
+    got.fill_(torch.nan)
+    graph.replay()
+    assert torch.equal(got, want)
+    x.copy_(make(tokens, K, seed=5))
+    graph.replay()
+    assert torch.equal(got, linear(x, weight, backend=backend))
+
+
+def test_compiled_products_are_one_graph():
+    x, weight = make(512, K, seed=2).bfloat16(), weight_of("nvfp4")
+    w = four_bit(weight)
+
+    def sixteen(x):
+        return fp4_mm(x, w.packed, w.scale, w.tensor_scale, w.shape, 16) * 2
+
+    def eight(x):
+        return linear(x, weight, backend="w4a8") * 2
+
+    for run in (sixteen, eight):
+        assert torch.equal(torch.compile(run, fullgraph=True)(x), run(x))

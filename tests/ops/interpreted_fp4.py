@@ -1,0 +1,85 @@
+"""The kernels of 4-bit weights in Triton's interpreter; `test_interpreted.py` runs this file.
+
+There, bytes are decoded by arithmetic: `test_aot_fp4.py` and the tests on a GPU see the PTX.
+"""
+
+import pytest
+import torch
+
+from lowbit.ops.decode_fp4 import reference as decode_reference
+from lowbit.ops.decode_fp4 import triton as decode_triton
+from lowbit.ops.fp4_mm import reference as mm_reference
+from lowbit.ops.fp4_mm import triton as mm_triton
+
+E4M3 = torch.float8_e4m3fn
+SHAPES = [(1, 64), (130, 1088)]
+
+
+def weight(n: int, k: int, group: int, seed: int = 0):
+    """(packed [N, K' / 2], swizzled scales of ordinary size, tensor scale); padding is poisoned."""
+    generator = torch.Generator().manual_seed(seed)
+    columns = -(-k // group) * group
+    packed = torch.randint(0, 256, (n, columns // 2), generator=generator, dtype=torch.uint8)
+    wide = -(-(columns // group) // 4)
+    low, high = (0x28, 0x70) if group == 16 else (117, 131)
+    scale = torch.randint(low, high, (-(-n // 128) * wide * 512,), generator=generator)
+    return packed, scale.to(torch.uint8), torch.tensor(0.37)
+
+
+@pytest.mark.parametrize("group", [16, 32])
+@pytest.mark.parametrize(("n", "k"), SHAPES)
+@pytest.mark.parametrize(
+    ("dtype", "short"), [(torch.float32, 0), (torch.float16, 5), (torch.bfloat16, 0), (E4M3, 5)]
+)
+def test_decoded_weight_is_that_of_the_reference(group, n, k, dtype, short):
+    """short: columns that are padding."""
+    arguments = (*weight(n, k, group), n, k - short, group, dtype)
+    got, rows = decode_triton.run(*arguments)
+    want, want_rows = decode_reference.run(*arguments)
+    assert (rows is None) == (want_rows is None) == (dtype != E4M3)
+    assert rows is None or torch.equal(rows, want_rows)
+    # In the interpreter an FP8 mantissa that rounds up does not carry into the exponent.
+    near = torch.isclose(got.float(), want.float(), rtol=2**-3 if dtype == E4M3 else 0, atol=0)
+    assert near.float().mean() > (0.95 if dtype == E4M3 else 0.9999999)
+    assert not got[:, k - short :].float().any()
+
+
+@pytest.mark.parametrize("group", [16, 32])
+def test_every_scale_is_that_of_the_reference(group):
+    packed = torch.arange(256, dtype=torch.uint8).repeat(256, 1)[:, :: 256 // group]
+    packed = packed.repeat(1, 1)[:, : group // 2].contiguous()
+    scale = torch.zeros(2, 32, 4, 4, dtype=torch.uint8)
+    byte = torch.arange(256, dtype=torch.uint8)
+    if group == 16:
+        byte &= 0x7F
+    scale[..., 0] = byte.reshape(2, 4, 32).transpose(1, 2)
+    arguments = (packed, scale.reshape(-1), None, 256, group, group, torch.float32)
+    got, want = decode_triton.run(*arguments)[0], decode_reference.run(*arguments)[0]
+    torch.testing.assert_close(got, want, rtol=0, atol=0, equal_nan=True)
+    got, want = (run.run(*arguments[:-1], E4M3)[1] for run in (decode_triton, decode_reference))
+    assert torch.equal(got, want)
+
+
+TILES = [
+    mm_triton.Tile(16, 16, 128, splits=1),
+    mm_triton.Tile(16, 32, 256, splits=1),
+    mm_triton.Tile(32, 16, 128, splits=3),
+]
+
+
+@pytest.mark.parametrize("group", [16, 32])
+@pytest.mark.parametrize("tile", TILES, ids=str)
+@pytest.mark.parametrize(
+    ("m", "n", "k", "biased"), [(1, 48, 64, True), (37, 20, 448, False), (16, 130, 320, True)]
+)
+def test_product_is_that_of_the_reference(group, tile, m, n, k, biased):
+    packed, scale, tensor_scale = weight(n, k, group)
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(m, k, generator=generator).half()
+    bias = torch.randn(n, generator=generator) if biased else None
+    given = tensor_scale * 1e-3 if biased else None
+    got = mm_triton.run_tile(x, packed, scale, given, n, group, bias, tile)
+    want = mm_reference.run(x, packed, scale, given, bias, n, group)
+    # Sums of K terms in float32, some as large as the largest result.
+    bound = 2**-10 * want.abs().max().item()
+    torch.testing.assert_close(got, want, rtol=2**-10, atol=bound)
