@@ -14,7 +14,6 @@ import torch
 
 from ..ops import registry, tuning, tuning_file
 from ..ops.linear import OP
-from ..ops.linear.four_bit import has_fp8
 from ..ops.scaled_mm import OP as PRODUCT
 from . import formats
 
@@ -31,11 +30,6 @@ REFERENCE = "reference"
 EAGER = "eager"
 KITCHEN = "kitchen"
 # Generations whose INT4 tensor cores comfy-kitchen uses; on later ones it unpacks INT4 to INT8.
-# What a 4-bit weight's backends really do, without FP8 tensor cores and with them.
-FOUR_BIT = {
-    "w4a8": ("W4A8 on INT8 tensor cores", "W4A8 on FP8 tensor cores; few tokens: W4A16"),
-    "w4a16": ("W4A16 on 16-bit tensor cores",) * 2,
-}
 INT4_SCHEME = "convrot_w4a4"
 INT4_MAJORS = {7, 8}
 
@@ -195,8 +189,6 @@ def _arithmetic(backend: str, call: registry.Call, kitchen) -> tuple[str, bool]:
     kernels = [b.name for b in kitchen if b.reason is None and b.name != EAGER]
     if backend == KITCHEN and not kernels:
         return "emulated: comfy-kitchen has no kernels here", True
-    if backend in FOUR_BIT:
-        return FOUR_BIT[backend][has_fp8(call.device)], False
     if call.scheme == INT4_SCHEME and registry.capability(call.device)[0] not in INT4_MAJORS:
         return "on INT8 tensor cores, in 4-bit numbers", False
     return "on tensor cores", False
