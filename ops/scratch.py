@@ -11,6 +11,7 @@ first layer of a pass is not prepared either, for weights may be written to betw
 """
 
 import functools
+import operator
 import weakref
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
@@ -60,7 +61,7 @@ class Ahead:
         self._pass = 0
         # References to layers, which their tensors hold.
         self._last: weakref.ref | None = None
-        self._ready: tuple[weakref.ref, Hashable, Tensors] | None = None
+        self._ready: tuple[weakref.ref, Tensors] | None = None
 
     def take(
         self, sources: tuple[torch.Tensor | None, ...], form: Hashable, prepare: Prepare
@@ -71,18 +72,22 @@ class Ahead:
         """
         layer = self._learn(sources, form, prepare)
         ready, self._ready = self._ready, None
-        if ready is None or ready[0]() is not layer or ready[1] != form:
+        if ready is None or ready[0]() is not layer:
             return prepare(*sources)
-        return self._side.join(ready[2])
+        return self._side.join(ready[1])
 
     def _learn(self, sources, form: Hashable, prepare: Prepare) -> _Layer:
         layer = getattr(sources[0], ATTRIBUTE, None)
         if layer is None:
             layer = _Layer()
             setattr(sources[0], ATTRIBUTE, layer)
-        if layer.form != form or layer.alive() is None:
+        known = layer.alive() or ()
+        same = len(known) == len(sources) and all(map(operator.is_, known, sources))
+        if layer.form != form or not same:
             layer.sources = tuple(None if s is None else weakref.ref(s) for s in sources)
             layer.prepare, layer.form = prepare, form
+            # What may be prepared is of other tensors.
+            self._ready = None
         last = self._last() if self._last else None
         if layer.last_pass == self._pass or last is None:
             # A layer that comes again begins a pass.
@@ -106,7 +111,7 @@ class Ahead:
         if sources is None:
             return
         owner = weakref.ref(layer, self._drop)
-        self._ready = (owner, layer.form, self._side.run(lambda: layer.prepare(*sources)))
+        self._ready = (owner, self._side.run(lambda: layer.prepare(*sources)))
 
     def _drop(self, owner: weakref.ref) -> None:
         """Let go of what was prepared for a layer that is gone."""

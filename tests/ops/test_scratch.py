@@ -105,13 +105,33 @@ def test_nothing_of_a_model_is_kept_alive(side, layers):
         a_pass(ahead, layers)
     (got,) = ahead.take((layers[0], None), "fp8", plus_one)
     ahead.go_on()
-    prepared = weakref.ref(ahead._ready[2][0])
+    prepared = weakref.ref(ahead._ready[1][0])
     gone = [weakref.ref(layer) for layer in layers]
     del got
     layers.clear()
     gc.collect()
     assert [ref() for ref in gone] == [None] * 4
     assert prepared() is None and ahead._ready is None
+
+
+def test_another_scale_of_the_same_weight_counts(side, layers):
+    ahead = Ahead(side)
+    scales = [torch.tensor(1.0) for _ in layers]
+
+    def scaled(x, scale):
+        return (x + scale,)
+
+    def one_pass(scales):
+        for layer, scale in zip(layers, scales, strict=True):
+            (got,) = ahead.take((layer, scale), "fp8", scaled)
+            assert got == layer + scale
+            ahead.go_on()
+
+    for _ in range(2):
+        one_pass(scales)
+    # The old ones are still there.
+    one_pass([torch.tensor(2.0) for _ in layers])
+    assert all(scale == 1 for scale in scales)
 
 
 def test_a_copy_of_a_weight_is_another_layer(side, layers):
