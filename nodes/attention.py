@@ -4,7 +4,7 @@ from ..ops.attention import router
 from ..ops.attention.guard import FIRST_CALL, GUARDS
 from ..ops.registry import NoBackendError
 from . import host
-from .attention_override import LAYERS, Override, forget_graphs
+from .attention_override import ALL, LAYERS, Override, forget_graphs
 from .inputs import CATEGORY, part_of_sampling
 
 MODES = (
@@ -50,7 +50,7 @@ class LowBitAttention:
             "required": {
                 "model": ("MODEL", {"tooltip": "The model; it is not changed."}),
                 "mode": (list(MODES), {"default": "auto", "tooltip": mode}),
-                "layers": (list(LAYERS), {"default": "self", "tooltip": layers, "advanced": True}),
+                "layers": (list(LAYERS), {"default": ALL, "tooltip": layers, "advanced": True}),
                 "blocks": ("STRING", {"default": "", "tooltip": blocks, "advanced": True}),
                 "start_percent": part_of_sampling(0.0, start),
                 "end_percent": part_of_sampling(1.0, end),

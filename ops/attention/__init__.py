@@ -87,11 +87,16 @@ def _run(q, k, v, mask, mode, causal, scale, return_lse, backend, rotate, norm, 
         return out.zero_(), lse.fill_(-torch.inf)
     if mask is not None:
         mask = mask.expand(*q.shape[:3], k.shape[2])
-    prologue = Prologue(norm or None, *steps)
-    prologue = NOTHING if prologue.does_nothing else prologue
+    prologue = _prologue(norm, *steps)
     wanted = lse if return_lse else None
     run(out, wanted, q, k, v, MODES[mode], mask, causal, scale, prologue, rotate)
     return out, lse
+
+
+def _prologue(norm, eps, q_weight, k_weight, first, cos, sin) -> Prologue:
+    if not norm and q_weight is None and k_weight is None and cos is None:
+        return NOTHING
+    return Prologue(norm or None, eps, q_weight, k_weight, first, cos, sin)
 
 
 def _empty(q, k, v, mask, mode, causal, scale, return_lse, backend, *steps):

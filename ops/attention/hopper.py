@@ -45,10 +45,10 @@ class Params(ctypes.Structure):
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("q", "k", "v", "q_scale", "k_scale", "v_scale")),
-        *((name, ctypes.c_void_p) for name in ("v_offset", "q_bound", "k_bound")),
-        *((name, ctypes.c_void_p) for name in ("bias", "out", "lse")),
-        *((name, ctypes.c_longlong) for name in ("out_b", "out_h", "out_l", "bias_b", "bias_h")),
+        *((name, ctypes.c_void_p) for name in ("v_offset", "q_bound", "k_bound", "out", "lse")),
+        *((name, ctypes.c_longlong) for name in ("out_b", "out_h", "out_l")),
         *((name, ctypes.c_int) for name in ("group", "rows", "keys", "tiles", "blocks")),
+        *(("bias", ctypes.c_void_p), ("bias_b", ctypes.c_longlong), ("bias_h", ctypes.c_longlong)),
     )
 
 
@@ -160,11 +160,12 @@ def run(out, lse, q, k, v, mode, mask, causal, scale, prologue=NOTHING, rotate=F
     tiles, blocks = ready.q.shape[1], ready.k.shape[1]
     tensors = (
         *(ready.q, ready.k, ready.v, ready.q_scale, ready.k_scale, ready.v_scale),
-        *(ready.v_offset, ready.q_bound, ready.k_bound, bias, out, lse),
+        *(ready.v_offset, ready.q_bound, ready.k_bound, out, lse),
     )
     pointers = (None if t is None else t.data_ptr() for t in tensors)
     sizes = (h // heads, length, keys, tiles, blocks)
-    params = Params(*pointers, *out.stride()[:3], *_strides(bias), *sizes)
+    added = (None if bias is None else bias.data_ptr(), *_strides(bias))
+    params = Params(*pointers, *out.stride()[:3], *sizes, *added)
     with torch.cuda.device(q.device):
         tensor_map = _map_of(v) if ready.v is None else _aligned_map()
         stream = torch.cuda.current_stream(q.device).cuda_stream

@@ -7,10 +7,14 @@ from dataclasses import dataclass
 import torch
 
 from ..launch import ALIGNMENT, alignment, launch
+from ..registry import capability
 from .modes import Mode
 from .prologue import NORMS, NOTHING, TOKEN, Prologue
 
 TILE = 128
+# Elements of Q of one program, of one warp: its threads exchange data without waiting for others.
+Q_ELEMENTS = 2048
+SM100 = 10
 # Keys that one program of the statistics adds up.
 CHUNK_KEYS = 512
 # Tokens whose norm over all heads one program takes.
@@ -27,21 +31,13 @@ def options(warps: int) -> dict[str, int]:
     return {"num_warps": warps, "enable_fp_fusion": False}
 
 
-def q_cut(plain: bool) -> tuple[int, int]:
-    """Return (rows, warps) of a program of Q.
+def k_warps(rotate: bool, has: tuple[int, int] | None) -> int:
+    """Return the warps of a program of 128 keys on a GPU of compute capability `has`.
 
-    plain: they are quantized only. A prologue and a rotation move data between threads, which those
-    of one warp do without waiting for others.
+    Four measured fastest on an H200, with a prologue too, though a hundred bytes a thread spill
+    then. Triton 3.6 cannot compile a rotation in 4 or 8 warps for SM100.
     """
-    return (64, 8) if plain else (16, 1)
-
-
-def k_warps(plain: bool) -> int:
-    """Return the warps of a program of 128 keys: as many as keep a tile in registers.
-
-    plain: they are quantized only, with no prologue and no rotation.
-    """
-    return 4 if plain else 16
+    return 16 if rotate and has is not None and has[0] == SM100 else 4
 
 
 @dataclass(frozen=True)
@@ -97,12 +93,12 @@ class Steps:
     numbers: tuple[int, float]
     constants: tuple[int, bool]
 
-    @property
+    @functools.cached_property
     def arguments(self) -> tuple:
         """Return the kernels' arguments, in their order."""
         return (*self.tensors, *self.numbers, *self.constants)
 
-    @property
+    @functools.cached_property
     def key(self) -> tuple:
         """Return what Triton's code depends on."""
         types = tuple(None if t is None else t.dtype for t in self.tensors)
@@ -218,13 +214,13 @@ def _queries(q, k_mean, steps, scale: float, heads: int, swizzled, shift, rotate
     shifts = _empty(q, b * h, length) if shift else None
     sizes = (h, h // heads, length, d, *q.stride(), tiles)
     arguments = (scale * LOG2E, *sizes, *steps.arguments)
-    rows, warps = q_cut(steps is NO_STEPS and not rotate)
+    rows = Q_ELEMENTS // w
     constants = (rotate, rows, w, swizzled, shift)
     launch(
         quantize_q_kernel,
         b * h * tiles * (TILE // rows),
         (q, k_mean, stored, scales, bound, shifts, *arguments, *constants),
-        options(warps),
+        options(1),
         (q.dtype, alignment(q), _key(*sizes), *steps.key, constants),
         q.device,
     )
@@ -247,7 +243,7 @@ def _keys(
         quantize_k_kernel,
         bh * blocks,
         (k, k_mean, stored, scale, bound, *sizes, *steps.arguments, *constants),
-        options(k_warps(steps is NO_STEPS and not rotate)),
+        options(k_warps(rotate, capability(k.device))),
         (k.dtype, alignment(k), _key(*sizes), *steps.key, constants),
         k.device,
     )

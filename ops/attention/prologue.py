@@ -33,11 +33,6 @@ class Prologue:
     cos: torch.Tensor | None = None
     sin: torch.Tensor | None = None
 
-    @property
-    def does_nothing(self) -> bool:
-        """Return whether no step is there."""
-        return not any(x is not None for x in (self.norm, self.q_weight, self.k_weight, self.cos))
-
     def weight(self, name: str) -> torch.Tensor | None:
         """Return the weight of "q" or "k"."""
         return self.q_weight if name == "q" else self.k_weight

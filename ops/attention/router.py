@@ -8,7 +8,7 @@ from .. import registry, tuning
 from ..custom_op import custom_op
 from ..registry import Call, NoBackendError
 from . import OP as ATTENTION
-from . import empty_out, guard, scheme, ways
+from . import empty_out, guard, kind_of, scheme, ways
 from .check import DTYPES
 from .guard import GUARDS, OFF
 from .table import AUTO
@@ -87,11 +87,11 @@ def choose(q, k, v, mode: str, mask=None, causal: bool = False, bits_min: int = 
     mode = known(mode)
     if mode != "auto":
         return mode
-    if mask is None and not causal and q.dtype in DTYPES and _alike(q, k, v):
-        tokens = min(q.shape[2], k.shape[2])
+    if q.dtype in DTYPES and _alike(q, k, v):
+        tokens, kind = min(q.shape[2], k.shape[2]), kind_of(mask, causal)
         for index, row in enumerate(AUTO):
-            takes = tokens >= row.tokens_min and bits(row.way) >= bits_min
-            if takes and _fits(index, q.device, _head_size(q)):
+            takes = tokens >= row.tokens_min and bits(row.way) >= bits_min and kind in row.kinds
+            if takes and _fits(index, q.device, _head_size(q), kind):
                 return row.way
     return SDPA
 
@@ -135,9 +135,9 @@ def _head_size(q: torch.Tensor) -> int:
 
 # A constant of the graph: torch.compile can trace neither the imports nor the self-tests.
 @torch.compiler.assume_constant_result
-def _fits(index: int, device: torch.device, head_size: int) -> bool:
+def _fits(index: int, device: torch.device, head_size: int, kind: str | None) -> bool:
     """Return whether a row of AUTO has this device and head size, and its kernel runs there."""
-    return _look_up(index, device, head_size)
+    return _look_up(index, device, head_size, kind)
 
 
 @torch.compiler.assume_constant_result
@@ -147,7 +147,7 @@ def _unmet(way: str, kind: str, device: torch.device, head_size: int) -> str | N
 
 
 @tuning.cached
-def _look_up(index: int, device: torch.device, head_size: int) -> bool:
+def _look_up(index: int, device: torch.device, head_size: int, kind: str | None) -> bool:
     row, has = AUTO[index], registry.capability(device)
     if has is None or not row.capability[0] <= has < row.capability[1]:
         return False
@@ -157,7 +157,7 @@ def _look_up(index: int, device: torch.device, head_size: int) -> bool:
         # Both dtypes that `auto` takes have the same needs.
         return _reason(row.way, ways.named(DTYPES[0]), device, head_size) is None
     mode = row.way.removeprefix("lowbit_")
-    call = Call(scheme(mode, False), device, 0, head_size)
+    call = Call(scheme(mode, kind), device, 0, head_size)
     found = [b for b in registry.backends(ATTENTION) if b.name == row.backend]
     return any(registry.unmet(b.needs, call) is None for b in found)
 

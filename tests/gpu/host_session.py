@@ -95,7 +95,7 @@ def session(mode: str, base: str) -> dict:
         seen["capability"] = torch.cuda.get_device_capability()
         seen["attention"] = {}
         for mode in ("auto", "sdpa", "cudnn", "flash", "lowbit_exact", "lowbit_int8"):
-            # 1,280 tokens: long enough for auto.
+            # 1,280 tokens: long enough for auto to take cuDNN.
             (model,) = attention.set_attention(plain, mode, "self", "", 0.0, 1.0, "every_call")
             seen["attention"][mode] = difference(sample(model), want)
         seen["attention_plain_untouched"] = torch.equal(sample(plain), want)

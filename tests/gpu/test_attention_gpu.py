@@ -182,7 +182,9 @@ def test_rotation_takes_the_outliers_out_of_q_and_k(way):
         x[..., ::37] *= 5
     (plain, _), (want, _) = runs(way, q, k, v)
     (rotated, _), _ = runs(way, q, k, v, rotate=True)
-    assert error(rotated, want) <= 0.8 * error(plain, want)
+    # FP8 keeps the error of its P·V.
+    share = 0.95 if way["mode"] == "fp8" else 0.8
+    assert error(rotated, want) <= share * error(plain, want)
 
 
 def test_both_layouts_give_equal_results_and_strided_views_near_ones(way):

@@ -42,7 +42,7 @@ def test_defaults_are_those_of_the_best_choice():
     }
     assert defaults == {
         "mode": "auto",
-        "layers": "self",
+        "layers": "all",
         "blocks": "",
         "start_percent": 0.0,
         "end_percent": 1.0,

@@ -4,12 +4,12 @@
 __device__ __forceinline__ int q_head() { return blockIdx.z * gridDim.y + blockIdx.y; }
 __device__ __forceinline__ int kv_head(const Params& args) { return q_head() / args.group; }
 // Tiles of rows that see the most keys begin first.
-__device__ __forceinline__ int row_tile() {
+__device__ __forceinline__ u32 row_tile() {
     return CAUSAL ? gridDim.x - 1 - blockIdx.x : blockIdx.x;
 }
 // Tiles of keys that the rows see; of the last one some keys may be none, or later than a row.
 __device__ __forceinline__ int key_tiles(const Params& args) {
-    return CAUSAL ? min(args.blocks, row_tile() + 1) : args.blocks;
+    return CAUSAL ? min(args.blocks, int(row_tile()) + 1) : args.blocks;
 }
 
 struct Shared {
@@ -35,9 +35,8 @@ __device__ __forceinline__ void produce(const Params& args, const TensorMap* map
     barrier_expect(at.q_full, Q_BYTES);
     copy(at.q, args.q + (u64(bh) * args.tiles + row_tile()) * Q_BYTES, Q_BYTES, at.q_full);
     Ring ring;
-    int blocks = key_tiles(args);
-    for (int i = 0; i < blocks; ++i) {
-        int block = blocks - 1 - i;
+    for (int i = 0; i < key_tiles(args); ++i) {
+        int block = key_tiles(args) - 1 - i;
         u64 tile = u64(kv) * args.blocks + block;
         barrier_wait(at.k_empty + 8 * ring.stage, ring.phase ^ 1);
         u32 full = at.k_full + 8 * ring.stage;

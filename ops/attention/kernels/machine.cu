@@ -44,11 +44,12 @@ struct Params {
     const float* v_offset;   // [B·Hkv, 128], added after the sum; unused if exact
     const float* q_bound;  // [B·H, tiles · 128]: norm of the row, scaled
     const float* k_bound;  // [B·Hkv, blocks]: largest norm of a key, scaled
-    const float* bias;     // [blocks, 132]: of 128 keys, in log2 units; then 0 if all of them are 0
     void* out;
     float* lse;            // [B·H, Lq] natural logarithm, or null
-    long long out_b, out_h, out_l, bias_b, bias_h;
+    long long out_b, out_h, out_l;
     int group, rows, keys, tiles, blocks;
+    const float* bias;     // [blocks, 132]: of 128 keys, in log2 units; then 0 if all of them are 0
+    long long bias_b, bias_h;
 };
 
 constexpr int M = 128;

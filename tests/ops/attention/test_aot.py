@@ -137,14 +137,13 @@ def quantizers(steps: dict, arch: int, rotate: bool) -> list:
     swizzled = arch == HOPPER
     shared = {"WIDTH": 128, "SWIZZLED": swizzled, "D": 128}
     rotated = {**shared, **steps, "ROTATE": rotate}
-    plain = steps["NORM"] == 0 and not rotate
-    rows, q_warps = prepare_module.q_cut(plain)
-    q = {**rotated, "ROWS": rows, "SHIFT": True}
+    q = {**rotated, "ROWS": prepare_module.Q_ELEMENTS // 128, "SHIFT": True}
+    k_warps = prepare_module.k_warps(rotate, (arch // 10, arch % 10))
     k = {**rotated, "GROUPS": 4 if swizzled else 1}
     statistics = {"ROWS": prepare_module.CHUNK_KEYS, "WIDTH": 128, "RANGE": True, "D": 128}
     cases = [
-        (prepare.quantize_q_kernel, q, q_warps, "i8"),
-        (prepare.quantize_k_kernel, k, prepare_module.k_warps(plain), "i8"),
+        (prepare.quantize_q_kernel, q, 1, "i8"),
+        (prepare.quantize_k_kernel, k, k_warps, "i8"),
         (prepare.quantize_v_kernel, {**shared, "INTEGER": True}, 4, "i8"),
         (prepare.statistics_kernel, {**statistics, **steps}, 8, "i8"),
     ]
@@ -167,7 +166,9 @@ def test_quantizers_keep_a_tile_in_registers(arch, name, rotate, tmp_path):
             continue
         options = {"types": {"stored": f"*{stored}"}, **prepare_module.options(warps)}
         done = compiled(kernel, constants, arch, **options)
-        assert spilled_bytes(done, tmp_path) == 0
+        prologue_of_k = kernel is prepare.quantize_k_kernel and name != "none"
+        # More warps, which do not spill, were slower.
+        assert spilled_bytes(done, tmp_path) <= (160 if prologue_of_k else 0)
         assert done.metadata.shared <= SHARED_KIB[arch] * 1024
         assert re.search(r"ld.global\S*\.v4\.b32", done.asm["ptx"])
         # A cast from FP8 is what ptxas compiles wrongly.

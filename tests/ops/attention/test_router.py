@@ -57,19 +57,32 @@ def hopper(monkeypatch):
     monkeypatch.setattr(registry, "_has_package", lambda name: name != "sageattention")
 
 
-def test_auto_takes_the_measured_kernel_for_long_sequences(hopper):
-    q, k, v = on_gpu(*inputs(length=1024, keys=1024))
-    assert router.choose(q, k, v, "auto") == "lowbit_exact"
+@pytest.mark.parametrize(
+    ("tokens", "way"),
+    [(256, "cudnn"), (4095, "cudnn"), (4096, "lowbit_exact"), (16384, "lowbit_fp8")],
+)
+def test_auto_takes_what_was_measured_for_a_length(hopper, tokens, way):
+    q, k, v = on_gpu(*inputs(length=16384, keys=tokens))
+    assert router.choose(q, k, v, "auto") == way
+
+
+def test_auto_takes_a_mask_of_keys_but_no_other_to_the_kernel(hopper):
+    q, k, v = on_gpu(*inputs(length=16384, keys=16384))
+    of_keys, of_pairs = torch.ones(1, 1, 1, 16384), torch.ones(1, 1, 16384, 1).bool()
+    assert router.choose(q, k, v, "auto", of_keys) == "lowbit_exact"
+    assert router.choose(q, k, v, "auto", of_pairs) == "sdpa"
 
 
 @pytest.mark.parametrize(
     "change",
     [
-        {"length": 1023},
-        {"keys": 512},
+        {"length": 255},
+        {"keys": 77},
+        {"d": 64},
         {"d": 96},
+        {"d": 256},
         {"dtype": torch.float32},
-        {"mask": torch.ones(1024, 1024, dtype=torch.bool)},
+        {"mask": torch.ones(1, 1, 1024, 1024, dtype=torch.bool)},
         {"causal": True},
     ],
     ids=lambda change: next(iter(change)),
@@ -80,14 +93,8 @@ def test_auto_leaves_what_was_not_measured_to_torch(hopper, change):
     assert router.choose(q, k, v, "auto", **options) == "sdpa"
 
 
-@pytest.mark.parametrize("d", [64, 256])
-def test_auto_takes_cudnn_for_other_heads(hopper, d):
-    q, k, v = on_gpu(*inputs(length=1024, keys=1024, d=d))
-    assert router.choose(q, k, v, "auto") == "cudnn"
-
-
 def test_auto_takes_cudnn_where_8_bits_are_not_wanted(hopper):
-    q, k, v = on_gpu(*inputs(length=1024, keys=1024))
+    q, k, v = on_gpu(*inputs(length=8192, keys=8192))
     assert router.choose(q, k, v, "auto", bits_min=16) == "cudnn"
 
 
@@ -96,7 +103,7 @@ def test_auto_takes_cudnn_where_the_kernel_cannot_run(hopper, monkeypatch):
         return "NVRTC is missing" if test.__module__.endswith("hopper") else None
 
     monkeypatch.setattr(registry, "_self_test", only_cudnn)
-    q, k, v = on_gpu(*inputs(length=1024, keys=1024))
+    q, k, v = on_gpu(*inputs(length=8192, keys=8192))
     assert router.choose(q, k, v, "auto") == "cudnn"
 
 
