@@ -6,16 +6,15 @@ the router does not take, and what the user did not mean, goes to that function 
 
 import itertools
 import logging
-import re
 from dataclasses import dataclass, field
 
 import torch
 
 from ..ops.attention import router
+from ..ops.attention.blocks import LAYERS, parse_blocks
 
 logger = logging.getLogger(__name__)
 
-LAYERS = ("self", "cross", "all")
 # What the host's functions take. A call with anything else is theirs.
 POSITIONAL = ("heads", "mask", "attn_precision", "skip_reshape", "skip_output_reshape")
 KNOWN = {
@@ -29,7 +28,6 @@ KNOWN = {
 # The host's sigmas are float32 from a table, the limits float64 from a formula: a step that begins
 # exactly at a limit belongs to what comes after it.
 SAME_SIGMA = 1 + 1e-5
-_RANGE = re.compile(r"(\d+)(?:-(\d*))?")
 _keys = itertools.count()
 
 
@@ -51,26 +49,6 @@ class Call:
     mask: torch.Tensor | None
     scale: float | None
     joined: bool
-
-
-def parse_blocks(text: str) -> tuple[range, ...] | None:
-    """Return the ranges that "0-2, 5" stands for, ends included; None, for all blocks, of "".
-
-    "38-" has no end. Raises ValueError for anything else, and for ends before their start.
-    """
-    if not text.strip():
-        return None
-    ranges = []
-    for part in text.split(","):
-        found = _RANGE.fullmatch("".join(part.split()))
-        if not found:
-            raise ValueError(f"blocks: {part.strip()!r} is neither a block nor a range like 0-2")
-        first, last = int(found[1]), found[2]
-        end = first if last is None else int(last or 2**31)
-        if end < first:
-            raise ValueError(f"blocks: {part.strip()} ends before it starts")
-        ranges.append(range(first, end + 1))
-    return tuple(ranges)
 
 
 def read_call(q, k, v, **options) -> Call | None:

@@ -22,7 +22,7 @@ from ..ops.attention import router
 from ..ops.linear import linear
 from ..ops.linear.activation import Kind, kind_of
 from ..ops.registry import NoBackendError
-from ..quant import convert, families, formats, recipe
+from ..quant import convert, families, formats, fusion, recipe
 from ..quant.checkpoint import Checkpoint, CheckpointWriter
 from ..quant.checkpoint.stored import (
     INPUT_SCALES,
@@ -33,7 +33,6 @@ from ..quant.checkpoint.stored import (
 )
 from ..quant.checkpoint.writer import ENTRY_BYTES
 from ..quant.record import RECORD_KEY, LayerRecord, decode, encode
-from . import fusion
 from .attention_override import Override
 from .inputs import AS_STORED
 

@@ -10,7 +10,21 @@ from collections.abc import Callable, Iterator, Mapping
 import torch
 
 from ..ops.linear import release, share
-from ..quant.families.base import Family, FeedForward
+from .families.base import Family, FeedForward
+
+
+def readers(
+    layers: Mapping[str, torch.nn.Module], family: Family
+) -> Iterator[list[torch.nn.Module]]:
+    """Yield the layers, two or more, that read the same tensor. layers: by the host's names."""
+    for group in family.shared_inputs:
+        for name in layers:
+            if not name.endswith(f".{group[0]}"):
+                continue
+            block = name.removesuffix(group[0])
+            found = [layers[block + part] for part in group if block + part in layers]
+            if len(found) > 1:
+                yield found
 
 
 def share_inputs(layers: Mapping[str, torch.nn.Module], family: Family) -> None:
@@ -18,16 +32,11 @@ def share_inputs(layers: Mapping[str, torch.nn.Module], family: Family) -> None:
 
     layers: by name, all of our own.
     """
-    for group in family.shared_inputs:
-        for name in layers:
-            if not name.endswith(f".{group[0]}"):
-                continue
-            block = name.removesuffix(group[0])
-            readers = [layers[block + part] for part in group if block + part in layers]
-            for layer in readers if len(readers) > 1 else ():
-                before = functools.partial(_announce, len(readers))
-                layer.register_forward_pre_hook(before, with_kwargs=True)
-                layer.register_forward_hook(_end, with_kwargs=True, always_call=True)
+    for group in readers(layers, family):
+        for layer in group:
+            before = functools.partial(_announce, len(group))
+            layer.register_forward_pre_hook(before, with_kwargs=True)
+            layer.register_forward_hook(_end, with_kwargs=True, always_call=True)
 
 
 def _announce(readers: int, module: torch.nn.Module, args: tuple, kwargs: dict) -> None:
