@@ -63,7 +63,6 @@ def test_lowered_graph_computes_the_same(model, run, mode):
     assert (got - want).norm() <= 4 * torch.finfo(torch.bfloat16).eps * want.norm()
 
 
-# Qwen-Image's tables of positions are kept by `lru_cache`, which breaks diffusers' own graph.
 @only_wan
 def test_whole_model_is_one_graph(model, run):
     prepared(model, "int8_convrot", "lowbit_exact")
