@@ -1,4 +1,4 @@
-"""The only module that knows ComfyUI.
+"""The module that knows ComfyUI, with `clones.py`.
 
 Files are read by this pack's own streaming reader and handed to the host's loader in the host's own
 layout of tensors; afterwards each quantized weight is shown under our layout. A model from another
@@ -33,6 +33,7 @@ from ..quant.checkpoint.stored import (
 )
 from ..quant.checkpoint.writer import ENTRY_BYTES
 from ..quant.record import RECORD_KEY, LayerRecord, decode, encode
+from . import clones
 from .attention_override import Override
 from .inputs import AS_STORED
 
@@ -217,6 +218,11 @@ def _fuse(patcher, clone, layers: dict[str, torch.nn.Module]) -> None:
         fused = fusion.fused(plain, record, _run_after_gelu)
         if fused is not plain:
             clone.add_object_patch(f"{ROOT}.{name}", fused)
+    clones.watch(clone, _again)
+
+
+def _again(module) -> torch.nn.Module:
+    return _replacement(module, formats.of(module.weight), module.weight, scales_too=True)
 
 
 def _run_after_gelu(module, x: torch.Tensor) -> torch.Tensor:
@@ -357,10 +363,7 @@ def _replacement(module, fmt, weight: QuantizedTensor, scales_too: bool) -> torc
 
     scales_too: with the scales of its input as well, which belong to the stored bits.
     """
-    import comfy.ops
-
-    operations = comfy.ops.mixed_precision_ops(compute_dtype=weight.dtype)
-    new = operations.Linear(
+    new = clones.operations(weight.dtype).Linear(
         module.in_features, module.out_features, bias=False, device="meta", dtype=weight.dtype
     )
     if module.bias is not None:

@@ -12,6 +12,8 @@ import torch
 from ..ops.linear import release, share
 from .families.base import Family, FeedForward
 
+HOOK = "lowbit_shared_input"
+
 
 def readers(
     layers: Mapping[str, torch.nn.Module], family: Family
@@ -34,9 +36,28 @@ def share_inputs(layers: Mapping[str, torch.nn.Module], family: Family) -> None:
     """
     for group in readers(layers, family):
         for layer in group:
-            before = functools.partial(_announce, len(group))
-            layer.register_forward_pre_hook(before, with_kwargs=True)
-            layer.register_forward_hook(_end, with_kwargs=True, always_call=True)
+            _hook(layer, _announcer(len(group)))
+
+
+def _hook(layer: torch.nn.Module, before: Callable) -> None:
+    # torch numbers hooks through, and torch.compile would compile every block for its numbers:
+    # these have one name in all.
+    layer._forward_pre_hooks[HOOK] = before
+    layer._forward_pre_hooks_with_kwargs[HOOK] = True
+    layer._forward_hooks[HOOK] = _end
+    layer._forward_hooks_with_kwargs[HOOK] = True
+    layer._forward_hooks_always_called[HOOK] = True
+
+
+def share_as(layer: torch.nn.Module, other: torch.nn.Module) -> None:
+    """Let `other` share its input as `layer` does, if it does."""
+    if HOOK in layer._forward_pre_hooks:
+        _hook(other, layer._forward_pre_hooks[HOOK])
+
+
+@functools.cache
+def _announcer(readers: int) -> Callable:
+    return functools.partial(_announce, readers)
 
 
 def _announce(readers: int, module: torch.nn.Module, args: tuple, kwargs: dict) -> None:
@@ -77,9 +98,18 @@ def fused(plain: torch.nn.Module, record: FeedForward, run: Callable) -> torch.n
     activations = [m.approximate for m in plain.modules() if hasattr(m, "approximate")]
     if isinstance(plain, FusedFeedForward) or activations != ["tanh"]:
         return plain
+    return _fused(plain, (record.first, record.second, run))
+
+
+def moved(other: FusedFeedForward, plain: torch.nn.Module) -> torch.nn.Module:
+    """Return `plain` fused as `other` is; itself where it is fused already."""
+    return plain if isinstance(plain, FusedFeedForward) else _fused(plain, other._fusion)
+
+
+def _fused(plain: torch.nn.Module, fusion: tuple[str, str, Callable]) -> torch.nn.Module:
     copy = object.__new__(_fused_class(type(plain)))
     copy.__dict__ = dict(plain.__dict__)
-    copy.__dict__["_fusion"] = (record.first, record.second, run)
+    copy.__dict__["_fusion"] = fusion
     return copy
 
 
