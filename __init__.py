@@ -2,13 +2,20 @@
 
 WEB_DIRECTORY = "./web"
 
-__all__ = ["NODE_CLASS_MAPPINGS", "NODE_DISPLAY_NAME_MAPPINGS", "WEB_DIRECTORY"]
+# For models in Python, diffusers' among them.
+MODEL = ("layer_records", "load_model", "quantize_model", "save_model", "set_attention")
+
+__all__ = ["NODE_CLASS_MAPPINGS", "NODE_DISPLAY_NAME_MAPPINGS", "WEB_DIRECTORY", *MODEL]
 
 
 def __getattr__(name: str):
-    """Return the mappings of nodes when ComfyUI asks: `lowbit --help` is not to import torch."""
+    """Return what is asked for when it is asked for: `lowbit --help` is not to import torch."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name in MODEL:
+        from .quant import model
+
+        return getattr(model, name)
     from . import nodes
 
     return getattr(nodes, name)

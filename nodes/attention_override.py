@@ -6,13 +6,13 @@ the router does not take, and what the user did not mean, goes to that function 
 
 import itertools
 import logging
-import re
 import sys
 from dataclasses import dataclass, field
 
 import torch
 
 from ..ops.attention import router
+from ..ops.attention.blocks import parse_blocks
 from ..ops.attention.guard import FIRST_CALL, GUARDS
 
 logger = logging.getLogger(__name__)
@@ -34,7 +34,6 @@ SAME_SIGMA = 1 + 1e-5
 # Modes of 4 bits leave out one step of so many, rounded up, at either end. That the first and the
 # last steps want more is SageAttention 3's advice; how many of them, nobody measured.
 EDGE = 10
-_RANGE = re.compile(r"(\d+)(?:-(\d*))?")
 _keys = itertools.count()
 
 
@@ -66,26 +65,6 @@ class Call:
 # The run of the model that each override is in, by its key. Compiled graphs ask here: the host's
 # TorchCompileModel lets them forget to look at transformer options again.
 _running: dict[str, Forward] = {}
-
-
-def parse_blocks(text: str) -> tuple[range, ...] | None:
-    """Return the ranges that "0-2, 5" stands for, ends included; None, for all blocks, of "".
-
-    "38-" has no end. Raises ValueError for anything else, and for ends before their start.
-    """
-    if not text.strip():
-        return None
-    ranges = []
-    for part in text.split(","):
-        found = _RANGE.fullmatch("".join(part.split()))
-        if not found:
-            raise ValueError(f"blocks: {part.strip()!r} is neither a block nor a range like 0-2")
-        first, last = int(found[1]), found[2]
-        end = first if last is None else int(last or 2**31)
-        if end < first:
-            raise ValueError(f"blocks: {part.strip()} ends before it starts")
-        ranges.append(range(first, end + 1))
-    return tuple(ranges)
 
 
 def is_within(steps: tuple[float, float], sampling, sigmas: torch.Tensor | None) -> bool:

@@ -1,4 +1,4 @@
-"""The only module that knows ComfyUI.
+"""The module that knows ComfyUI, with `clones.py`.
 
 Files are read by this pack's own streaming reader and handed to the host's loader in the host's own
 layout of tensors; afterwards each quantized weight is shown under our layout. A model from another
@@ -21,7 +21,7 @@ from ..ops.attention import router
 from ..ops.linear import add_low_rank, linear
 from ..ops.linear.activation import Kind, kind_of
 from ..ops.registry import NoBackendError
-from ..quant import arithmetic, convert, families, formats, recipe
+from ..quant import arithmetic, convert, families, formats, fusion, recipe
 from ..quant.checkpoint import Checkpoint, CheckpointWriter, open_checkpoint
 from ..quant.checkpoint.stored import (
     INPUT_SCALES,
@@ -33,7 +33,7 @@ from ..quant.checkpoint.stored import (
 from ..quant.checkpoint.writer import ENTRY_BYTES
 from ..quant.memory import quantize_within_memory
 from ..quant.record import RECORD_KEY, LayerRecord, decode, encode
-from . import fusion, stand_in
+from . import clones, stand_in
 from .attention_override import Override
 from .inputs import AS_STORED
 from .lora_terms import low_rank_of
@@ -214,6 +214,11 @@ def _fuse(patcher, clone, layers: dict[str, torch.nn.Module]) -> None:
         fused = fusion.fused(plain, record, _run_after_gelu)
         if fused is not plain:
             clone.add_object_patch(f"{ROOT}.{name}", fused)
+    clones.watch(clone, _again)
+
+
+def _again(module) -> torch.nn.Module:
+    return _replacement(module, formats.of(module.weight), module.weight, scales_too=True)
 
 
 def _log(patcher, layers: dict[str, torch.nn.Module]) -> None:
@@ -365,10 +370,7 @@ def _replacement(module, fmt, weight: QuantizedTensor, scales_too: bool) -> torc
 
     scales_too: with the scales of its input as well, which belong to the stored bits.
     """
-    import comfy.ops
-
-    operations = comfy.ops.mixed_precision_ops(compute_dtype=weight.dtype)
-    new = operations.Linear(
+    new = clones.operations(weight.dtype).Linear(
         module.in_features, module.out_features, bias=False, device="meta", dtype=weight.dtype
     )
     if module.bias is not None:

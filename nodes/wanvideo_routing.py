@@ -17,9 +17,10 @@ from types import FunctionType
 import torch
 
 from ..ops.attention import router
+from ..ops.attention.blocks import parse_blocks
 from ..ops.registry import NoBackendError
 from . import wanvideo_model
-from .attention_override import IMAGE_CROSS, Call, Override, parse_blocks
+from .attention_override import IMAGE_CROSS, Call, Override
 from .wanvideo_model import TRANSFORMER
 
 # The name under which that pack's layers look for their attention.

@@ -11,9 +11,9 @@ from collections.abc import Iterator, Mapping
 import torch
 from comfy_kitchen.tensor import QuantizedTensor
 
-from ..quant import families, formats, recipe
+from ..quant import families, formats, fusion, recipe
 from ..quant.checkpoint.stored import FP8_DTYPES, StoredLayer, logical_shapes, stored_layers
-from . import fusion, host, wanvideo_model
+from . import host, wanvideo_model
 from .inputs import AS_STORED
 from .wanvideo_linear import SideBranches, stand_in
 from .wanvideo_model import COMPILED, TRANSFORMER
@@ -192,7 +192,7 @@ def _dtype(name: str, stored: torch.dtype, base: torch.dtype) -> torch.dtype:
 
 
 def _fuse(transformer, ours: Mapping[str, torch.nn.Module], model: families.Recognised) -> None:
-    for readers in fusion.shared_inputs(ours, model.family):
+    for readers in fusion.readers(ours, model.family):
         for layer in readers:
             layer.readers = len(readers)
     for name, record in fusion.feed_forwards(ours, model.family):

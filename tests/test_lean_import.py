@@ -20,7 +20,7 @@ assert not new & set({optional}), f"imported: {{sorted(new & set({optional}))}}"
 
 
 def test_import_starts_no_gpu_and_needs_no_optional_package():
-    modules = ["lowbit", "lowbit.quant.quantize_file", "lowbit.ops.linear"]
+    modules = ["lowbit", "lowbit.quant.quantize_file", "lowbit.quant.model"]
     code = CHECK.format(modules=modules, optional=OPTIONAL)
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False

@@ -5,12 +5,14 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from lowbit import NODE_CLASS_MAPPINGS
+from lowbit import NODE_CLASS_MAPPINGS, layer_records
 from lowbit.quant import support
+from lowbit.quant.demo.models import MODELS
 from lowbit.quant.quantize_file import quantize_file
 from tests.bench import table
 from tests.checkpoints import write_wan
@@ -51,8 +53,24 @@ def test_make_targets_exist():
     assert set(re.findall(r"^make (\w+)$", README, re.M)) <= targets
 
 
+def examples() -> list[str]:
+    return re.findall(r"```python\n(.*?)```", README, re.S)
+
+
+def test_example_of_diffusers_runs(tmp_path, monkeypatch):
+    pytest.importorskip("diffusers", reason="diffusers is not installed")
+    monkeypatch.chdir(tmp_path)
+    before = MODELS[0].build()
+    pipe = SimpleNamespace(transformer=before)
+    exec(examples()[0], {"pipe": pipe})
+    assert type(pipe.transformer) is type(before) and pipe.transformer is not before
+    records = {r.name: r.format for r in layer_records(pipe.transformer)}
+    assert records == {r.name: r.format for r in layer_records(before)}
+    assert "int8_convrot" in records.values()
+
+
 def test_python_example_runs_and_leaves_the_model_as_it_was():
-    (code,) = re.findall(r"```python\n(.*?)```", README, re.S)
+    code = examples()[1]
     model = torch.nn.Sequential(torch.nn.Linear(32, 32), torch.nn.Linear(32, 5)).bfloat16()
     weight = model.requires_grad_(False)[0].weight.to(torch.float8_e4m3fn)
     model[0].weight = torch.nn.Parameter(weight, requires_grad=False)

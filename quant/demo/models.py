@@ -52,14 +52,14 @@ class SmallModel:
 
 
 def _wan_velocity(model, latent, sigma, text):
-    time = torch.full((BATCH,), sigma * WAN_TIMESTEPS)
+    time = torch.full((BATCH,), sigma * WAN_TIMESTEPS, device=latent.device)
     return model(latent, timestep=time, encoder_hidden_states=text, return_dict=False)[0]
 
 
 def _qwen_velocity(model, latent, sigma, text):
     return model(
         latent,
-        timestep=torch.full((BATCH,), sigma),
+        timestep=torch.full((BATCH,), sigma, device=latent.device),
         encoder_hidden_states=text,
         img_shapes=[[QWEN_GRID]] * BATCH,
         return_dict=False,

@@ -144,6 +144,11 @@ class Family:
         number = key[match.end() :].partition(".")[0]
         return (match.group(), int(number)) if number.isdecimal() else None
 
+    def block_number(self, key: str) -> int | None:
+        """The number of the block of a main stack that `key` lies in, or None outside."""
+        place = self._place(key)
+        return None if place is None else place[1]
+
     def count_blocks(self, keys: Iterable[str]) -> int:
         """How many blocks the longest main stack has, numbered from 0 without a gap."""
         stacks: dict[str, set[int]] = {}

@@ -116,7 +116,35 @@ def session(mode: str, base: str) -> dict:
             row["same_after_saving"] = torch.equal(sample(again), second)
             seen["formats"][name] = row
             del loaded, quantized, again
+        seen["compiled"] = compiled(host, str(path), plain)
     return seen
+
+
+def compiled(host, path: str, plain) -> dict:
+    """Return what the host's own node for torch.compile makes of a loaded and a quantized model."""
+    import torch
+    import torch._dynamo as dynamo
+    from comfy_extras.nodes_torch_compile import TorchCompileModel
+
+    rows = {}
+    makers = {
+        "loaded": lambda name: host.load_model(path, name, "auto"),
+        "quantized": lambda name: host.quantize_model(plain, name),
+    }
+    for name in ("int8_convrot", "fp8_e4m3", "nvfp4"):
+        for by, make in makers.items():
+            model = make(name)
+            want = sample(model)
+            dynamo.reset()
+            dynamo.utils.counters.clear()
+            got = sample(TorchCompileModel.execute(model, "inductor").result[0])
+            rows[f"{name} {by}"] = {
+                "error": difference(got, want),
+                "graphs": dynamo.utils.counters["stats"]["unique_graphs"],
+                "breaks": dict(dynamo.utils.counters["graph_break"]),
+                "untouched": torch.equal(sample(model), want),
+            }
+    return rows
 
 
 if __name__ == "__main__":

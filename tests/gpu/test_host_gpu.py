@@ -45,6 +45,18 @@ def test_model_is_quantized_undone_saved_and_patched(seen, name):
     assert 0.7 < row["lora_moves"] < 1.5
 
 
+@pytest.mark.parametrize("by", ["loaded", "quantized"])
+@pytest.mark.parametrize("name", ["int8_convrot", "fp8_e4m3", "nvfp4"])
+def test_compiled_model_is_one_graph_and_computes_the_same(seen, name, by):
+    row = seen["compiled"][f"{name} {by}"]
+    if seen["mode"] != "novram":
+        # Streamed weights may be copied between graphs.
+        assert (row["graphs"], row["breaks"]) == (1, {})
+    # Inductor rounds chains of 16-bit operations once, and quantizers then the other way.
+    assert row["error"] < 2 * formats.get(name).max_error
+    assert row["untouched"]
+
+
 @pytest.mark.parametrize("name", ["exact", "int8"])
 def test_attention_changes_its_own_branch_and_a_little(seen, name):
     assert 0 < seen["attention"][f"lowbit_{name}"] < 2 * MODES[name].max_error

@@ -10,7 +10,23 @@ from collections.abc import Callable, Iterator, Mapping
 import torch
 
 from ..ops.linear import release, share
-from ..quant.families.base import Family, FeedForward
+from .families.base import Family, FeedForward
+
+HOOK = "lowbit_shared_input"
+
+
+def readers(
+    layers: Mapping[str, torch.nn.Module], family: Family
+) -> Iterator[list[torch.nn.Module]]:
+    """Yield the layers, two or more, that read the same tensor. layers: by the host's names."""
+    for group in family.shared_inputs:
+        for name in layers:
+            if not name.endswith(f".{group[0]}"):
+                continue
+            block = name.removesuffix(group[0])
+            found = [layers[block + part] for part in group if block + part in layers]
+            if len(found) > 1:
+                yield found
 
 
 def share_inputs(layers: Mapping[str, torch.nn.Module], family: Family) -> None:
@@ -18,25 +34,30 @@ def share_inputs(layers: Mapping[str, torch.nn.Module], family: Family) -> None:
 
     layers: by name, all of our own.
     """
-    for readers in shared_inputs(layers, family):
-        for layer in readers:
-            before = functools.partial(_announce, len(readers))
-            layer.register_forward_pre_hook(before, with_kwargs=True)
-            layer.register_forward_hook(_end, with_kwargs=True, always_call=True)
+    for group in readers(layers, family):
+        for layer in group:
+            _hook(layer, _announcer(len(group)))
 
 
-def shared_inputs(
-    layers: Mapping[str, torch.nn.Module], family: Family
-) -> Iterator[list[torch.nn.Module]]:
-    """Yield the layers that read one tensor, two or more at a time."""
-    for group in family.shared_inputs:
-        for name in layers:
-            if not name.endswith(f".{group[0]}"):
-                continue
-            block = name.removesuffix(group[0])
-            readers = [layers[block + part] for part in group if block + part in layers]
-            if len(readers) > 1:
-                yield readers
+def _hook(layer: torch.nn.Module, before: Callable) -> None:
+    # torch numbers hooks through, and torch.compile would compile every block for its numbers:
+    # these have one name in all.
+    layer._forward_pre_hooks[HOOK] = before
+    layer._forward_pre_hooks_with_kwargs[HOOK] = True
+    layer._forward_hooks[HOOK] = _end
+    layer._forward_hooks_with_kwargs[HOOK] = True
+    layer._forward_hooks_always_called[HOOK] = True
+
+
+def share_as(layer: torch.nn.Module, other: torch.nn.Module) -> None:
+    """Let `other` share its input as `layer` does, if it does."""
+    if HOOK in layer._forward_pre_hooks:
+        _hook(other, layer._forward_pre_hooks[HOOK])
+
+
+@functools.cache
+def _announcer(readers: int) -> Callable:
+    return functools.partial(_announce, readers)
 
 
 def _announce(readers: int, module: torch.nn.Module, args: tuple, kwargs: dict) -> None:
@@ -77,9 +98,18 @@ def fused(plain: torch.nn.Module, record: FeedForward, run: Callable) -> torch.n
     activations = [m.approximate for m in plain.modules() if hasattr(m, "approximate")]
     if isinstance(plain, FusedFeedForward) or activations != ["tanh"]:
         return plain
+    return _fused(plain, (record.first, record.second, run))
+
+
+def moved(other: FusedFeedForward, plain: torch.nn.Module) -> torch.nn.Module:
+    """Return `plain` fused as `other` is; itself where it is fused already."""
+    return plain if isinstance(plain, FusedFeedForward) else _fused(plain, other._fusion)
+
+
+def _fused(plain: torch.nn.Module, fusion: tuple[str, str, Callable]) -> torch.nn.Module:
     copy = object.__new__(_fused_class(type(plain)))
     copy.__dict__ = dict(plain.__dict__)
-    copy.__dict__["_fusion"] = (record.first, record.second, run)
+    copy.__dict__["_fusion"] = fusion
     return copy
 
 

@@ -6,9 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from lowbit.nodes import fusion
 from lowbit.ops.linear import sharing
-from lowbit.quant import families
+from lowbit.quant import families, fusion
 from lowbit.quant.families.base import Family, FeedForward
 
 FAMILY = Family(

@@ -1,0 +1,136 @@
+"""Models quantized in Python on the GPU: diffusers' Wan and Qwen-Image, compiled and captured.
+
+A CUDA graph cannot be captured of what waits for the GPU: whatever is captured here never does.
+"""
+
+import copy
+
+import pytest
+import torch
+import torch._dynamo as dynamo
+
+import lowbit
+from lowbit.ops.attention import attention
+from lowbit.ops.attention.modes import MODES
+from lowbit.quant import formats
+from lowbit.quant.demo.models import BATCH, MODELS, TEXT_WIDTH, weights
+
+pytest.importorskip("diffusers", reason="diffusers is not installed")
+TEXT_TOKENS = 16
+BF16 = torch.bfloat16
+
+
+def error(got, want):
+    return ((got.float() - want.float()).norm() / want.float().norm()).item()
+
+
+@pytest.fixture(params=MODELS, ids=lambda small: small.name)
+def small(request):
+    return request.param
+
+
+@pytest.fixture
+def model(small):
+    built = small.build()
+    built.load_state_dict(weights(built, seed=0))
+    return built.to("cuda", BF16)
+
+
+@pytest.fixture
+def run(small):
+    generator = torch.Generator("cuda").manual_seed(0)
+    latent = torch.randn(small.latent_shape, generator=generator, device="cuda").to(BF16)
+    shape = (BATCH, TEXT_TOKENS, TEXT_WIDTH)
+    text = torch.randn(shape, generator=generator, device="cuda").to(BF16)
+
+    def once(model, sigma=0.5):
+        with torch.inference_mode():
+            return small.velocity(model, latent, sigma, text).clone()
+
+    return once
+
+
+@pytest.fixture(autouse=True)
+def strict():
+    dynamo.reset()
+    dynamo.utils.counters.clear()
+    with dynamo.config.patch(error_on_recompile=True):
+        yield
+    dynamo.reset()
+
+
+@pytest.mark.parametrize("name", formats.names())
+def test_quantized_model_follows_the_dense_one(model, run, name):
+    want = run(model)
+    with lowbit.quantize_model(model, name), lowbit.set_attention(model, "lowbit_exact"):
+        got = run(model)
+    # Four blocks, and activations as coarse as weights.
+    assert 0 < error(got, want) < 2**0.5 * 4 * formats.get(name).max_error
+    assert torch.equal(run(model), want)
+
+
+@pytest.mark.parametrize("name", formats.names())
+def test_compiled_blocks_are_one_graph_and_compute_the_same(model, run, name):
+    lowbit.quantize_model(model, name)
+    lowbit.set_attention(model, "lowbit_exact", layers="all")
+    want = run(model)
+    model.compile_repeated_blocks(fullgraph=True)
+    got = run(model)
+    run(model, 0.25)
+    assert dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    # Inductor rounds chains of bf16 operations once; quantizers may then round the other way.
+    assert error(got, want) < formats.get(name).max_error
+
+
+@pytest.mark.parametrize("name", formats.names())
+def test_cuda_graphs_of_compiled_blocks_compute_the_same(model, run, name):
+    lowbit.quantize_model(model, name)
+    lowbit.set_attention(model, "lowbit_exact", layers="all")
+    want = run(model)
+    model.compile_repeated_blocks(fullgraph=True, mode="reduce-overhead")
+    for _ in range(3):
+        torch.compiler.cudagraph_mark_step_begin()
+        got = run(model)
+    assert error(got, want) < formats.get(name).max_error
+
+
+def captured(function, *inputs):
+    """Return what a CUDA graph of `function` gives for `inputs`, captured on their copies."""
+    inside = [copy.deepcopy(x) for x in inputs]
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    # Kernels are compiled and choices made before.
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            function(*inside)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = function(*inside)
+    for buffer, x in zip(inside, inputs, strict=True):
+        buffer.copy_(x * 2)
+    graph.replay()
+    return out
+
+
+@pytest.mark.parametrize("rows", [7, 512])
+@pytest.mark.parametrize("name", formats.names())
+def test_layer_is_captured(name, rows):
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(512, 1024)).to("cuda", BF16).requires_grad_(False)
+    lowbit.quantize_model(model, name, recipe="none")
+    x = torch.randn(rows, 512, device="cuda", dtype=BF16)
+    with torch.inference_mode():
+        assert torch.equal(captured(model, x), model(x * 2))
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("mode", MODES)
+def test_attention_is_captured(mode, masked):
+    q, k, v = (torch.randn(1, 4, 300, 128, device="cuda", dtype=BF16) for _ in range(3))
+    mask = torch.rand(1, 1, 1, 300, device="cuda") > 0.3 if masked else None
+
+    def attend(q, k, v):
+        return attention(q, k, v, mode, mask=mask)
+
+    assert torch.equal(captured(attend, q, k, v), attend(q * 2, k * 2, v * 2))

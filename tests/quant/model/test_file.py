@@ -1,0 +1,168 @@
+"""Quantized models saved and loaded, and quantized while they are read."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import lowbit
+from lowbit.ops.linear.modules import LowBitLinear
+from lowbit.quant.checkpoint import Checkpoint, CheckpointError
+from lowbit.quant.model import file
+from lowbit.quant.quantize_file import quantize_file
+from tests.quant.model.conftest import every_format
+
+FORMAT = "int8_convrot"
+F32 = {"dtype": torch.float32}
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "model.safetensors"
+
+
+def summary(records):
+    return {r.name: (r.format, r.shape, r.error and f"{r.error:.4g}") for r in records}
+
+
+@every_format
+def test_model_saved_and_loaded_computes_the_same(model, run, path, name):
+    done = lowbit.quantize_model(model, name)
+    want = run(model)
+    lowbit.save_model(model, path)
+    loaded = lowbit.load_model(path, **F32)
+    assert torch.equal(run(loaded), want)
+    assert summary(lowbit.layer_records(loaded)) == summary(done.records)
+    assert type(loaded) is type(model) and not loaded.training
+
+
+def test_model_quantized_while_it_is_read_is_the_one_quantized_in_memory(model, run, tmp_path):
+    model.save_pretrained(tmp_path / "dense", max_shard_size="2MB")
+    assert len(list((tmp_path / "dense").glob("*.safetensors"))) > 1
+    lowbit.quantize_model(model, FORMAT, keep=[r"\.1\."])
+    seen = []
+    loaded = lowbit.load_model(
+        tmp_path / "dense",
+        format=FORMAT,
+        keep=[r"\.1\."],
+        progress=lambda *at: seen.append(at),
+        **F32,
+    )
+    assert torch.equal(run(loaded), run(model))
+    assert seen[-1][0] == seen[-1][1] == len(seen)
+
+
+def test_weights_are_not_made_before_they_are_read(small, model):
+    config = {**dict(model.config), "_class_name": small.class_name}
+    empty = file._build(config)
+    on_meta = sum(p.nbytes for p in empty.parameters() if p.is_meta)
+    assert on_meta > 0.95 * sum(p.nbytes for p in empty.parameters())
+    assert not any(b.is_meta for b in empty.buffers())
+
+
+def test_file_bears_the_names_of_the_host_and_is_what_the_command_line_writes(
+    small, model, path, tmp_path
+):
+    lowbit.quantize_model(model, FORMAT)
+    dense = {n: t.clone() for n, t in model.state_dict().items() if type(t) is torch.Tensor}
+    assert dense
+    lowbit.save_model(model, path)
+    found = lowbit.load_model(path, **F32)
+    found.to("cpu")
+    layer = {"wan": "blocks.0.self_attn.q"}.get(small.name, "transformer_blocks.0.attn.to_q")
+    written = Checkpoint(path)
+    assert {f"{layer}.{part}" for part in ("weight", "weight_scale", "comfy_quant", "bias")} <= set(
+        written
+    )
+    assert json.loads(written.metadata["_lowbit"])["family"] == small.name
+
+
+def test_file_of_the_command_line_loads(small, model, run, tmp_path, path):
+    save_file(model.state_dict(), tmp_path / "dense.safetensors")
+    quantize_file(tmp_path / "dense.safetensors", path, FORMAT)
+    lowbit.quantize_model(model, FORMAT)
+    want = run(model)
+    with pytest.raises(ValueError, match="no configuration"):
+        lowbit.load_model(path)
+    assert torch.equal(run(lowbit.load_model(path, small.build(), **F32)), want)
+
+
+def test_kept_in_float32_stays_so_and_the_rest_takes_the_dtype(small, model, run, path):
+    lowbit.quantize_model(model, FORMAT)
+    lowbit.save_model(model, path)
+    loaded = lowbit.load_model(path)
+    dtypes = {name: p.dtype for name, p in loaded.named_parameters()}
+    if small.name == "wan":
+        assert dtypes.pop("scale_shift_table") == torch.float32
+    exact = type(loaded)._keep_in_fp32_modules or ()
+    rest = {d for n, d in dtypes.items() if not set(n.split(".")) & set(exact)}
+    assert rest == {torch.bfloat16}
+    assert run(loaded, torch.bfloat16).dtype == torch.bfloat16
+
+
+def test_undone_and_dense_models_are_saved_too(model, run, path):
+    want = run(model)
+    lowbit.save_model(model, path)
+    assert torch.equal(run(lowbit.load_model(path, **F32)), want)
+
+
+def test_layer_that_asks_for_full_precision_is_dequantized(small, model, path, tmp_path):
+    lowbit.quantize_model(model, "fp8_e4m3")
+    lowbit.save_model(model, path)
+    tensors = load_file(path)
+    layer = {"wan": "blocks.0.self_attn.q"}.get(small.name, "transformer_blocks.0.attn.to_q")
+    marker = {"format": "float8_e4m3fn", "full_precision_matrix_mult": True}
+    tensors[f"{layer}.comfy_quant"] = file.marker_tensor(marker)
+    save_file(tensors, tmp_path / "full.safetensors")
+    loaded = lowbit.load_model(tmp_path / "full.safetensors", small.build(), **F32)
+    name = {"wan": "blocks.0.attn1.to_q"}.get(small.name, layer)
+    assert not isinstance(loaded.get_submodule(name), LowBitLinear)
+    want = model.get_submodule(name).weight.dequantize()
+    assert torch.equal(loaded.get_submodule(name).weight, want)
+
+
+def test_smoothed_layer_is_refused(small, model, path, tmp_path):
+    lowbit.quantize_model(model, FORMAT)
+    lowbit.save_model(model, path)
+    tensors = load_file(path)
+    layer = {"wan": "blocks.0.self_attn.q"}.get(small.name, "transformer_blocks.0.attn.to_q")
+    tensors[f"{layer}.pre_quant_scale"] = torch.ones(256)
+    save_file(tensors, tmp_path / "smoothed.safetensors")
+    with pytest.raises(CheckpointError, match="wants its input smoothed"):
+        lowbit.load_model(tmp_path / "smoothed.safetensors", small.build())
+
+
+def test_file_that_does_not_fit_is_refused_by_name(small, model, path, tmp_path):
+    lowbit.save_model(model, path)
+    tensors = load_file(path)
+    name = sorted(n for n in tensors if n.endswith("bias"))[0]
+    value = tensors.pop(name)
+    save_file(tensors, tmp_path / "less.safetensors")
+    with pytest.raises(CheckpointError, match=f"the file lacks .*{name}"):
+        lowbit.load_model(tmp_path / "less.safetensors", small.build())
+    save_file(tensors | {name: value[1:].clone()}, tmp_path / "other.safetensors")
+    with pytest.raises(CheckpointError, match=f"{name} is "):
+        lowbit.load_model(tmp_path / "other.safetensors", small.build())
+
+
+@pytest.mark.parametrize(
+    ("config", "match"),
+    [
+        ({"_class_name": "AutoencoderKLWan2"}, "has no model called"),
+        ({"_class_name": "WanPipeline"}, "has no model called"),
+        ({"_class_name": "__loader__"}, "has no model called"),
+    ],
+)
+def test_configurations_name_models_of_diffusers_only(config, match):
+    with pytest.raises(ValueError, match=match):
+        file._build(config)
+
+
+def test_existing_file_is_not_replaced_unasked(model, path):
+    lowbit.save_model(model, path)
+    with pytest.raises(CheckpointError, match="overwrite=True"):
+        lowbit.save_model(model, path)
+    lowbit.save_model(model, path, overwrite=True)
+    with pytest.raises(CheckpointError, match="must end with"):
+        lowbit.save_model(model, path.with_suffix(".bin"))
