@@ -7,7 +7,6 @@ and takes back itself.
 """
 
 import dataclasses
-import json
 import logging
 import os
 import uuid
@@ -20,9 +19,11 @@ from comfy_kitchen.tensor import QuantizedTensor
 from ..ops.attention import router
 from ..ops.linear import add_low_rank, linear
 from ..ops.linear.activation import Kind, kind_of
+from ..ops.linear.arithmetic import AUTO, arithmetic_of, with_arithmetic
+from ..ops.linear.four_bit import GROUPS
 from ..ops.registry import NoBackendError
 from ..quant import arithmetic, convert, families, formats, fusion, recipe
-from ..quant.checkpoint import Checkpoint, CheckpointWriter, open_checkpoint
+from ..quant.checkpoint import Checkpoint, open_checkpoint
 from ..quant.checkpoint.stored import (
     INPUT_SCALES,
     MARKER,
@@ -30,9 +31,8 @@ from ..quant.checkpoint.stored import (
     marker_tensor,
     stored_layers,
 )
-from ..quant.checkpoint.writer import ENTRY_BYTES
 from ..quant.memory import quantize_within_memory
-from ..quant.record import RECORD_KEY, LayerRecord, decode, encode
+from ..quant.record import LayerRecord, decode
 from . import clones, stand_in
 from .attention_override import Override
 from .inputs import AS_STORED
@@ -47,7 +47,7 @@ ROOT = "diffusion_model"
 ATTENTION = "optimized_attention_override"
 
 
-def load_model(path, format_name, recipe_name, keep=(), disable_dynamic=False):
+def load_model(path, format_name, recipe_name, keep=(), wish=AUTO, disable_dynamic=False):
     """Return a ModelPatcher for the checkpoint at `path`, quantized while it is read.
 
     Raises what `convert.plan` and `convert.stream` raise, and ValueError when the host does not
@@ -55,6 +55,7 @@ def load_model(path, format_name, recipe_name, keep=(), disable_dynamic=False):
     """
     import comfy.sd
 
+    arithmetic.check(format_name, wish, _device())
     checkpoint = open_checkpoint(path)
     if format_name == AS_STORED:
         state, records = _as_stored(checkpoint)
@@ -74,11 +75,12 @@ def load_model(path, format_name, recipe_name, keep=(), disable_dynamic=False):
     for name, module in _linears(patcher):
         fmt = formats_by_layer.get(name) or format_of(module)
         if fmt and not module._full_precision_mm_config:
-            _show(module, fmt, module.weight)
+            _show(module, fmt, module.weight, wish)
             ours[name] = module
     _fuse(patcher, patcher, ours)
-    _log(patcher, ours)
-    patcher.cached_patcher_init = (load_model, (path, format_name, recipe_name, tuple(keep)))
+    _log(patcher, ours, wish)
+    arguments = (path, format_name, recipe_name, tuple(keep), wish)
+    patcher.cached_patcher_init = (load_model, arguments)
     patcher.set_attachments(ATTACHMENT, list(records))
     return patcher
 
@@ -184,15 +186,21 @@ def _marker(module) -> dict:
     return {"format": module.quant_format, "convrot": getattr(params, "convrot", False)}
 
 
-def _show(module, fmt: formats.Format, weight: QuantizedTensor) -> None:
-    """Give a module, which nobody else holds, `weight` under our layout."""
+def _show(module, fmt: formats.Format, weight: QuantizedTensor, wish: str = AUTO) -> None:
+    """Give a module, which nobody else holds, `weight` under our layout.
+
+    wish: in which arithmetic 4 bits are multiplied; AUTO: the one that `weight` asks for already.
+    """
     import comfy.quant_ops
 
     payload = weight._qdata.view(fmt.storage)
     quantized = QuantizedTensor(payload, fmt.layout.__name__, weight._params)
+    if fmt.layout.scheme in GROUPS:
+        wish = arithmetic_of(weight) if wish == AUTO else wish
+        quantized = with_arithmetic(quantized, wish)
     module.weight = torch.nn.Parameter(quantized, requires_grad=False)
     module.quant_format = fmt.marker["format"]
-    module.layout_type = fmt.layout.__name__
+    module.layout_type = quantized._layout_cls
     # Where the host would quantize the activation itself, take it as it is: our layouts do that.
     host_format = comfy.quant_ops.QUANT_ALGOS.get(fmt.stand_in or module.quant_format, {})
     module._full_precision_mm = host_format.get("quantize_input", True) and not _is_static(module)
@@ -221,9 +229,14 @@ def _again(module) -> torch.nn.Module:
     return _replacement(module, formats.of(module.weight), module.weight, scales_too=True)
 
 
-def _log(patcher, layers: dict[str, torch.nn.Module]) -> None:
-    """Say, once for a model, by which arithmetic `layers`, our own, run on its device."""
-    weights = (module.weight for module in layers.values())
+def _log(patcher, layers: dict[str, torch.nn.Module], wish: str) -> None:
+    """Say, once for a model, by which arithmetic `layers`, our own, run on its device.
+
+    Raises ValueError where a wish is none of theirs, NoBackendError where it cannot run.
+    """
+    weights = [module.weight for module in layers.values()]
+    if wish != AUTO and not any(arithmetic_of(weight) == wish for weight in weights):
+        raise ValueError(f"arithmetic {wish}: the model has no layers of {', '.join(GROUPS)}")
     logger.info("LowBit layers: %s", arithmetic.summary(weights, patcher.load_device))
 
 
@@ -268,11 +281,13 @@ def _is_patched(module) -> bool:
     return bool(functions or hooks or forward or forced or smoothed)
 
 
-def quantize_model(patcher, format_name: str, recipe_name: str = recipe.AUTO, keep=()):
+def quantize_model(patcher, format_name, recipe_name=recipe.AUTO, keep=(), wish=AUTO):
     """Return a clone of `patcher` whose linear layers are quantized, by object patches.
 
-    Raises ValueError for unknown names and when nothing would be quantized.
+    wish: in which arithmetic 4 bits are multiplied. Raises ValueError for unknown names and when
+    nothing would be quantized, NoBackendError when the wish cannot run on the model's device.
     """
+    arithmetic.check(format_name, wish, patcher.load_device)
     modules = dict(_linears(patcher))
     chosen = _choose(modules, patcher, format_name, recipe_name, keep)
     if not any(choice.format for choice in chosen.values()):
@@ -290,7 +305,7 @@ def quantize_model(patcher, format_name: str, recipe_name: str = recipe.AUTO, ke
         choice = chosen[name]
         if choice.format:
             new, error = _quantized(patcher, name, module, choice.format, tick)
-            new_module = _replacement(module, choice.format, new, scales_too=error is None)
+            new_module = _replacement(module, choice.format, new, error is None, wish)
             clone.add_object_patch(f"{ROOT}.{name}", new_module)
             ours[name] = new_module
             error = known[name].error if error is None else error
@@ -301,7 +316,7 @@ def quantize_model(patcher, format_name: str, recipe_name: str = recipe.AUTO, ke
             known[name] = dataclasses.replace(known[name], reason=choice.reason)
         bar.update(1)
     _fuse(patcher, clone, ours)
-    _log(patcher, ours)
+    _log(patcher, ours, wish)
     # The clone's layers are others: without a new id the host would not load them.
     clone.patches_uuid = uuid.uuid4()
     clone.size = max(patcher.model_size() - saved, 1)
@@ -347,7 +362,10 @@ def _quantized(patcher, name, module, fmt, tick) -> tuple[QuantizedTensor, float
     """Return a module's weight in `fmt` and its error, None where its bits are kept."""
     weight = _base_weight(patcher, name, module)
     if format_of(module) is fmt:
-        return QuantizedTensor(weight._qdata, fmt.layout.__name__, weight._params), None
+        # A layout of its own may say in which arithmetic the weight is multiplied.
+        own = issubclass(weight.layout_cls, fmt.layout)
+        layout = weight._layout_cls if own else fmt.layout.__name__
+        return QuantizedTensor(weight._qdata, layout, weight._params), None
     home = weight.device
     if isinstance(weight, QuantizedTensor):
         weight = weight.dequantize()
@@ -365,7 +383,7 @@ def _quantized(patcher, name, module, fmt, tick) -> tuple[QuantizedTensor, float
     return new.to(device=home).to(dtype=dtype), error
 
 
-def _replacement(module, fmt, weight: QuantizedTensor, scales_too: bool) -> torch.nn.Module:
+def _replacement(module, fmt, weight, scales_too: bool, wish: str = AUTO) -> torch.nn.Module:
     """Return a Linear of the host's with `weight` and the bias of `module`.
 
     scales_too: with the scales of its input as well, which belong to the stored bits.
@@ -380,7 +398,7 @@ def _replacement(module, fmt, weight: QuantizedTensor, scales_too: bool) -> torc
         value = getattr(module, extra, None)
         if value is not None:
             new.register_parameter(extra, torch.nn.Parameter(value.detach(), requires_grad=False))
-    _show(new, fmt, weight)
+    _show(new, fmt, weight, wish)
     return new.eval()
 
 
@@ -413,76 +431,6 @@ def set_attention(patcher, override: Override):
     options[ATTENTION] = override
     clone.add_wrapper_with_key(WrappersMP.APPLY_MODEL, "lowbit_attention", override.forward)
     return clone
-
-
-def save_model(patcher, prefix: str, prompt=None, extra_pnginfo: dict | None = None) -> str:
-    """Write the diffusion model, patches merged, under the output folder and return the path."""
-    import comfy.cli_args
-    import comfy.model_management
-    import folder_paths
-
-    folder, name, counter, *_ = folder_paths.get_save_image_path(
-        prefix, folder_paths.get_output_directory()
-    )
-    path = os.path.join(folder, f"{name}_{counter:05}_.safetensors")
-    metadata = {RECORD_KEY: encode(_records_as_saved(patcher))}
-    if not comfy.cli_args.args.disable_metadata:
-        metadata |= {k: json.dumps(v) for k, v in (extra_pnginfo or {}).items()}
-        metadata |= {"prompt": json.dumps(prompt)} if prompt is not None else {}
-    comfy.model_management.load_models_gpu([patcher])
-    names = list(patcher.model.diffusion_model.state_dict())
-    # The host's own naming of the parts of a checkpoint; it looks at names only.
-    targets = patcher.model.model_config.process_unet_state_dict_for_saving({n: n for n in names})
-    targets = {source: target for target, source in targets.items()}
-    bar, tick = progress(len(names))
-    room = {
-        "names_bytes": sum(len(json.dumps(n)) + ENTRY_BYTES for n in targets.values()),
-        "metadata_bytes": len(json.dumps(metadata)),
-    }
-    with CheckpointWriter(path, **room) as writer:
-        for key, value in _patched_state(patcher):
-            tick()
-            writer.add(targets[key], value)
-            bar.update(1)
-        writer.finish(metadata)
-    logger.info("LowBit saved %s", path)
-    return path
-
-
-def _patched_state(patcher) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield (name, tensor) of the diffusion model of a loaded patcher, patches merged, one by one.
-
-    The host's own `state_dict_for_saving` fails on integer payloads of layers that are not resident
-    (it makes them Parameters that want gradients), and merges a patch twice where it keeps small
-    layers resident.
-    """
-    state = patcher.model.diffusion_model.state_dict()
-    merged: dict[str, torch.Tensor] = {}
-    for name, value in state.items():
-        key = f"{ROOT}.{name}"
-        if name in merged:
-            yield name, merged.pop(name)
-        elif key not in patcher.patches or _is_merged(patcher, key):
-            yield name, value
-        else:
-            weight = patcher.patch_weight_to_device(key, patcher.load_device, return_weight=True)
-            if isinstance(weight, QuantizedTensor):
-                merged = weight.state_dict(name)
-                weight = merged.pop(name)
-            yield name, weight
-
-
-def _is_merged(patcher, key: str) -> bool:
-    """Return whether the host has put a patched weight in place; it then keeps the original."""
-    return key in patcher.backup
-
-
-def _records_as_saved(patcher) -> list[LayerRecord]:
-    """Return the records without the errors of weights that patches change."""
-    return [
-        dataclasses.replace(r, error=None) if f"{ROOT}.{r.name}.weight" in patcher.patches else r
-        for r in layer_records(patcher)
-    ]
 
 
 def _device() -> torch.device:

@@ -1,5 +1,6 @@
 """Inputs that several nodes share. The same on every machine: hardware is checked when one runs."""
 
+from ..ops.linear.arithmetic import BACKENDS
 from ..quant import best, formats, recipe
 
 AUTO, AS_STORED = "auto", "as_stored"
@@ -18,6 +19,16 @@ def format_input(default: str) -> tuple:
         tooltip = f"auto: {best.BEST}, or as_stored where the file is quantized already. {tooltip}"
         names.insert(0, AUTO)
     return (names, {"default": default, "tooltip": tooltip})
+
+
+def arithmetic_input() -> tuple:
+    """Return the `arithmetic` input: in which bits 4-bit weights are multiplied."""
+    tooltip = (
+        "How nvfp4 and mxfp4 weights are multiplied. auto: what is the fastest where that was "
+        "measured. w4a16: in 16 bits, exactly. w4a8: in FP8, or INT8 on older GPUs. native: in 4 "
+        "bits, on GPUs that can. Other formats have one way: leave auto."
+    )
+    return (list(BACKENDS), {"default": AUTO, "tooltip": tooltip, "advanced": True})
 
 
 def recipe_input() -> tuple:

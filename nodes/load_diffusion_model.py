@@ -7,6 +7,7 @@ from .inputs import (
     AS_STORED,
     AUTO,
     CATEGORY,
+    arithmetic_input,
     format_input,
     keep_input,
     keep_patterns,
@@ -38,14 +39,16 @@ class LowBitLoadDiffusionModel:
                 "format": format_input(AUTO),
                 "recipe": recipe_input(),
                 "keep": keep_input(),
-            }
+            },
+            "optional": {"arithmetic": arithmetic_input()},
         }
 
-    def load(self, model_name, format, recipe, keep):
+    def load(self, model_name, format, recipe, keep, arithmetic=AUTO):
         path = model_files.model_path(model_name)
         if format == AUTO:
             format = best_format(open_checkpoint(path)) or AS_STORED
-        return (host.load_model(path, format, recipe, tuple(keep_patterns(keep))),)
+        keep = tuple(keep_patterns(keep))
+        return (host.load_model(path, format, recipe, keep, arithmetic),)
 
 
 NODE = LowBitLoadDiffusionModel

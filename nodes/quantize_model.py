@@ -1,7 +1,15 @@
 """The node that quantizes a model from any loader."""
 
 from . import host
-from .inputs import CATEGORY, format_input, keep_input, keep_patterns, recipe_input
+from .inputs import (
+    AUTO,
+    CATEGORY,
+    arithmetic_input,
+    format_input,
+    keep_input,
+    keep_patterns,
+    recipe_input,
+)
 
 
 class LowBitQuantizeModel:
@@ -27,11 +35,13 @@ class LowBitQuantizeModel:
                 "format": format_input("int8_convrot"),
                 "recipe": recipe_input(),
                 "keep": keep_input(),
-            }
+            },
+            "optional": {"arithmetic": arithmetic_input()},
         }
 
-    def quantize(self, model, format, recipe, keep):
-        return (host.quantize_model(model, format, recipe, keep_patterns(keep)),)
+    def quantize(self, model, format, recipe, keep, arithmetic=AUTO):
+        keep = keep_patterns(keep)
+        return (host.quantize_model(model, format, recipe, keep, arithmetic),)
 
 
 NODE = LowBitQuantizeModel

@@ -1,6 +1,6 @@
 """The node that saves a quantized model."""
 
-from . import host, host_lora
+from . import host_lora, saving
 from .inputs import CATEGORY
 
 
@@ -33,7 +33,7 @@ class LowBitSaveModel:
         }
 
     def save(self, model, filename_prefix, prompt=None, extra_pnginfo=None):
-        path = host.save_model(host_lora.merged(model), filename_prefix, prompt, extra_pnginfo)
+        path = saving.save_model(host_lora.merged(model), filename_prefix, prompt, extra_pnginfo)
         return {"ui": {"text": [path]}, "result": (path,)}
 
 

@@ -14,10 +14,14 @@ from comfy_kitchen.tensor import QuantizedTensor
 
 from ..ops import registry
 from ..ops.linear import OP
+from ..ops.linear.arithmetic import AUTO, BACKENDS, backend_of
+from ..ops.linear.four_bit import GROUPS
 from . import formats
 
 REFERENCE = "reference"
 KITCHEN = "kitchen"
+# A weight [SIDE, SIDE] fits every backend's multiples.
+SIDE = 4096
 EAGER = "eager"
 FP8_CAPABILITY = (8, 9)
 # Generations whose INT4 tensor cores comfy-kitchen uses; on later ones it unpacks INT4 to INT8.
@@ -68,6 +72,23 @@ def of(backend: str, call: registry.Call) -> Arithmetic:
     return Arithmetic(BY_SCHEME[call.scheme], False)
 
 
+def check(format_name: str, wish: str, device: torch.device) -> None:
+    """Raise when 4-bit weights of a format cannot be multiplied as is wished, on `device`.
+
+    format_name: of `formats`; of other names nothing is known yet. wish: a key of BACKENDS. Raises
+    ValueError for unknown wishes and for formats that have no choice, NoBackendError with the
+    reason where the wish cannot run.
+    """
+    if wish not in BACKENDS:
+        raise ValueError(f"arithmetic is {wish!r}; {', '.join(BACKENDS)} are known")
+    if wish == AUTO or format_name not in formats.names():
+        return
+    scheme = formats.get(format_name).layout.scheme
+    if scheme not in GROUPS:
+        raise ValueError(f"arithmetic {wish} is for {', '.join(GROUPS)}, not for {format_name}")
+    registry.select(OP, registry.Call(scheme, device, SIDE, SIDE), BACKENDS[wish])
+
+
 def _kitchen_has_kernels() -> bool:
     states = comfy_kitchen.list_backends().items()
     return any(s["available"] and not s["disabled"] for name, s in states if name != EAGER)
@@ -79,6 +100,7 @@ def summary(weights: Iterable[QuantizedTensor], device: torch.device) -> str:
     for weight in weights:
         fmt = formats.of(weight)
         call = registry.Call(fmt.layout.scheme, device, *weight.shape)
-        words = of(registry.select(OP, call).name, call).words
+        chosen = registry.select(OP, call, backend_of(weight)).name
+        words = of(chosen, call).words
         counts[f"{fmt.name} weights, {words}"] += 1
     return "; ".join(f"{n} of {text}" for text, n in counts.items()) or "no quantized layers"

@@ -25,6 +25,7 @@ HOST_FILES = {
     "nodes/host_lora.py",
     "nodes/memory.py",
     "nodes/model_files.py",
+    "nodes/saving.py",
 }
 HOST = {
     "comfy",

@@ -73,6 +73,7 @@ def session(mode: str, base: str) -> dict:
     import torch
 
     host = importlib.import_module("lowbit_pack.nodes.host")
+    saving = importlib.import_module("lowbit_pack.nodes.saving")
     attention = importlib.import_module("lowbit_pack.nodes.attention").LowBitAttention()
     formats = importlib.import_module("lowbit_pack.quant.formats")
     assert pack.NODE_CLASS_MAPPINGS
@@ -111,7 +112,7 @@ def session(mode: str, base: str) -> dict:
             row["lora_moves"] = difference(sample(with_lora(loaded)), first) / moved
             comfy.model_management.unload_all_models()
             row["same_after_unload"] = torch.equal(sample(loaded), first)
-            saved = host.save_model(quantized, "diffusion_models/t")
+            saved = saving.save_model(quantized, "diffusion_models/t")
             again = host.load_model(saved, "as_stored", "auto")
             row["same_after_saving"] = torch.equal(sample(again), second)
             seen["formats"][name] = row

@@ -55,10 +55,10 @@ def load(graph: Graph, name: str) -> Ref:
 
 
 def load_lowbit(
-    graph: Graph, name: str, format_name: str, *, recipe: str = "auto", keep: str = ""
+    graph: Graph, name: str, format_name: str, *, recipe: str = "auto", keep: str = "", **others
 ) -> Ref:
-    """The pack's loader."""
-    options = {"format": format_name, "recipe": recipe, "keep": keep}
+    """The pack's loader. others: its optional inputs."""
+    options = {"format": format_name, "recipe": recipe, "keep": keep, **others}
     return graph.add("LowBitLoadDiffusionModel", model_name=name, **options)
 
 

@@ -70,6 +70,15 @@ def test_log_says_which_arithmetic_runs(comfy, sample, wan):
     assert f"of mxfp4 weights, emulated: {arithmetic.DEQUANTIZED}" in lines[-1]
 
 
+def test_arithmetic_that_a_cpu_lacks_stops_both_nodes_with_the_reason(sample, wan):
+    with pytest.raises(PromptError, match="w4a8: needs a device of"):
+        sample(lambda graph: graphs.load_lowbit(graph, wan, "nvfp4", arithmetic="w4a8"))
+    with pytest.raises(PromptError, match="w4a8 is for nvfp4, mxfp4, not for int8"):
+        sample(lambda graph: graphs.load_lowbit(graph, wan, "int8", arithmetic="w4a8"))
+    with pytest.raises(PromptError, match="the model has no layers of nvfp4, mxfp4"):
+        sample(lambda graph: graphs.load_lowbit(graph, wan, "as_stored", arithmetic="w4a8"))
+
+
 @pytest.mark.parametrize(("written", "marked"), [("mxfp4", "nvfp4"), ("nvfp4", "mxfp4")])
 def test_scales_of_the_other_kind_are_refused_by_layer(comfy, tensors, put, written, marked):
     state = tensors(written)

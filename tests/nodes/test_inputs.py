@@ -12,3 +12,10 @@ def test_loader_offers_it_first_and_the_quantizer_does_not():
     assert settings["default"] == "auto"
     options, _ = LowBitQuantizeModel.INPUT_TYPES()["required"]["format"]
     assert options == ["as_stored", *formats.names()]
+
+
+def test_arithmetic_may_be_missing_in_older_workflows():
+    for node in (LowBitLoadDiffusionModel, LowBitQuantizeModel):
+        options, settings = node.INPUT_TYPES()["optional"]["arithmetic"]
+        assert options == ["auto", "w4a16", "w4a8", "native"]
+        assert settings["default"] == "auto"

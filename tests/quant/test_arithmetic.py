@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lowbit.ops import registry
-from lowbit.ops.linear import OP
+from lowbit.ops.linear import OP, with_arithmetic
 from lowbit.quant import arithmetic, formats
 
 CPU = torch.device("cpu")
@@ -91,3 +91,29 @@ def test_summary_follows_a_new_backend(monkeypatch):
     # A shape that no other test asks for: choices are remembered.
     text = arithmetic.summary([weight], torch.device("cuda", 7))
     assert text == "1 of mxfp4 weights, W4A8 on FP8 tensor cores, few tokens W4A16"
+
+
+def test_wish_that_cannot_run_is_refused_with_the_reason(gpu):
+    call = gpu((9, 0))
+    assert call("w4a8", "nvfp4").words
+    arithmetic.check("nvfp4", "auto", CPU)
+    arithmetic.check("as_stored", "w4a8", CPU)
+    with pytest.raises(registry.NoBackendError, match="w4a8: needs a device"):
+        arithmetic.check("nvfp4", "w4a8", CPU)
+    reason = r"kitchen: needs compute capability \(10, 0\)"
+    with pytest.raises(registry.NoBackendError, match=reason):
+        arithmetic.check("nvfp4", "native", torch.device("cuda", 5))
+
+
+def test_wish_for_a_format_with_one_way_is_refused():
+    with pytest.raises(ValueError, match="arithmetic w4a8 is for nvfp4, mxfp4, not for int8"):
+        arithmetic.check("int8", "w4a8", CPU)
+    with pytest.raises(ValueError, match="arithmetic is 'w2a2'"):
+        arithmetic.check("nvfp4", "w2a2", CPU)
+
+
+def test_summary_names_what_a_weight_wishes_for(gpu):
+    gpu((9, 0))
+    weight = with_arithmetic(formats.get("nvfp4").quantize(torch.ones(48, 256)), "w4a16")
+    text = arithmetic.summary([weight], torch.device("cuda", 6))
+    assert text == "1 of nvfp4 weights, W4A16 on bf16 tensor cores"
