@@ -52,7 +52,7 @@ class AttentionSetting:
 
 
 def set_attention(
-    model: nn.Module, mode: str = "auto", *, layers: str = "self", blocks: str = ""
+    model: nn.Module, mode: str = "auto", *, layers: str = "all", blocks: str = ""
 ) -> AttentionSetting:
     """Compute the attention of a diffusers `model` by `mode`, in place; return what can undo it.
 
