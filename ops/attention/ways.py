@@ -60,6 +60,8 @@ def _by(backend: SDPBackend) -> Callable:
     """Return torch's attention by one of its backends alone."""
 
     def run(q, k, v, mask, causal, scale) -> torch.Tensor:
+        # These want channels side by side, which torch by itself sees to by another choice.
+        q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
         if mask is not None and mask.dtype not in (torch.bool, q.dtype):
             mask = mask.to(q.dtype)
         with sdpa_kernel(backend):

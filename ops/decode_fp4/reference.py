@@ -19,9 +19,10 @@ NAN_COUNTS_AS = {NVFP4_GROUP: 480.0, MXFP4_GROUP: 2.0**127}
 
 def unswizzle(scale: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
     """Return the first rows and columns of swizzled scales, [rows, columns], of the same dtype."""
-    high, wide = -(-rows // ROWS), -(-columns // COLUMNS)
-    blocks = scale.reshape(high, wide, QUARTER, ROWS // QUARTER, COLUMNS)
-    plain = blocks.permute(0, 3, 2, 1, 4).reshape(high * ROWS, wide * COLUMNS)
+    wide = -(-columns // COLUMNS)
+    # As many rows as there are: padding may be more than the next multiple.
+    blocks = scale.reshape(-1, wide, QUARTER, ROWS // QUARTER, COLUMNS)
+    plain = blocks.permute(0, 3, 2, 1, 4).reshape(-1, wide * COLUMNS)
     return plain[:rows, :columns]
 
 

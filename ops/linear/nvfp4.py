@@ -16,6 +16,7 @@ from ..kitchen import kitchen_eager
 from ..rounding import GRIDS, SMALLEST_SCALE
 from ..scaled_mm.check import OUTPUTS
 from . import linear
+from .arithmetic import arithmetic_of, with_arithmetic
 from .fp8 import dtype_between
 
 E4M3_MAX = torch.finfo(torch.float8_e4m3fn).max
@@ -113,10 +114,11 @@ def nvfp4_linear(
     x: [..., K] bf16, fp16 or fp32. weight: [N, K] as `quantize_weight` gives it, on any device.
     """
     params = weight._params
-    return _OP(x, weight._qdata, params.scale, params.block_scale, weight.shape[0], bias, out_dtype)
+    scales, wish = (params.scale, params.block_scale), arithmetic_of(weight)
+    return _OP(x, weight._qdata, *scales, weight.shape[0], bias, out_dtype, wish)
 
 
-def _run(x, packed, scale, block_scale, n, bias, out_dtype):
+def _run(x, packed, scale, block_scale, n, bias, out_dtype, wish):
     x = x.to(dtype_between(x.dtype, out_dtype))
     params = NVFP4Layout.Params(
         scale=scale.to(x.device),
@@ -126,16 +128,17 @@ def _run(x, packed, scale, block_scale, n, bias, out_dtype):
     )
     if bias is not None:
         bias = bias.to(x.device, bias.dtype if bias.dtype in OUTPUTS else out_dtype)
-    return linear(x, QuantizedTensor(packed.to(x.device), NAME, params), bias).to(out_dtype)
+    weight = with_arithmetic(QuantizedTensor(packed.to(x.device), NAME, params), wish)
+    return linear(x, weight, bias).to(out_dtype)
 
 
-def _empty(x, packed, scale, block_scale, n, bias, out_dtype):
+def _empty(x, packed, scale, block_scale, n, bias, out_dtype, wish):
     return x.new_empty((*x.shape[:-1], n), dtype=out_dtype)
 
 
 _OP = custom_op(
     "nvfp4_linear(Tensor x, Tensor packed, Tensor scale, Tensor block_scale, SymInt n, "
-    "Tensor? bias, ScalarType out_dtype) -> Tensor",
+    "Tensor? bias, ScalarType out_dtype, str arithmetic) -> Tensor",
     _run,
     _empty,
 )

@@ -1,8 +1,7 @@
 """Linear layers with 4-bit weights: ours, the host's way (comfy-kitchen) and bf16, side by side.
 
 Run on a GPU: `python -m tests.bench.bench_linear4`. The weight's decoding and the activation's
-quantization are included everywhere. `--chain` times several layers that follow each other, with
-the next one's weight decoded ahead and without. Results go to docs/results/linear4.jsonl.
+quantization are included everywhere. Results go to docs/results/linear4.jsonl.
 """
 
 import argparse
@@ -12,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from comfy_kitchen.tensor import QuantizedTensor
 
-from lowbit.ops.linear import linear, w4a8
+from lowbit.ops.linear import linear
 from lowbit.ops.linear.four_bit import GROUPS
 from lowbit.quant import formats
 from tests.bench import bench_linear, runner
@@ -24,11 +23,6 @@ LEFT_OUT = "wan 5B"
 HOST = "host nvfp4"
 # Twice the error of a 4-bit weight.
 MAX_ERROR = 0.25
-CHAIN_LAYERS = 8
-CHAIN_TOKENS = (128, 512, 1024, 2048, 4224, 7145, 32760)
-# With few tokens the host takes longer than the GPU: this gives it a start of milliseconds.
-CHAIN_CLEAR_BYTES = 1 << 34
-CHAIN_SHAPES = ((3072, 3072), (12288, 3072), (3072, 12288), (5120, 5120))
 
 
 def shapes() -> Iterator[tuple[str, int, int, int]]:
@@ -99,61 +93,12 @@ def row(name: str, m: int, n: int, k: int, results: dict[str, dict]) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
-def chain(m: int, n: int, k: int) -> dict[str, dict]:
-    """Return the times of CHAIN_LAYERS layers that follow each other, per layer."""
-    x = torch.randn(m, k, device="cuda").bfloat16()
-    plain = [(torch.randn(n, k, device="cuda") * 0.02).bfloat16() for _ in range(CHAIN_LAYERS)]
-    packed = [formats.get("nvfp4").quantize(weight) for weight in plain]
-    theirs = [QuantizedTensor(w._qdata, "TensorCoreNVFP4Layout", w._params) for w in packed]
-
-    def ours(rows: range):
-        def run():
-            w4a8.AHEAD_ROWS, w4a8.AHEAD_ELEMENTS = rows, 1
-            for weight in packed:
-                linear(x, weight, None, "w4a8")
-
-        return run
-
-    ways = {
-        "bf16": lambda: [F.linear(x, weight) for weight in plain],
-        HOST: lambda: [F.linear(x, weight) for weight in theirs],
-        "w4a8": ours(range(0)),
-        "w4a8 ahead": ours(range(1 << 20)),
-    }
-    before = w4a8.AHEAD_ROWS, w4a8.AHEAD_ELEMENTS
-    try:
-        measured = runner.measure(ways, CHAIN_CLEAR_BYTES)
-    finally:
-        w4a8.AHEAD_ROWS, w4a8.AHEAD_ELEMENTS = before
-    return {
-        name: {key: value / CHAIN_LAYERS for key, value in vars(timing).items()}
-        for name, timing in measured.items()
-    }
-
-
-def run_chains() -> None:
-    """Time every chain, print a line of each, append the results."""
-    for n, k in CHAIN_SHAPES:
-        for m in CHAIN_TOKENS:
-            results = chain(m, n, k)
-            times = [
-                f"{name} {result['median_ms'] * 1e3:.1f} us" for name, result in results.items()
-            ]
-            print(f"| chain {m}x{n}x{k} | " + " | ".join(times) + " |", flush=True)
-            record = {"layer": f"{CHAIN_LAYERS} layers", "M": m, "N": n, "K": k, "results": results}
-            runner.append(RESULTS, record)
-
-
 @torch.inference_mode()
 def main() -> None:
     """Time every shape, print the table, append the results."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", default="", help="only shapes whose name holds this")
-    parser.add_argument("--chain", action="store_true", help="layers that follow each other")
     arguments = parser.parse_args()
-    if arguments.chain:
-        run_chains()
-        return
     for name, m, n, k in shapes():
         if arguments.only in name:
             results = bench(m, n, k)

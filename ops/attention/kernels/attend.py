@@ -145,7 +145,8 @@ def attend_kernel(
             p = tl.exp2(t - (base - FP8_SHIFT)[:, None])
             total = total * keep + tl.sum(p, axis=1)
             w = tl.load(v_at + block * (TILE * WIDTH) + within)
-            acc = tl.dot(p.to(w.dtype), w.T, acc * keep[:, None])
+            # Hopper's tensor cores cut sums off after some 14 bits: they sum a tile, no more.
+            acc = tl.dot(p.to(w.dtype), w.T, acc * keep[:, None], max_num_imprecise_acc=N)
         else:
             # Codes over the tile's own maximum; its share is put right when it is added.
             own = tl.where(highest == float("-inf"), 0.0, highest)

@@ -129,6 +129,13 @@ def test_nothing_is_checked_while_a_cuda_graph_is_recorded(monkeypatch):
     assert not guard._verdicts
 
 
+def test_way_that_was_found_broken_is_not_recorded(monkeypatch):
+    broken, want = Way(BROKEN["black"]), ways.sdpa(*inputs(), None, False, None)
+    assert torch.equal(run(broken, FIRST_CALL), want)
+    monkeypatch.setattr(guard, "_is_recording", lambda q: True)
+    assert torch.equal(run(broken, FIRST_CALL), want)
+
+
 def test_empty_inputs_pass():
     q, k, v = inputs()
     assert run(Way(), EVERY_CALL, q[:0], k[:0], v[:0]).shape == (0, 4, 33, 64)

@@ -6,7 +6,8 @@ import torch.nn.functional as F
 from comfy_kitchen.tensor import QuantizedTensor, TensorCoreNVFP4Layout
 from torch import nn
 
-from lowbit.ops.linear import convert_fp4_linear, nvfp4
+from lowbit.ops.linear import convert_fp4_linear, nvfp4, with_arithmetic
+from lowbit.ops.registry import NoBackendError
 from lowbit.quant import formats
 from tests.ops.linear.models import (
     E4M3,
@@ -93,3 +94,12 @@ def test_zero_nvfp4_weight_gives_the_bias():
     parent[0].weight.zero_()
     convert_fp4_linear(parent, torch.float32)
     assert torch.equal(parent(make(3, WIDTH)), parent[0].bias.expand(3, -1))
+
+
+def test_wish_for_an_arithmetic_reaches_the_product():
+    model = nn.Sequential(nn.Linear(64, 48, bias=False))
+    convert_fp4_linear(model, torch.bfloat16, set())
+    weight = with_arithmetic(model[0].weight, "w4a8")
+    model[0].weight = nn.Parameter(weight, requires_grad=False)
+    with pytest.raises(NoBackendError, match="w4a8: needs a device"):
+        model(torch.ones(3, 64))

@@ -163,7 +163,7 @@ def test_wrong_words_are_refused(model):
         ({"mode": "fast"}, "unknown mode 'fast'"),
         ({"layers": "both"}, "unknown layers 'both'"),
         ({"blocks": "3-1"}, "ends before it starts"),
-        ({"blocks": "77"}, "no attention of layers 'self' and blocks '77'"),
+        ({"blocks": "77"}, "no attention of layers 'all' and blocks '77'"),
     ):
         with pytest.raises(ValueError, match=match):
             lowbit.set_attention(model, **options)
