@@ -111,7 +111,7 @@ def session(host: str, base: str) -> dict:
                 model = nodes.load_model(path, name, "auto")
             else:
                 model = nodes.quantize_model(comfy.sd.load_diffusion_model(path), name)
-            (model,) = attention.set_attention(model, mode, "all", "", 0.0, 1.0, False)
+            (model,) = attention.set_attention(model, mode, "all", "", 0.0, 1.0, "off")
             want = sample(model)
             row = seen[name] = compiled(model, want, blocks)
             row["own_model"] = with_a_model_of_its_own(model, want)
