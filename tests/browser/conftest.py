@@ -35,7 +35,12 @@ SETTINGS = {
     "Comfy.Graph.CanvasInfo": False,
 }
 # where ComfyUI looks for the files of these inputs
-FOLDERS = {"model_name": "diffusion_models", "clip_name": "text_encoders", "vae_name": "vae"}
+FOLDERS = {
+    "model_name": "diffusion_models",
+    "clip_name": "text_encoders",
+    "lora_name": "loras",
+    "vae_name": "vae",
+}
 TIMEOUT_MS = 30_000
 
 

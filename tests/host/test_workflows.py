@@ -8,7 +8,7 @@ from tests.host import graphs
 from tests.workflows import shipped
 
 # their options are the user's own files
-FILE_INPUTS = {"model_name", "clip_name", "vae_name"}
+FILE_INPUTS = {"model_name", "clip_name", "lora_name", "vae_name"}
 # whatever comes before the text embeddings or after the latent needs files that tests do not have
 NEEDS_FILES = {"CLIPLoader", "VAELoader", "VAEDecode", "SaveImage", "SaveAnimatedWEBP"}
 
@@ -79,6 +79,8 @@ def test_samples_with_a_small_model(comfy, request, name):
             inputs = spec.latent_inputs
         elif "model_name" in inputs:
             inputs["model_name"] = request.getfixturevalue(family)
+        elif "lora_name" in inputs:
+            inputs["lora_name"] = request.getfixturevalue(f"{family}_lora")
         elif kind == "KSampler":
             inputs["steps"] = 2
         graph[key] = {"class_type": node["class_type"], "inputs": inputs}
