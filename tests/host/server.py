@@ -68,13 +68,13 @@ def find_host() -> tuple[Path, Path]:
 def find_wrapper() -> Path:
     """Return the folder of WanVideoWrapper.
 
-    Looks at WANVIDEOWRAPPER_PATH, else in ComfyUI's custom_nodes, else at ~/wvw. Raises
+    Looks at WANVIDEOWRAPPER_PATH, else in ComfyUI's custom_nodes. Raises
     HostMissingError saying what is missing.
     """
     root, python = find_host()
     named = os.environ.get("WANVIDEOWRAPPER_PATH")
     installed = root / "custom_nodes" / "ComfyUI-WanVideoWrapper"
-    places = [Path(named).expanduser()] if named else [installed, Path("~/wvw").expanduser()]
+    places = [Path(named).expanduser()] if named else [installed]
     found = [place for place in places if (place / "nodes_model_loading.py").is_file()]
     if not found:
         raise HostMissingError(f"no WanVideoWrapper in {places[0]}: set WANVIDEOWRAPPER_PATH")

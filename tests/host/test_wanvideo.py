@@ -166,6 +166,7 @@ def test_format_gives_nearly_the_plain_latent(sample, plain, name):
     assert 0 < difference(latent, plain) < tolerance(name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ROTATED)
 def test_rotated_format_gives_nearly_the_plain_latent(sample, wide, name):
     plain = sample(lambda graph: load(graph, wide))
@@ -173,6 +174,7 @@ def test_rotated_format_gives_nearly_the_plain_latent(sample, wide, name):
     assert 0 < difference(latent, plain) < tolerance(name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("first", ["plain", "ours"])
 def test_other_branch_is_untouched(comfy, plain, first):
     graph = graphs.Graph()
@@ -187,12 +189,14 @@ def test_other_branch_is_untouched(comfy, plain, first):
     assert difference(comfy.latent(entry, saved["ours"]), plain) > 0
 
 
+@pytest.mark.slow
 def test_scaled_fp8_keeps_its_scales_in_float32(sample, scaled):
     stored = sample(lambda graph: quantize(graph, load(graph, scaled), "as_stored"))
     again = sample(lambda graph: quantize(graph, load(graph), "fp8_e4m3"))
     assert torch.equal(stored, again)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["int8", "nvfp4"])
 def test_file_in_a_format_of_ours_is_kept_as_it_is(comfy, sample, name):
     file = f"stored_{name}.safetensors"
@@ -208,6 +212,7 @@ def test_unmerged_lora_stays(sample, plain, lora):
     assert 0 < difference(latent, wanted) < tolerance("int8")
 
 
+@pytest.mark.slow
 def test_lora_set_later_is_the_loaders(sample, lora):
     def later(graph):
         model = quantize(graph, load(graph), "int8")
@@ -231,6 +236,7 @@ def test_lora_ends_with_its_branch(sample, int8, lora):
     assert torch.equal(sample(without), int8)
 
 
+@pytest.mark.slow
 def test_merged_lora_stays(sample, plain, lora):
     wanted = sample(lambda graph: load_with(graph, lora, True))
     assert difference(wanted, plain) > tolerance("int8")
