@@ -8,6 +8,7 @@ from safetensors.torch import load_file, save_file
 
 import lowbit
 from lowbit.ops.linear.modules import LowBitLinear
+from lowbit.quant import formats
 from lowbit.quant.checkpoint import Checkpoint, CheckpointError
 from lowbit.quant.model import file
 from lowbit.quant.quantize_file import quantize_file
@@ -107,30 +108,62 @@ def test_undone_and_dense_models_are_saved_too(model, run, path):
     assert torch.equal(run(lowbit.load_model(path, **F32)), want)
 
 
-def test_layer_that_asks_for_full_precision_is_dequantized(small, model, path, tmp_path):
+def first_layer(small) -> tuple[str, str]:
+    """A layer's name as the host has it, and as the model has it."""
+    name = "transformer_blocks.0.attn.to_q"
+    return ("blocks.0.self_attn.q", "blocks.0.attn1.to_q") if small.name == "wan" else (name, name)
+
+
+@pytest.mark.parametrize("format", [None, "fp8_e4m3"])
+def test_layer_that_asks_for_full_precision_is_dequantized(small, model, path, tmp_path, format):
     lowbit.quantize_model(model, "fp8_e4m3")
     lowbit.save_model(model, path)
     tensors = load_file(path)
-    layer = {"wan": "blocks.0.self_attn.q"}.get(small.name, "transformer_blocks.0.attn.to_q")
+    layer, name = first_layer(small)
     marker = {"format": "float8_e4m3fn", "full_precision_matrix_mult": True}
     tensors[f"{layer}.comfy_quant"] = file.marker_tensor(marker)
     save_file(tensors, tmp_path / "full.safetensors")
-    loaded = lowbit.load_model(tmp_path / "full.safetensors", small.build(), **F32)
-    name = {"wan": "blocks.0.attn1.to_q"}.get(small.name, layer)
+    loaded = lowbit.load_model(tmp_path / "full.safetensors", small.build(), format=format)
     assert not isinstance(loaded.get_submodule(name), LowBitLinear)
-    want = model.get_submodule(name).weight.dequantize()
+    want = model.get_submodule(name).weight.dequantize().bfloat16()
     assert torch.equal(loaded.get_submodule(name).weight, want)
+    others = [r for r in lowbit.layer_records(loaded) if r.format]
+    assert others and all(r.format == "fp8_e4m3" and r.reason == "as stored" for r in others)
 
 
-def test_smoothed_layer_is_refused(small, model, path, tmp_path):
-    lowbit.quantize_model(model, FORMAT)
+def smoothed(small, model, path, tmp_path) -> tuple[str, torch.Tensor]:
+    """Write `model` in NVFP4, one layer with a smoothing; return its name and true weight."""
+    lowbit.quantize_model(model, "nvfp4", recipe="none")
     lowbit.save_model(model, path)
-    tensors = load_file(path)
-    layer = {"wan": "blocks.0.self_attn.q"}.get(small.name, "transformer_blocks.0.attn.to_q")
-    tensors[f"{layer}.pre_quant_scale"] = torch.ones(256)
+    layer, name = first_layer(small)
+    weight = model.get_submodule(name).weight.dequantize()
+    scale = torch.linspace(0.5, 2, weight.shape[1])
+    tensors = load_file(path) | {f"{layer}.pre_quant_scale": scale}
     save_file(tensors, tmp_path / "smoothed.safetensors")
-    with pytest.raises(CheckpointError, match="wants its input smoothed"):
+    return name, weight * scale
+
+
+def test_smoothed_layer_as_stored_is_refused(small, model, path, tmp_path):
+    smoothed(small, model, path, tmp_path)
+    with pytest.raises(CheckpointError, match=r"wants its input smoothed.*pass a format"):
         lowbit.load_model(tmp_path / "smoothed.safetensors", small.build())
+
+
+@pytest.mark.parametrize("format", ["nvfp4", FORMAT])
+def test_smoothing_is_folded_into_what_is_quantized_anew(small, model, path, tmp_path, format):
+    """In the file's own format too: a copy of the numbers would lose it."""
+    name, want = smoothed(small, model, path, tmp_path)
+    loaded = lowbit.load_model(
+        tmp_path / "smoothed.safetensors", small.build(), format=format, recipe="none", **F32
+    )
+    module = loaded.get_submodule(name)
+    fmt = formats.of(module.weight)
+    assert fmt.name == format
+    error = (module.weight.dequantize() - want).norm() / want.norm()
+    assert 0 < error < fmt.max_error
+    assert module.record.error == pytest.approx(error.item(), rel=1e-3)
+    copies = [r for r in lowbit.layer_records(loaded) if r.reason == "as stored"]
+    assert bool(copies) is (format == "nvfp4") and name not in {r.name for r in copies}
 
 
 def test_file_that_does_not_fit_is_refused_by_name(small, model, path, tmp_path):
