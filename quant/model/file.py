@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 from ...ops.linear.modules import LowBitLinear
 from .. import convert, families, formats, recipe
-from ..checkpoint import Checkpoint, CheckpointError, CheckpointWriter
+from ..checkpoint import Checkpoint, CheckpointError, CheckpointWriter, open_checkpoint
 from ..checkpoint.stored import (
     LEGACY_FLAG,
     MARKER,
@@ -112,7 +112,7 @@ def load_model(
 ) -> nn.Module:
     """Return the model that a checkpoint holds, quantized layers as stored, in eval mode.
 
-    path: a safetensors file or a folder of shards, in the host's names
+    path: a safetensors file, a folder of shards, or with `format` a GGUF file, in the host's names
     or diffusers'. model: what to fill, on any device, the meta device too; or a folder with
     diffusers' config.json; None: the configuration that `save_model` wrote, or the config.json in
     the folder `path`. format: quantize to it while reading, as `quantize_model` does; None: as
@@ -124,7 +124,7 @@ def load_model(
     the configuration is missing or names no model of diffusers. A model that was given may then be
     half filled.
     """
-    checkpoint = Checkpoint(path)
+    checkpoint = open_checkpoint(path)
     if format is None:
         entries, total = _as_stored(checkpoint, dtype), len(checkpoint)
     else:

@@ -4,14 +4,16 @@ import json
 
 import pytest
 import torch
+from comfy_kitchen.tensor import QuantizedTensor
 from safetensors.torch import load_file, save_file
 
 import lowbit
 from lowbit.ops.linear.modules import LowBitLinear
 from lowbit.quant import formats
-from lowbit.quant.checkpoint import Checkpoint, CheckpointError
+from lowbit.quant.checkpoint import Checkpoint, CheckpointError, open_checkpoint
 from lowbit.quant.model import file
 from lowbit.quant.quantize_file import quantize_file
+from tests import gguf_files
 from tests.quant.model.conftest import every_format
 
 FORMAT = "int8_convrot"
@@ -199,3 +201,31 @@ def test_existing_file_is_not_replaced_unasked(model, path):
     lowbit.save_model(model, path, overwrite=True)
     with pytest.raises(CheckpointError, match="must end with"):
         lowbit.save_model(model, path.with_suffix(".bin"))
+
+
+def test_gguf_is_quantized_while_it_is_read(small, model, path, tmp_path):
+    """The file has what rounding to Q8_0 left; the same values from safetensors give the same."""
+    lowbit.save_model(model, path)
+    gguf_files.write(tmp_path / "model.gguf", load_file(path), "Q8_0")
+    source = open_checkpoint(tmp_path / "model.gguf")
+    save_file({name: source.read(name) for name in source}, tmp_path / "same.safetensors")
+    got, want = (
+        lowbit.load_model(tmp_path / name, small.build(), format=FORMAT, **F32)
+        for name in ("model.gguf", "same.safetensors")
+    )
+    assert summary(lowbit.layer_records(got)) == summary(lowbit.layer_records(want))
+    assert got.get_submodule(first_layer(small)[1]).record.format == FORMAT
+    others = want.state_dict()
+    for name, tensor in got.state_dict().items():
+        if isinstance(tensor, QuantizedTensor):
+            assert torch.equal(tensor.dequantize(), others[name].dequantize())
+        else:
+            # Blocks that are kept become bfloat16.
+            assert torch.equal(tensor.bfloat16(), others[name].bfloat16())
+
+
+def test_gguf_as_stored_is_refused(small, model, path, tmp_path):
+    lowbit.save_model(model, path)
+    gguf_files.write(tmp_path / "model.gguf", load_file(path), "Q8_0")
+    with pytest.raises(CheckpointError, match=r"Q8_0 blocks .* choose a format"):
+        lowbit.load_model(tmp_path / "model.gguf", small.build())
