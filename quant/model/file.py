@@ -30,7 +30,7 @@ from ..checkpoint.stored import (
 from ..checkpoint.writer import ENTRY_BYTES
 from ..recipe import Choice
 from ..record import RECORD_KEY, LayerRecord, decode, encode
-from .names import is_fused, names_of
+from .names import check_unwrapped, is_fused, names_of
 from .quantize import Progress, fuse, guard, layer_records, stand_in
 from .swap import Swap, place
 
@@ -57,13 +57,15 @@ def save_model(model: nn.Module, path: str | os.PathLike, *, overwrite: bool = F
     Tensors bear the host's names: `load_model` and ComfyUI load the file, one without this pack
     too where the format is native there. The configuration of a diffusers model goes along.
     Raises CheckpointError when `path` exists and `overwrite` is false, when it does not end with
-    .safetensors, or cannot be written; it is then absent or as it was.
+    .safetensors, or cannot be written; it is then absent or as it was. Raises ValueError, before
+    anything is written, when a wrapper such as PEFT's or torch.compile's named the tensors.
     """
     path = os.fspath(path)
     if not path.endswith(".safetensors"):
         raise CheckpointError(f"{path}: the name must end with .safetensors")
     if os.path.exists(path) and not overwrite:
         raise CheckpointError(f"{path}: it exists; pass overwrite=True to replace it")
+    check_unwrapped(model)
     names = names_of(model)
     records = [
         LayerRecord(names.layer(r.name), r.format, r.shape, r.size_bytes, r.error, r.reason)

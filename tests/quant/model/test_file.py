@@ -14,7 +14,7 @@ from lowbit.quant.checkpoint import Checkpoint, CheckpointError, open_checkpoint
 from lowbit.quant.model import file
 from lowbit.quant.quantize_file import quantize_file
 from tests import gguf_files
-from tests.quant.model.conftest import every_format
+from tests.quant.model.conftest import every_format, only_wan
 
 FORMAT = "int8_convrot"
 F32 = {"dtype": torch.float32}
@@ -229,3 +229,36 @@ def test_gguf_as_stored_is_refused(small, model, path, tmp_path):
     gguf_files.write(tmp_path / "model.gguf", load_file(path), "Q8_0")
     with pytest.raises(CheckpointError, match=r"Q8_0 blocks .* choose a format"):
         lowbit.load_model(tmp_path / "model.gguf", small.build())
+
+
+class Adapted(torch.nn.Module):
+    """A layer with a LoRA beside it, its parts called as PEFT calls them."""
+
+    def __init__(self, layer, rank=4):
+        super().__init__()
+        self.base_layer = layer
+        first = torch.nn.Linear(layer.in_features, rank, bias=False)
+        self.lora_A = torch.nn.ModuleDict({"default": first})
+        self.lora_B = torch.nn.ModuleDict(
+            {"default": torch.nn.Linear(rank, layer.out_features, bias=False)}
+        )
+
+
+@only_wan
+def test_model_with_an_unmerged_lora_is_refused_before_anything_is_written(model, path, tmp_path):
+    attention = model.blocks[1].attn1
+    attention.to_q = Adapted(attention.to_q)
+    message = r"^blocks\.1\.attn1\.to_q\.base_layer\.weight is no name .* merge the LoRA first"
+    with pytest.raises(ValueError, match=message):
+        lowbit.save_model(model, path)
+    assert list(tmp_path.iterdir()) == []
+
+
+@only_wan
+def test_compiled_wrapper_is_refused_and_the_model_in_it_saved(model, run, path):
+    compiled = torch.compile(model)
+    with pytest.raises(ValueError, match=r"^_orig_mod\..*pass the model that was compiled"):
+        lowbit.save_model(compiled, path)
+    assert not path.exists()
+    lowbit.save_model(compiled._orig_mod, path)
+    assert torch.equal(run(lowbit.load_model(path, **F32)), run(model))
