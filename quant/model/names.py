@@ -8,8 +8,8 @@ from .. import families
 
 # What wrappers put between a model and its tensors -> how to get the model itself.
 WRAPPERS = {
-    "base_layer": "PEFT; merge the LoRA first (fuse_lora, then unload_lora_weights; or "
-    "merge_and_unload)",
+    "base_layer": "PEFT; merge the LoRA first (the pipeline's fuse_lora and then "
+    "unload_lora_weights, or merge_and_unload)",
     "modules_to_save": "PEFT; merge the adapter first (merge_and_unload)",
     "_orig_mod": "torch.compile; pass the model that was compiled",
 }
