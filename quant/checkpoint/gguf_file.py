@@ -16,7 +16,6 @@ import torch
 from .header import CheckpointError, TensorInfo
 from .reader import Checkpoint, read_into
 
-SUFFIX = ".gguf"
 ORIGINAL_SHAPE = "comfy.gguf.orig_shape."
 # What llama.cpp calls the tensors of language models and their image encoders.
 TEXT_NAMES = ("blk.", "enc.blk.", "v.blk.", "token_embd.")
