@@ -27,6 +27,7 @@ from ..quant.checkpoint import Checkpoint, open_checkpoint
 from ..quant.checkpoint.stored import (
     INPUT_SCALES,
     MARKER,
+    check_can_stay,
     logical_shapes,
     marker_tensor,
     stored_layers,
@@ -117,7 +118,7 @@ def _as_stored(checkpoint: Checkpoint) -> tuple[dict[str, torch.Tensor], list[La
     stored = stored_layers(checkpoint, notes=(notes := []))
     for note in notes:
         logger.info("LowBit: %s: %s", checkpoint.path, note)
-    _check_loadable(checkpoint, stored)
+    check_can_stay(checkpoint, stored)
     for layer in stored.values():
         layer.check(checkpoint)
     foreign = {t for layer in stored.values() if layer.reading for t in layer.parts.values()}
@@ -135,18 +136,6 @@ def _as_stored(checkpoint: Checkpoint) -> tuple[dict[str, torch.Tensor], list[La
         for part, tensor in {**words, MARKER: marker_tensor(layer.marker)}.items():
             state[model.host_name(f"{name}.{part}")] = tensor
     return state, list(_stored_records(checkpoint, stored, model))
-
-
-def _check_loadable(checkpoint: Checkpoint, stored) -> None:
-    """Raise ValueError when a file holds numbers that no format of ours holds."""
-    blocks = [info.encoding for info in checkpoint.values() if info.encoding]
-    lost = [f"{layer.title} {name}" for name, layer in stored.items() if not layer.format]
-    if blocks or lost:
-        what = f"{blocks[0]} blocks of GGUF" if blocks else lost[0]
-        raise ValueError(
-            f"{checkpoint.path}: {what} cannot stay as stored: choose a format, to which it is "
-            "quantized while it is read"
-        )
 
 
 def _tensors(checkpoint: Checkpoint) -> Iterator[tuple[str, torch.Tensor]]:

@@ -1,5 +1,7 @@
 """The node that loads a diffusion model and quantizes it on the way."""
 
+import logging
+
 from ..quant.best import best_format
 from ..quant.checkpoint import open_checkpoint
 from . import host, model_files
@@ -14,6 +16,8 @@ from .inputs import (
     recipe_input,
 )
 
+logger = logging.getLogger(__name__)
+
 
 class LowBitLoadDiffusionModel:
     """Load a file from models/diffusion_models, quantized while it is read."""
@@ -21,8 +25,8 @@ class LowBitLoadDiffusionModel:
     DISPLAY_NAME = "Load Diffusion Model (LowBit)"
     DESCRIPTION = (
         "Loads a WanVideo, Qwen-Image or other diffusion model and quantizes it while reading: the "
-        "16-bit model is never in memory as a whole. Files that are quantized already load as they "
-        "are, unless a format is chosen."
+        "16-bit model is never in memory as a whole. Files that are quantized already, FP8 without "
+        "scales too, load as they are, unless a format is chosen."
     )
     CATEGORY = CATEGORY
     RETURN_TYPES = ("MODEL",)
@@ -45,9 +49,15 @@ class LowBitLoadDiffusionModel:
 
     def load(self, model_name, format, recipe, keep, arithmetic=AUTO):
         path = model_files.model_path(model_name)
+        keep = tuple(keep_patterns(keep))
         if format == AUTO:
             format = best_format(open_checkpoint(path)) or AS_STORED
-        keep = tuple(keep_patterns(keep))
+            if format == AS_STORED and (keep or recipe != AUTO):
+                logger.warning(
+                    "LowBit: %s is quantized already and loads as stored: recipe and keep are not "
+                    "used; they are with a format chosen",
+                    model_name,
+                )
         return (host.load_model(path, format, recipe, keep, arithmetic),)
 
 

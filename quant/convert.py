@@ -41,7 +41,10 @@ FLOATS = {torch.float64, torch.float32, torch.float16, torch.bfloat16, *FP8_DTYP
 
 @dataclass(frozen=True)
 class Step:
-    """One thing to do: copy a tensor under a name, or write a layer. `layer` is the host's name."""
+    """One thing to do: copy a tensor under a name, or write a layer. `layer` is the host's name.
+
+    anew: round the layer again, though the source has it in the format chosen.
+    """
 
     target: str
     source: str
@@ -50,6 +53,13 @@ class Step:
     stored: StoredLayer | None = None
     shape: tuple[int, ...] = ()
     size_bytes: int = 0
+    anew: bool = False
+
+    @property
+    def is_copy(self) -> bool:
+        """Whether the layer is written as the source has it, bit for bit."""
+        same = self.stored and self.choice.format and self.stored.format is self.choice.format
+        return bool(same) and not self.anew
 
 
 @dataclass
@@ -203,13 +213,9 @@ def stream(
                 yield step.target, _kept(plan, step, source)
 
 
-def _is_copy(step: Step) -> bool:
-    return bool(step.stored and step.choice.format and step.stored.format is step.choice.format)
-
-
 def _read(checkpoint: Checkpoint, step: Step) -> torch.Tensor | dict[str, torch.Tensor]:
     """Return what a step works on: a weight in its own values, or a layer's tensors to copy."""
-    if _is_copy(step):
+    if step.is_copy:
         return _copied(checkpoint, step.stored)
     if step.stored:
         return step.stored.dequantize(checkpoint)
@@ -234,7 +240,7 @@ def _kept(plan: Plan, step: Step, source: torch.Tensor) -> torch.Tensor:
 
 
 def _layer(plan: Plan, step: Step, source, quantize: Callable):
-    if _is_copy(step):
+    if step.is_copy:
         tensors, error, reason = source, None, "as stored"
     else:
         tensors, error = _quantized(plan, step, source, quantize)

@@ -2,9 +2,9 @@
 
 import os
 
-from .gguf_file import SUFFIX, GGUFCheckpoint
+from .gguf_file import GGUFCheckpoint
 from .header import CheckpointError, TensorInfo
-from .reader import Checkpoint
+from .reader import GGUF_SUFFIX, Checkpoint
 from .writer import CheckpointWriter
 
 __all__ = ["Checkpoint", "CheckpointError", "CheckpointWriter", "TensorInfo", "open_checkpoint"]
@@ -15,5 +15,5 @@ def open_checkpoint(path: str | os.PathLike) -> Checkpoint:
 
     Raises CheckpointError when it is no readable checkpoint.
     """
-    is_gguf = os.fspath(path).lower().endswith(SUFFIX)
+    is_gguf = os.fspath(path).lower().endswith(GGUF_SUFFIX)
     return GGUFCheckpoint(path) if is_gguf else Checkpoint(path)

@@ -9,13 +9,13 @@ Source: the GGUF format description (dimensions lie reversed); ComfyUI-GGUF `too
 import importlib.util
 import math
 import os
+from functools import cache
 
 import torch
 
 from .header import CheckpointError, TensorInfo
 from .reader import Checkpoint, read_into
 
-SUFFIX = ".gguf"
 ORIGINAL_SHAPE = "comfy.gguf.orig_shape."
 # What llama.cpp calls the tensors of language models and their image encoders.
 TEXT_NAMES = ("blk.", "enc.blk.", "v.blk.", "token_embd.")
@@ -95,6 +95,8 @@ def _headers(path: str) -> dict[str, TensorInfo]:
         reader = gguf.GGUFReader(path)
         # A field of the header says more than that it is there only when it is looked at.
         found = {tensor.name: _info(path, reader, tensor) for tensor in reader.tensors}
+    except CheckpointError:
+        raise
     except OSError as error:
         raise CheckpointError(f"{path}: {error.strerror or error}") from error
     except (ValueError, TypeError, KeyError, IndexError, OverflowError, MemoryError) as error:
@@ -120,7 +122,27 @@ def _info(path: str, reader, tensor) -> TensorInfo:
         shape = original
     if kind in PLAIN:
         return TensorInfo(path, PLAIN[kind], shape, start, end)
+    if not _has_arithmetic(kind):
+        raise CheckpointError(
+            f"{path}: {tensor.name} is in blocks of {kind}, which the installed gguf has no "
+            "arithmetic for; try a later one, or another file of the model"
+        )
     elements, size = gguf.GGML_QUANT_SIZES[tensor.tensor_type]
     if math.prod(shape) // elements * size != end - start or math.prod(shape) % elements:
         raise ValueError(f"{tensor.name} of {list(shape)} is not in whole blocks of {kind}")
     return TensorInfo(path, torch.float32, shape, start, end, kind)
+
+
+@cache
+def _has_arithmetic(kind: str) -> bool:
+    """Return whether the package dequantizes blocks of `kind`; it says so only when asked to."""
+    import gguf
+    import numpy as np
+
+    block_type = gguf.GGMLQuantizationType[kind]
+    _, size = gguf.GGML_QUANT_SIZES[block_type]
+    try:
+        gguf.quants.dequantize(np.zeros((1, size), dtype=np.uint8), block_type)
+    except NotImplementedError:
+        return False
+    return True

@@ -14,6 +14,7 @@ from .header import CheckpointError, TensorInfo, read_header
 
 INDEX_SUFFIX = ".safetensors.index.json"
 FILE_SUFFIXES = (".safetensors", ".sft")
+GGUF_SUFFIX = ".gguf"
 # What torch.save writes: loading such a file runs whatever is in it.
 PICKLES = (".ckpt", ".pt", ".pt2", ".pth", ".bin", ".pkl")
 
@@ -83,6 +84,8 @@ def _files(path: str) -> list[str]:
         raise CheckpointError(
             f"{path}: a pickle, which can run any code and is never loaded, not a .safetensors file"
         )
+    if path.lower().endswith(GGUF_SUFFIX):
+        raise CheckpointError(f"{path}: GGUF is read of diffusion models only, not here")
     if not path.endswith(FILE_SUFFIXES):
         raise CheckpointError(f"{path}: not a .safetensors file, a folder of them, or a .gguf file")
     return [path]

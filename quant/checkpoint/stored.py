@@ -25,7 +25,8 @@ METADATA_KEY = "_quantization_metadata"
 LEGACY_FLAG = "scaled_fp8"
 LEGACY_NAMES = {"scale_weight": "weight_scale", "scale_input": "input_scale"}
 FP8_DTYPES = {torch.float8_e4m3fn: "float8_e4m3fn", torch.float8_e5m2: "float8_e5m2"}
-INPUT_SCALES = ("input_scale", "pre_quant_scale")
+SMOOTHING = "pre_quant_scale"
+INPUT_SCALES = ("input_scale", SMOOTHING)
 AS_IT_IS = Request()
 
 
@@ -91,8 +92,8 @@ class StoredLayer:
         weight = tensors["weight"]
         if self.format:
             weight = self.unpack(checkpoint, tensors).dequantize()
-        if "pre_quant_scale" in tensors:
-            weight = weight * tensors["pre_quant_scale"].float().reshape(1, -1)
+        if SMOOTHING in tensors:
+            weight = weight * tensors[SMOOTHING].float().reshape(1, -1)
         return weight
 
 
@@ -147,6 +148,18 @@ def _foreign_layers(parts, markers, foreign: Foreign) -> dict[str, StoredLayer]:
         by = reading.dialect
         layers[name] = StoredLayer(name, fmt, marker, by, named, reading.shape, reading)
     return layers
+
+
+def check_can_stay(checkpoint: Checkpoint, stored: Mapping[str, StoredLayer]) -> None:
+    """Raise CheckpointError when a file holds numbers that no format of ours holds."""
+    blocks = [info.encoding for info in checkpoint.values() if info.encoding]
+    lost = [f"{layer.title} {name}" for name, layer in stored.items() if not layer.format]
+    if blocks or lost:
+        what = f"{blocks[0]} blocks of GGUF" if blocks else lost[0]
+        raise CheckpointError(
+            f"{checkpoint.path}: {what} cannot stay as stored: choose a format, to which it is "
+            "quantized while it is read"
+        )
 
 
 def logical_shapes(

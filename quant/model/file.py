@@ -7,7 +7,7 @@ can be quantized while it is read and the 16-bit model is never in memory as a w
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from comfy_kitchen.tensor import QuantizedTensor
@@ -16,18 +16,21 @@ from torch.overrides import TorchFunctionMode
 
 from ...ops.linear.modules import LowBitLinear
 from .. import convert, families, formats, recipe
-from ..checkpoint import Checkpoint, CheckpointError, CheckpointWriter
+from ..checkpoint import Checkpoint, CheckpointError, CheckpointWriter, open_checkpoint
 from ..checkpoint.stored import (
     LEGACY_FLAG,
     MARKER,
+    SMOOTHING,
     StoredLayer,
+    check_can_stay,
     logical_shapes,
     marker_tensor,
     stored_layers,
 )
 from ..checkpoint.writer import ENTRY_BYTES
+from ..recipe import Choice
 from ..record import RECORD_KEY, LayerRecord, decode, encode
-from .names import is_fused, names_of
+from .names import check_unwrapped, is_fused, names_of
 from .quantize import Progress, fuse, guard, layer_records, stand_in
 from .swap import Swap, place
 
@@ -54,13 +57,15 @@ def save_model(model: nn.Module, path: str | os.PathLike, *, overwrite: bool = F
     Tensors bear the host's names: `load_model` and ComfyUI load the file, one without this pack
     too where the format is native there. The configuration of a diffusers model goes along.
     Raises CheckpointError when `path` exists and `overwrite` is false, when it does not end with
-    .safetensors, or cannot be written; it is then absent or as it was.
+    .safetensors, or cannot be written; it is then absent or as it was. Raises ValueError, before
+    anything is written, when a wrapper such as PEFT's or torch.compile's named the tensors.
     """
     path = os.fspath(path)
     if not path.endswith(".safetensors"):
         raise CheckpointError(f"{path}: the name must end with .safetensors")
     if os.path.exists(path) and not overwrite:
         raise CheckpointError(f"{path}: it exists; pass overwrite=True to replace it")
+    check_unwrapped(model)
     names = names_of(model)
     records = [
         LayerRecord(names.layer(r.name), r.format, r.shape, r.size_bytes, r.error, r.reason)
@@ -109,21 +114,24 @@ def load_model(
 ) -> nn.Module:
     """Return the model that a checkpoint holds, quantized layers as stored, in eval mode.
 
-    path: a safetensors file or a folder of shards, in the host's names or diffusers'. model: what
-    to fill, on any device, the meta device too; or a folder with diffusers' config.json; None: the
-    configuration that `save_model` wrote, or the config.json in the folder `path`. format: quantize
-    to it while reading, as `quantize_model` does; None: as stored. dtype: of dense tensors, but for
-    those that the model's class keeps in float32, and of what layers dequantize to. progress:
-    called with (tensors done, all tensors).
+    path: a safetensors file, a folder of shards, or with `format` a GGUF file, in the host's names
+    or diffusers'. model: what to fill, on any device, the meta device too; or a folder with
+    diffusers' config.json; None: the configuration that `save_model` wrote, or the config.json in
+    the folder `path`. format: quantize to it while reading, as `quantize_model` does; None: as
+    stored. A layer that the file has in `format` stays as stored, unless it asks for more than a
+    product: one of full precision becomes dense, one with its input smoothed is rounded again.
+    dtype: of dense tensors, but for those that the model's class keeps in float32, and of what
+    layers dequantize to. progress: called with (tensors done, all tensors).
     Raises CheckpointError when the file does not fit the model, naming what lacks, ValueError when
     the configuration is missing or names no model of diffusers. A model that was given may then be
     half filled.
     """
-    checkpoint = Checkpoint(path)
+    checkpoint = open_checkpoint(path)
     if format is None:
         entries, total = _as_stored(checkpoint, dtype), len(checkpoint)
     else:
         plan = convert.plan(checkpoint, format, recipe, keep)
+        plan.steps = [_computable(step) for step in plan.steps]
         entries, total = _quantized(plan, dtype, device), len(plan.steps)
     if not isinstance(model, nn.Module):
         model = _build(_config(checkpoint, model))
@@ -180,6 +188,7 @@ def _build(config: dict) -> nn.Module:
 
 def _as_stored(checkpoint: Checkpoint, dtype: torch.dtype) -> Iterator[Entry]:
     stored = stored_layers(checkpoint)
+    check_can_stay(checkpoint, stored)
     consumed = {t for layer in stored.values() for p, t in layer.parts.items() if p != "weight"}
     model = families.recognise(logical_shapes(checkpoint, stored))
     errors = decode(checkpoint.metadata)
@@ -199,17 +208,34 @@ def _as_stored(checkpoint: Checkpoint, dtype: torch.dtype) -> Iterator[Entry]:
 def _stored_entry(
     checkpoint: Checkpoint, host: str, layer: StoredLayer, dtype: torch.dtype, error: float | None
 ) -> Entry:
-    if "pre_quant_scale" in layer.parts:
-        raise CheckpointError(
-            f"{checkpoint.path}: {layer.name} wants its input smoothed, which only ComfyUI does; "
-            "pass another format, to which it is then quantized anew"
-        )
     if layer.marker.get(FULL_PRECISION):
         return Entry(host, layer.dequantize(checkpoint))
+    if SMOOTHING in layer.parts:
+        raise CheckpointError(
+            f"{checkpoint.path}: {layer.name} wants its input smoothed, which only ComfyUI does; "
+            "pass a format, to which it is rounded again, the smoothing folded in"
+        )
     size = sum(checkpoint[t].size_bytes for t in layer.parts.values())
     shape, name = layer.logical_shape(checkpoint), host.removesuffix(".weight")
     record = LayerRecord(name, layer.format.name, shape, size, error, "as stored")
     return Entry(host, layer.load(checkpoint, dtype), record)
+
+
+def _computable(step: convert.Step) -> convert.Step:
+    """Return a step whose layer needs no more than a product with its weight.
+
+    What would be copied but wants more of the host's Linear: smoothing goes into the weight, which
+    is rounded again, and a layer that asks for products in full precision becomes dense.
+    """
+    if not step.is_copy:
+        return step
+    if step.stored.marker.get(FULL_PRECISION):
+        why = "the file asks for products in full precision"
+        return replace(step, choice=Choice(None, why))
+    if SMOOTHING in step.stored.parts:
+        why = "rounded again, the smoothing of its input folded in"
+        return replace(step, choice=replace(step.choice, reason=why), anew=True)
+    return step
 
 
 def _quantized(plan: convert.Plan, dtype: torch.dtype, device) -> Iterator[Entry]:

@@ -6,6 +6,14 @@ from torch import nn
 
 from .. import families
 
+# What wrappers put between a model and its tensors -> how to get the model itself.
+WRAPPERS = {
+    "base_layer": "PEFT; merge the LoRA first (the pipeline's fuse_lora and then "
+    "unload_lora_weights, or merge_and_unload)",
+    "modules_to_save": "PEFT; merge the adapter first (merge_and_unload)",
+    "_orig_mod": "torch.compile; pass the model that was compiled",
+}
+
 # Projections that diffusers' `fuse_qkv_projections` joined, beside the layers of which they are
 # made: those decide what becomes of them, and those are what files hold.
 FUSED = {
@@ -37,6 +45,16 @@ class Names:
 def is_fused(name: str) -> bool:
     """Return whether a tensor or layer `name` is of a projection that diffusers joined."""
     return any(part in FUSED for part in name.split(".")[-2:])
+
+
+def check_unwrapped(model: nn.Module) -> None:
+    """Raise ValueError that names the first tensor of `model` whose name a wrapper made."""
+    for name in model.state_dict():
+        wrappers = [part for part in name.split(".") if part in WRAPPERS]
+        if wrappers:
+            raise ValueError(
+                f"{name} is no name of ComfyUI's model: it is wrapped by {WRAPPERS[wrappers[0]]}"
+            )
 
 
 def names_of(model: nn.Module) -> Names:

@@ -4,7 +4,10 @@ import pytest
 import torch
 
 from lowbit.quant import formats
+from lowbit.quant.checkpoint import Checkpoint, open_checkpoint
+from lowbit.quant.checkpoint.stored import logical_shapes, stored_layers
 from tests import gguf_files
+from tests.checkpoints import qwen_image_shapes
 
 # Relative RMS of a GGUF block's own rounding of a gaussian weight: a step of 2 · 4 σ / levels,
 # over the square root of twelve.
@@ -33,6 +36,53 @@ def test_gguf_is_described_by_its_blocks(lowbit, tensors, tmp_path):
     assert code == 0
     assert "Wan 2.1 / 2.2, t2v, 1 block" in out
     assert "Q4_K  16 layers" in out
+
+
+# Qwen-Image's widths, each made small enough for a test; rows of the patch are reshaped in GGUF.
+NARROW = {3072: 256, 2 * 3072: 512, 6 * 3072: 1536, 4 * 3072: 1024, 3584: 512}
+
+QWEN_ATTENTION = (
+    *("to_q", "to_k", "to_v", "to_out.0"),
+    *("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"),
+)
+
+
+@pytest.fixture(scope="module")
+def qwen_shapes() -> dict[str, tuple[int, ...]]:
+    shapes = qwen_image_shapes(layers=2)
+    return {name: tuple(NARROW.get(size, size) for size in shape) for name, shape in shapes.items()}
+
+
+@pytest.fixture(scope="module")
+def qwen(qwen_shapes, tmp_path_factory):
+    """A narrow Qwen-Image in Q8_0, as the converter writes it, under the host's names."""
+    noise = torch.Generator().manual_seed(0)
+    tensors = {n: torch.randn(shape, generator=noise) for n, shape in qwen_shapes.items()}
+    path = tmp_path_factory.mktemp("qwen") / "qwen.gguf"
+    return gguf_files.write(path, tensors, "Q8_0", arch="qwen_image")
+
+
+def test_qwen_image_as_gguf_has_its_names_and_shapes(lowbit, qwen, qwen_shapes):
+    checkpoint = open_checkpoint(qwen)
+    assert {name: info.shape for name, info in checkpoint.items()} == qwen_shapes
+    assert checkpoint["img_in.weight"].encoding == "Q8_0"
+    code, out, _ = lowbit("inspect", qwen)
+    assert code == 0 and "Qwen-Image, t2i, 2 blocks" in out
+
+
+def test_qwen_image_as_gguf_is_quantized_by_its_own_rules(lowbit_json, qwen, qwen_shapes, tmp_path):
+    target = tmp_path / "nvfp4.safetensors"
+    code, _ = lowbit_json("quantize", qwen, target, "--format", "nvfp4")
+    assert code == 0
+    found = stored_layers(checkpoint := Checkpoint(target))
+    want = {}
+    for block in ("transformer_blocks.0.", "transformer_blocks.1."):
+        want |= dict.fromkeys((f"{block}attn.{layer}" for layer in QWEN_ATTENTION), "nvfp4")
+        want |= {f"{block}{stream}_mlp.net.0.proj": "nvfp4" for stream in ("img", "txt")}
+        want |= {f"{block}txt_mlp.net.2": "nvfp4", f"{block}img_mlp.net.2": "int8_convrot"}
+    assert {name: layer.format.name for name, layer in found.items()} == want
+    shapes = logical_shapes(checkpoint, found)
+    assert {name: shapes[name] for name in qwen_shapes} == qwen_shapes
 
 
 def test_gguf_is_not_converted_but_quantized(lowbit, tensors, tmp_path):

@@ -98,6 +98,13 @@ def test_diffusers_named_wan_loads_and_quantizes(sample, put):
     assert 0 < difference(latent, stored) < tolerance("int8_convrot")
 
 
+def test_fp8_without_scales_is_under_auto_what_the_stock_loader_makes_of_it(sample, put, dense):
+    matrices = {n: t.to(torch.float8_e4m3fn) for n, t in dense.items() if t.dim() == 2}
+    file = put("plain_fp8.safetensors", dense | matrices)
+    stock = sample(lambda graph: graphs.load(graph, file))
+    assert torch.equal(sample(lambda graph: graphs.load_lowbit(graph, file, "auto")), stock)
+
+
 def smoothed(tensors):
     """NVFP4 tensors of the same model, half of each layer's scale moved to its input."""
     fmt = formats.get("nvfp4")

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from lowbit.quant import formats
 from lowbit.quant.best import BEST, best_format
@@ -26,6 +27,33 @@ def test_file_that_is_quantized_stays_as_it_is(wan, tmp_path, name):
     target = tmp_path / "quantized.safetensors"
     quantize_file(wan, target, name)
     assert best_format(Checkpoint(target)) is None
+
+
+def in_dtype(source, target, dtype, only=""):
+    """Write the matrices of `source` whose names hold `only` in `dtype`, without scales."""
+    tensors = load_file(source)
+    chosen = {n: t.to(dtype) for n, t in tensors.items() if t.dim() == 2 and only in n}
+    save_file(tensors | chosen, target)
+    return Checkpoint(target)
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_fp8_without_scales_stays_as_it_is(wan, tmp_path, dtype):
+    assert best_format(in_dtype(wan, tmp_path / "fp8.safetensors", dtype)) is None
+
+
+def test_some_fp8_in_a_file_of_16_bits_is_quantized(wan, tmp_path):
+    source = in_dtype(wan, tmp_path / "some.safetensors", torch.float8_e4m3fn, "ffn.0.weight")
+    assert best_format(source) == BEST
+
+
+def test_fp8_of_another_model_in_the_file_does_not_count(wan, tmp_path):
+    prefix = "model.diffusion_model."
+    tensors = {prefix + name: tensor for name, tensor in load_file(wan).items()}
+    other = torch.zeros(4096, 4096, dtype=torch.float8_e4m3fn)
+    path = tmp_path / "whole.safetensors"
+    save_file(tensors | {"text_encoders.t5.weight": other}, path)
+    assert best_format(Checkpoint(path)) == BEST
 
 
 def test_best_is_the_most_exact_of_the_formats_of_8_bits():

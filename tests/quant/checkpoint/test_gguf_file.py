@@ -4,6 +4,7 @@ import sys
 import tracemalloc
 
 import gguf
+import numpy as np
 import pytest
 import torch
 
@@ -65,6 +66,23 @@ def test_shape_of_reshaped_and_five_dimensional_tensors_comes_back(tmp_path):
     assert checkpoint["narrow.weight"].shape == (64, 64)
     assert checkpoint.read("narrow.weight").shape == (64, 64)
     assert torch.equal(checkpoint.read("patch_embedding.weight"), patch)
+
+
+# llama.cpp keeps activations in these, never weights; gguf has no arithmetic for them.
+@pytest.mark.parametrize("kind", ["Q8_1", "Q8_K"])
+def test_blocks_that_gguf_cannot_read_are_refused_by_name_when_the_file_is_opened(tmp_path, kind):
+    block_type = gguf.GGMLQuantizationType[kind]
+    elements, size = gguf.GGML_QUANT_SIZES[block_type]
+    writer = gguf.GGUFWriter(tmp_path / "m.gguf", "wan")
+    blocks = np.zeros((4, WEIGHT.shape[1] // elements * size), dtype=np.uint8)
+    writer.add_tensor("m.weight", blocks, raw_dtype=block_type)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    message = rf"m\.gguf: m\.weight is in blocks of {kind}, which the installed gguf has no"
+    with pytest.raises(CheckpointError, match=message):
+        open_checkpoint(tmp_path / "m.gguf")
 
 
 def test_file_of_a_text_model_is_refused(tmp_path):

@@ -130,6 +130,7 @@ def test_empty_folder_and_other_suffixes_are_refused(tmp_path):
     expect_refused(tmp_path, "found 0 and 0")
     (tmp_path / "model.ckpt").write_bytes(b"pickle")
     expect_refused(tmp_path / "model.ckpt", r"not a .safetensors file")
+    expect_refused(tmp_path / "lora.gguf", r"GGUF is read of diffusion models only")
 
 
 def test_file_without_tensors_is_refused(raw_file):

@@ -4,14 +4,17 @@ import json
 
 import pytest
 import torch
+from comfy_kitchen.tensor import QuantizedTensor
 from safetensors.torch import load_file, save_file
 
 import lowbit
 from lowbit.ops.linear.modules import LowBitLinear
-from lowbit.quant.checkpoint import Checkpoint, CheckpointError
+from lowbit.quant import formats
+from lowbit.quant.checkpoint import Checkpoint, CheckpointError, open_checkpoint
 from lowbit.quant.model import file
 from lowbit.quant.quantize_file import quantize_file
-from tests.quant.model.conftest import every_format
+from tests import gguf_files
+from tests.quant.model.conftest import every_format, only_wan
 
 FORMAT = "int8_convrot"
 F32 = {"dtype": torch.float32}
@@ -107,30 +110,62 @@ def test_undone_and_dense_models_are_saved_too(model, run, path):
     assert torch.equal(run(lowbit.load_model(path, **F32)), want)
 
 
-def test_layer_that_asks_for_full_precision_is_dequantized(small, model, path, tmp_path):
+def first_layer(small) -> tuple[str, str]:
+    """A layer's name as the host has it, and as the model has it."""
+    name = "transformer_blocks.0.attn.to_q"
+    return ("blocks.0.self_attn.q", "blocks.0.attn1.to_q") if small.name == "wan" else (name, name)
+
+
+@pytest.mark.parametrize("format", [None, "fp8_e4m3"])
+def test_layer_that_asks_for_full_precision_is_dequantized(small, model, path, tmp_path, format):
     lowbit.quantize_model(model, "fp8_e4m3")
     lowbit.save_model(model, path)
     tensors = load_file(path)
-    layer = {"wan": "blocks.0.self_attn.q"}.get(small.name, "transformer_blocks.0.attn.to_q")
+    layer, name = first_layer(small)
     marker = {"format": "float8_e4m3fn", "full_precision_matrix_mult": True}
     tensors[f"{layer}.comfy_quant"] = file.marker_tensor(marker)
     save_file(tensors, tmp_path / "full.safetensors")
-    loaded = lowbit.load_model(tmp_path / "full.safetensors", small.build(), **F32)
-    name = {"wan": "blocks.0.attn1.to_q"}.get(small.name, layer)
+    loaded = lowbit.load_model(tmp_path / "full.safetensors", small.build(), format=format)
     assert not isinstance(loaded.get_submodule(name), LowBitLinear)
-    want = model.get_submodule(name).weight.dequantize()
+    want = model.get_submodule(name).weight.dequantize().bfloat16()
     assert torch.equal(loaded.get_submodule(name).weight, want)
+    others = [r for r in lowbit.layer_records(loaded) if r.format]
+    assert others and all(r.format == "fp8_e4m3" and r.reason == "as stored" for r in others)
 
 
-def test_smoothed_layer_is_refused(small, model, path, tmp_path):
-    lowbit.quantize_model(model, FORMAT)
+def smoothed(small, model, path, tmp_path) -> tuple[str, torch.Tensor]:
+    """Write `model` in NVFP4, one layer with a smoothing; return its name and true weight."""
+    lowbit.quantize_model(model, "nvfp4", recipe="none")
     lowbit.save_model(model, path)
-    tensors = load_file(path)
-    layer = {"wan": "blocks.0.self_attn.q"}.get(small.name, "transformer_blocks.0.attn.to_q")
-    tensors[f"{layer}.pre_quant_scale"] = torch.ones(256)
+    layer, name = first_layer(small)
+    weight = model.get_submodule(name).weight.dequantize()
+    scale = torch.linspace(0.5, 2, weight.shape[1])
+    tensors = load_file(path) | {f"{layer}.pre_quant_scale": scale}
     save_file(tensors, tmp_path / "smoothed.safetensors")
-    with pytest.raises(CheckpointError, match="wants its input smoothed"):
+    return name, weight * scale
+
+
+def test_smoothed_layer_as_stored_is_refused(small, model, path, tmp_path):
+    smoothed(small, model, path, tmp_path)
+    with pytest.raises(CheckpointError, match=r"wants its input smoothed.*pass a format"):
         lowbit.load_model(tmp_path / "smoothed.safetensors", small.build())
+
+
+@pytest.mark.parametrize("format", ["nvfp4", FORMAT])
+def test_smoothing_is_folded_into_what_is_quantized_anew(small, model, path, tmp_path, format):
+    """In the file's own format too: a copy of the numbers would lose it."""
+    name, want = smoothed(small, model, path, tmp_path)
+    loaded = lowbit.load_model(
+        tmp_path / "smoothed.safetensors", small.build(), format=format, recipe="none", **F32
+    )
+    module = loaded.get_submodule(name)
+    fmt = formats.of(module.weight)
+    assert fmt.name == format
+    error = (module.weight.dequantize() - want).norm() / want.norm()
+    assert 0 < error < fmt.max_error
+    assert module.record.error == pytest.approx(error.item(), rel=1e-3)
+    copies = [r for r in lowbit.layer_records(loaded) if r.reason == "as stored"]
+    assert bool(copies) is (format == "nvfp4") and name not in {r.name for r in copies}
 
 
 def test_file_that_does_not_fit_is_refused_by_name(small, model, path, tmp_path):
@@ -166,3 +201,64 @@ def test_existing_file_is_not_replaced_unasked(model, path):
     lowbit.save_model(model, path, overwrite=True)
     with pytest.raises(CheckpointError, match="must end with"):
         lowbit.save_model(model, path.with_suffix(".bin"))
+
+
+def test_gguf_is_quantized_while_it_is_read(small, model, path, tmp_path):
+    """The file has what rounding to Q8_0 left; the same values from safetensors give the same."""
+    lowbit.save_model(model, path)
+    gguf_files.write(tmp_path / "model.gguf", load_file(path), "Q8_0")
+    source = open_checkpoint(tmp_path / "model.gguf")
+    save_file({name: source.read(name) for name in source}, tmp_path / "same.safetensors")
+    got, want = (
+        lowbit.load_model(tmp_path / name, small.build(), format=FORMAT, **F32)
+        for name in ("model.gguf", "same.safetensors")
+    )
+    assert summary(lowbit.layer_records(got)) == summary(lowbit.layer_records(want))
+    assert got.get_submodule(first_layer(small)[1]).record.format == FORMAT
+    others = want.state_dict()
+    for name, tensor in got.state_dict().items():
+        if isinstance(tensor, QuantizedTensor):
+            assert torch.equal(tensor.dequantize(), others[name].dequantize())
+        else:
+            # Blocks that are kept become bfloat16.
+            assert torch.equal(tensor.bfloat16(), others[name].bfloat16())
+
+
+def test_gguf_as_stored_is_refused(small, model, path, tmp_path):
+    lowbit.save_model(model, path)
+    gguf_files.write(tmp_path / "model.gguf", load_file(path), "Q8_0")
+    with pytest.raises(CheckpointError, match=r"Q8_0 blocks .* choose a format"):
+        lowbit.load_model(tmp_path / "model.gguf", small.build())
+
+
+class Adapted(torch.nn.Module):
+    """A layer with a LoRA beside it, its parts called as PEFT calls them."""
+
+    def __init__(self, layer, rank=4):
+        super().__init__()
+        self.base_layer = layer
+        first = torch.nn.Linear(layer.in_features, rank, bias=False)
+        self.lora_A = torch.nn.ModuleDict({"default": first})
+        self.lora_B = torch.nn.ModuleDict(
+            {"default": torch.nn.Linear(rank, layer.out_features, bias=False)}
+        )
+
+
+@only_wan
+def test_model_with_an_unmerged_lora_is_refused_before_anything_is_written(model, path, tmp_path):
+    attention = model.blocks[1].attn1
+    attention.to_q = Adapted(attention.to_q)
+    message = r"^blocks\.1\.attn1\.to_q\.base_layer\.weight is no name .* merge the LoRA first"
+    with pytest.raises(ValueError, match=message):
+        lowbit.save_model(model, path)
+    assert list(tmp_path.iterdir()) == []
+
+
+@only_wan
+def test_compiled_wrapper_is_refused_and_the_model_in_it_saved(model, run, path):
+    compiled = torch.compile(model)
+    with pytest.raises(ValueError, match=r"^_orig_mod\..*pass the model that was compiled"):
+        lowbit.save_model(compiled, path)
+    assert not path.exists()
+    lowbit.save_model(compiled._orig_mod, path)
+    assert torch.equal(run(lowbit.load_model(path, **F32)), run(model))
