@@ -146,9 +146,13 @@ class Stack:
 
 
 def _place(root: torch.nn.Module, name: str) -> tuple[torch.nn.Module, str]:
-    """Return (the module that holds `name`, its name there)."""
+    """Return (the module that holds `name`, its name there).
+
+    What torch.compile wraps reads its parts from the module within, which is the one returned.
+    """
     path, _, leaf = name.rpartition(".")
-    return root.get_submodule(path), leaf
+    parent = root.get_submodule(path)
+    return getattr(parent, "_orig_mod", parent), leaf
 
 
 class WithTerms:

@@ -153,6 +153,38 @@ def test_compiled_model_follows_what_acts(model, loras):
             torch.testing.assert_close(compiled(x), model(x))
 
 
+@pytest.mark.parametrize("inner", [False, True], ids=["root", "block"])
+def test_what_lies_at_the_top_of_a_compiled_module_is_reached_and_restored(model, inner):
+    """TorchCompileModel before the LoRA: the wrapper would take a view that it never calls."""
+    names = ("0.ffn.0", "0.modulation") if inner else ("ffn.0", "modulation")
+    root = model if inner else model[0]
+    terms, differences = {names[0]: term(DIM, (DIM,), 0)}, {names[1]: torch.full((1, DIM), 0.5)}
+    stack, x = Stack((Lora(terms, 1.0, (0.0, 1.0), differences),)), torch.randn(5, DIM)
+    plain = root(x)
+    with stack.applied(root, (1.0,)):
+        want = root(x)
+    compiled = torch.compile(model[0], backend="eager")
+    held = compiled._modules.copy(), compiled._parameters.copy()
+    if inner:
+        model[0] = compiled
+    with stack.applied(model if inner else compiled, (1.0,)):
+        torch.testing.assert_close((model if inner else compiled)(x), want)
+    assert not torch.allclose(want, plain)
+    assert (compiled._modules, compiled._parameters) == held
+    torch.testing.assert_close((model if inner else compiled)(x), plain)
+
+
+def test_top_layer_of_a_compiled_model_has_its_term():
+    root, x = nn.Sequential(nn.Linear(DIM, DIM)).requires_grad_(False), torch.randn(5, DIM)
+    stack = Stack((Lora({"0": term(DIM, (DIM,), 0)}, 1.0, (0.0, 1.0)),))
+    with stack.applied(root, (1.0,)):
+        want = root(x)
+    compiled = torch.compile(root, backend="eager")
+    with stack.applied(compiled, (1.0,)):
+        torch.testing.assert_close(compiled(x), want)
+    assert list(compiled._modules) == ["_orig_mod"]
+
+
 def test_inputs_are_those_that_workflows_hold():
     required = LowBitLoraLoader.INPUT_TYPES()["required"]
     assert {name: kind for name, (kind, _) in required.items()} == INPUTS
