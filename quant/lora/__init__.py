@@ -12,7 +12,7 @@ import torch
 
 from ..checkpoint import Checkpoint
 from ..families import Family
-from .names import Kind, Names, Refused, split
+from .names import PREFIXES, Kind, Names, Refused, split
 
 __all__ = ["Layer", "LoraError", "Parsed", "parse", "read"]
 
@@ -101,18 +101,31 @@ def parse(
 def _adapter_alpha(checkpoint: Checkpoint) -> float | None:
     """Return the alpha of all layers that diffusers wrote into the file's header, or None.
 
-    Raises LoraError for settings that give layers alphas of their own.
+    Settings of the model count (`transformer.lora_alpha`), those of text encoders do not.
+    Raises LoraError for settings that give layers alphas of their own, and for what is no settings.
     """
     try:
         settings = json.loads(checkpoint.metadata.get(ADAPTER_METADATA, "{}"))
     except ValueError as error:
         raise LoraError(f"{checkpoint.path}: {ADAPTER_METADATA} is no JSON: {error}") from error
-    settings = {key.rpartition(".")[2]: value for key, value in settings.items()}
-    odd = [name for name in ("alpha_pattern", "use_rslora") if settings.get(name)]
+    if not isinstance(settings, dict):
+        raise LoraError(f"{checkpoint.path}: {ADAPTER_METADATA} is no object but {settings!r:.40}")
+    found = _values(settings, "alpha_pattern") | _values(settings, "use_rslora")
+    odd = [key for key, value in found.items() if value]
     if odd:
         raise LoraError(f"{checkpoint.path}: {odd[0]} in its {ADAPTER_METADATA} is not supported")
-    alpha = settings.get("lora_alpha")
-    return None if alpha is None else float(alpha)
+    alphas = _values(settings, "lora_alpha")
+    if not all(type(alpha) in (int, float) for alpha in alphas.values()):
+        raise LoraError(f"{checkpoint.path}: {ADAPTER_METADATA} has {alphas}, a number is wanted")
+    if len(set(alphas.values())) > 1:
+        raise LoraError(f"{checkpoint.path}: {ADAPTER_METADATA} has several alphas, {alphas}")
+    return float(next(iter(alphas.values()))) if alphas else None
+
+
+def _values(settings: Mapping[str, object], name: str) -> dict[str, object]:
+    """Return the settings of the model itself that are called `name`, by key."""
+    keys = (f"{prefix}{name}" for prefix in ("", *PREFIXES))
+    return {key: settings[key] for key in keys if settings.get(key) is not None}
 
 
 def read(

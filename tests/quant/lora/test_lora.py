@@ -112,6 +112,33 @@ def test_alpha_of_diffusers_header_counts(tmp_path):
         parse(tmp_path / "other.safetensors", tensors, metadata)
 
 
+@pytest.mark.parametrize("own", ["transformer.lora_alpha", "lora_alpha", "unet.lora_alpha"])
+def test_alpha_of_a_text_encoder_is_not_the_models(tmp_path, own):
+    tensors = dict(zip([f"blocks.0.ffn.0.{e}" for e in PEFT], pair("blocks.0.ffn.0"), strict=True))
+    others = {"text_encoder.lora_alpha": 64, "text_encoder_2.use_rslora": True}
+    for settings in ({own: 8, **others}, {**others, own: 8}):
+        metadata = {"lora_adapter_metadata": json.dumps(settings)}
+        _, parsed = parse(tmp_path / "lora.safetensors", tensors, metadata)
+        assert parsed.alpha == 8.0
+    metadata = {"lora_adapter_metadata": json.dumps(others)}
+    assert parse(tmp_path / "lora.safetensors", tensors, metadata)[1].alpha is None
+
+
+@pytest.mark.parametrize(
+    ("header", "message"),
+    [
+        ("[]", "is no object"),
+        ("{", "is no JSON"),
+        ('{"transformer.lora_alpha": "8"}', "a number is wanted"),
+        ('{"transformer.lora_alpha": 8, "lora_alpha": 4}', "several alphas"),
+    ],
+)
+def test_header_without_one_alpha_is_refused(tmp_path, header, message):
+    tensors = dict(zip([f"blocks.0.ffn.0.{e}" for e in PEFT], pair("blocks.0.ffn.0"), strict=True))
+    with pytest.raises(lora.LoraError, match=message):
+        parse(tmp_path / "lora.safetensors", tensors, {"lora_adapter_metadata": header})
+
+
 def test_what_fits_no_layer_is_told(tmp_path):
     down, up = pair("blocks.0.ffn.0")
     tensors = {"blocks.0.ffn.0.lora_down.weight": down, "blocks.0.ffn.0.lora_up.weight": up}
