@@ -115,7 +115,7 @@ class Runner:
         loras = self.stack.loras
         meant = [is_within(one.steps, model.model_sampling, sigmas) for one in loras]
         now = [one.strength * within for one, within in zip(loras, meant, strict=True)]
-        with self.stack.applied(model.diffusion_model, now):
+        with self.stack.applied(model.diffusion_model, now, x.device):
             return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
 
 
