@@ -235,7 +235,12 @@ class WithTerms:
 
 
 def _takes(module: torch.nn.Module, weight: torch.Tensor) -> bool:
-    """Return whether `linear` multiplies a layer's weight with the layer's own input."""
+    """Return whether `linear` multiplies a layer's weight with the layer's own input.
+
+    Not in a compiled graph, which does not know the layout of a weight that the host made there.
+    """
+    if torch.compiler.is_compiling():
+        return False
     ours = isinstance(weight, QuantizedTensor) and hasattr(weight.layout_cls, "scheme")
     return ours and getattr(module, "pre_quant_scale", None) is None
 
