@@ -28,6 +28,8 @@ class Matrix(torch.nn.Module):
     def __init__(self, weight: torch.Tensor):
         super().__init__()
         self.weight = torch.nn.Parameter(weight, requires_grad=False)
+        # With the strength at hand in its scales; its stored values are those of the weight.
+        self.scaled: QuantizedTensor | None = None
 
     def _apply(self, fn: Callable, recurse: bool = True) -> torch.nn.Module:
         # torch's own writes into the parameter, which a quantized one does not take.
@@ -35,6 +37,8 @@ class Matrix(torch.nn.Module):
         if weight.is_inference() and not torch.is_inference_mode_enabled():
             weight = weight.clone()
         self.weight = torch.nn.Parameter(weight, requires_grad=False)
+        # It would keep memory that the weight has left.
+        self.scaled = None
         return self
 
     def on(self, x: torch.Tensor) -> torch.Tensor:
@@ -75,7 +79,7 @@ class Term(torch.nn.Module):
         self.scales, self.constants = scales, constants
         self.rows, self.key = rows, key
         self._strength: float | None = None
-        self._factor = self._shift = self._scaled = None
+        self._factor = self._shift = None
 
     def prepare(self, strength: float, device: torch.device) -> None:
         """Let the term act with this strength on `device`.
@@ -86,7 +90,7 @@ class Term(torch.nn.Module):
         stale = self._factor is None or self._factor.device != device
         weight = self.down.weight
         if isinstance(weight, QuantizedTensor):
-            stale |= self._scaled is None or self._scaled._qdata is not weight._qdata
+            stale |= self.down.scaled is None or self.down.scaled._qdata is not weight._qdata
         if not stale and strength == self._strength:
             return
         # Tensors of inference mode could not be written to outside of it.
@@ -100,18 +104,18 @@ class Term(torch.nn.Module):
         by_row = factor.to(weight._params.scale.device) if quantized else None
         if stale:
             self._factor, self._shift = factor.to(device), shift.to(device)
-            self._scaled = scaled(weight, by_row) if quantized else None
+            self.down.scaled = scaled(weight, by_row) if quantized else None
             return
         self._factor.copy_(factor)
         self._shift.copy_(shift)
         if quantized:
-            rescale(self._scaled, weight, by_row)
+            rescale(self.down.scaled, weight, by_row)
 
     def low_rank(self, x: torch.Tensor) -> LowRank:
         """Return the term for the input x, as it was prepared."""
         up, shift = self.up.on(x), self._shift.to(x.device)
-        if self._scaled is not None:
-            return LowRank(_moved(self._scaled, x), up, None, shift, self.rows, self.key)
+        if self.down.scaled is not None:
+            return LowRank(_moved(self.down.scaled, x), up, None, shift, self.rows, self.key)
         return LowRank(self.down.on(x), up, self._factor.to(x.device), shift, self.rows, self.key)
 
 

@@ -199,6 +199,7 @@ def test_strength_is_written_in_place_and_follows_a_matrix_that_was_moved(model,
     assert one._factor is held
     torch.testing.assert_close((outs[1.0] - plain) / 2, outs[0.5] - plain, rtol=1e-4, atol=1e-4)
     one._apply(lambda t: t.clone())
+    assert one.down.scaled is None
     with stack.applied(model, (0.5,)):
         torch.testing.assert_close(model[0].ffn[0](x), outs[0.5])
 
