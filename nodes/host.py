@@ -37,7 +37,7 @@ from ..quant.record import LayerRecord, decode
 from . import clones, stand_in
 from .attention_override import Override
 from .inputs import AS_STORED
-from .lora_terms import low_rank_of
+from .lora_terms import low_ranks_of
 from .memory import make_room
 
 logger = logging.getLogger(__name__)
@@ -250,13 +250,16 @@ def _run_after_gelu(module, x: torch.Tensor) -> torch.Tensor:
         compute_dtype=x.dtype,
         want_requant=not module._full_precision_mm,
     )
-    low_rank = low_rank_of(module, x)
+    terms = low_ranks_of(module, x)
     with cast as (weight, bias):
         if isinstance(weight, QuantizedTensor):
-            return linear(x, weight, bias, input_act="gelu_tanh", low_rank=low_rank)
-        x = F.gelu(x, approximate="tanh")
-        out = F.linear(x, weight.to(x.dtype), bias)
-        return out if low_rank is None else add_low_rank(out, x, low_rank)
+            first = terms.pop(0) if terms else None
+            out = linear(x, weight, bias, input_act="gelu_tanh", low_rank=first)
+        else:
+            out = F.linear(F.gelu(x, approximate="tanh"), weight.to(x.dtype), bias)
+    for term in terms:
+        out = add_low_rank(out, F.gelu(x, approximate="tanh"), term)
+    return out
 
 
 def _is_patched(module) -> bool:

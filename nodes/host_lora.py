@@ -70,6 +70,7 @@ def set_lora(patcher, path: str, strength: float, steps: tuple[float, float]):
     if any(_is_uncalled(source.modules[name]) for name in source.parsed.pairs):
         patcher = host.quantize_model(patcher, AS_STORED)
         source = _Source(patcher, path)
+    source.warn_of_what_is_left_out()
     model, terms = _terms(source, patcher)
     clone = patcher.clone()
     _add_patches(clone, source, strength, steps)
@@ -114,7 +115,7 @@ class Runner:
         loras = self.stack.loras
         meant = [is_within(one.steps, model.model_sampling, sigmas) for one in loras]
         now = [one.strength * within for one, within in zip(loras, meant, strict=True)]
-        with self.stack.applied(model.diffusion_model, now):
+        with self.stack.applied(model.diffusion_model, now, x.device):
             return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
 
 
@@ -124,20 +125,29 @@ class _Source:
     def __init__(self, patcher, path: str):
         root = patcher.get_model_object(host.ROOT)
         self.path, self.checkpoint = path, Checkpoint(path)
-        self.state = {name: tuple(value.shape) for name, value in root.state_dict().items()}
-        self.family = families.recognise(self.state).family
+        state = {name: tuple(value.shape) for name, value in root.state_dict().items()}
+        self.family = families.recognise(state).family
         self.modules = {
             name: patcher.get_model_object(f"{host.ROOT}.{name}")
             for name, module in root.named_modules()
             if getattr(module, "weight", None) is not None
         }
-        bare = {name for name in self.state if name.rpartition(".")[0] not in self.modules}
-        places = {*self.modules, *bare}
-        self.parsed = lora.parse(self.checkpoint, places, self.family, _aliases(patcher))
+        bare = {name for name in state if name.rpartition(".")[0] not in self.modules}
+        weights = {f"{n}.weight": tuple(m.weight.shape) for n, m in self.modules.items()}
+        self.shapes = {**state, **weights}
+        names = _aliases(patcher)
+        parsed = lora.parse(self.checkpoint, {*self.modules, *bare}, self.family, *names)
+        self.parsed, self.misfits = lora.fitting(self.checkpoint, parsed, self.shapes)
+        self._refuse_what_is_no_sum()
+
+    def warn_of_what_is_left_out(self) -> None:
+        """Log what fits no layer of the model, and what is of another shape than there."""
         if unknown := self.parsed.unknown:
             text = "%s: %d tensors fit no layer of this model and are left out, %s first"
-            logger.warning(text, path, len(unknown), unknown[0])
-        self._refuse_what_is_no_sum()
+            logger.warning(text, self.path, len(unknown), unknown[0])
+        if self.misfits:
+            text = "%s: left out, as this model has them in other shapes or not at all: %s"
+            logger.warning(text, self.path, ", ".join(self.misfits))
 
     def _refuse_what_is_no_sum(self) -> None:
         quantized = [n for n in self.parsed.diffs if _is_quantized(self.modules.get(n))]
@@ -154,8 +164,7 @@ class _Source:
 
     def layers(self) -> Iterator[tuple[str, lora.Layer]]:
         """Yield (layer, its LoRA)."""
-        shapes = {name: tuple(self.modules[name].weight.shape) for name in self.parsed.pairs}
-        yield from lora.read(self.checkpoint, self.parsed, shapes)
+        yield from lora.read(self.checkpoint, self.parsed, self.shapes)
 
     def bare_differences(self) -> dict[str, torch.Tensor]:
         """Return those of parameters that are in no layer (modulation), by name.
@@ -163,7 +172,7 @@ class _Source:
         Patches of the host's for them are not applied when it loads a model.
         """
         diffs = self.parsed.diffs.items()
-        return {p: self._difference(p, name) for p, name in diffs if p not in self.modules}
+        return {p: self.checkpoint.read(name) for p, name in diffs if p not in self.modules}
 
     def differences(self) -> dict[str, torch.Tensor]:
         """Return those of norms and lone biases, by the host's names of parameters."""
@@ -172,22 +181,7 @@ class _Source:
         for place, name in self.parsed.biases.items():
             if place not in self.parsed.pairs:
                 found[f"{place}.bias"] = name
-        absent = [parameter for parameter in found if parameter not in self.state]
-        if absent:
-            raise lora.LoraError(
-                f"{self.path}: the model has no {absent[0]}, which it would change"
-            )
-        return {parameter: self._difference(parameter, name) for parameter, name in found.items()}
-
-    def _difference(self, parameter: str, name: str) -> torch.Tensor:
-        """Return the difference `name` of a parameter. Raises LoraError where shapes differ."""
-        value = self.checkpoint.read(name)
-        if tuple(value.shape) != self.state[parameter]:
-            raise lora.LoraError(
-                f"{self.path}: of another model: {parameter} is {list(self.state[parameter])}, "
-                f"{name} {list(value.shape)}"
-            )
-        return value
+        return {parameter: self.checkpoint.read(name) for parameter, name in found.items()}
 
 
 def _is_uncalled(module) -> bool:
@@ -198,17 +192,23 @@ def _is_quantized(module) -> bool:
     return module is not None and isinstance(module.weight, QuantizedTensor)
 
 
-def _aliases(patcher) -> dict[str, str]:
-    """Return the host's own names in LoRA files for whole weights of this model."""
+def _aliases(patcher) -> tuple[dict[str, str], dict[str, str]]:
+    """Return (the host's own names in LoRA files for whole weights of this model, for parts of it).
+
+    Both with the layer that they belong to: a part is of a weight that the model has fused.
+    """
     import comfy.lora
 
-    names = comfy.lora.model_lora_keys_unet(patcher.model, {})
+    whole, parts = {}, {}
     prefix = f"{host.ROOT}."
-    return {
-        name: key.removeprefix(prefix).removesuffix(".weight")
-        for name, key in names.items()
-        if isinstance(key, str) and key.startswith(prefix)
-    }
+    for name, target in comfy.lora.model_lora_keys_unet(patcher.model, {}).items():
+        # With the rows of the part beside it.
+        is_part = not isinstance(target, str)
+        key = target[0] if is_part else target
+        if key.startswith(prefix):
+            place = key.removeprefix(prefix).removesuffix(".weight")
+            (parts if is_part else whole)[name] = place
+    return whole, parts
 
 
 def _terms(source: _Source, patcher) -> tuple[torch.nn.Module, dict[str, Term]]:

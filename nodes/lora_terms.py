@@ -14,10 +14,11 @@ import torch
 import torch.nn.functional as F
 from comfy_kitchen.tensor import QuantizedTensor
 
-from ..ops.linear import LowRank, add_low_rank, linear, stacked
+from ..ops.linear import LowRank, add_low_rank, linear, rescale, scaled, stacked
 
 # What the tensor cores take, and the widest loads.
 RANK_MULTIPLE = 16
+CPU = torch.device("cpu")
 CONVOLUTIONS = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}
 
 
@@ -27,6 +28,8 @@ class Matrix(torch.nn.Module):
     def __init__(self, weight: torch.Tensor):
         super().__init__()
         self.weight = torch.nn.Parameter(weight, requires_grad=False)
+        # With the strength at hand in its scales; its stored values are those of the weight.
+        self.scaled: QuantizedTensor | None = None
 
     def _apply(self, fn: Callable, recurse: bool = True) -> torch.nn.Module:
         # torch's own writes into the parameter, which a quantized one does not take.
@@ -34,6 +37,8 @@ class Matrix(torch.nn.Module):
         if weight.is_inference() and not torch.is_inference_mode_enabled():
             weight = weight.clone()
         self.weight = torch.nn.Parameter(weight, requires_grad=False)
+        # It would keep memory that the weight has left.
+        self.scaled = None
         return self
 
     def on(self, x: torch.Tensor) -> torch.Tensor:
@@ -42,9 +47,14 @@ class Matrix(torch.nn.Module):
         A copy where it was left elsewhere, in memory of its own: the host's buffers for streaming
         hold the weights of two layers, and a term's are needed beside them.
         """
-        if isinstance(self.weight, QuantizedTensor):
-            return self.weight.to(x.device, non_blocking=True)
-        return self.weight.to(x.device, x.dtype, non_blocking=True)
+        return _moved(self.weight, x)
+
+
+def _moved(weight: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    if not isinstance(weight, QuantizedTensor):
+        return weight.to(x.device, x.dtype, non_blocking=True)
+    # torch.compile does not know the layout of what `to` returns.
+    return weight if weight.device == x.device else weight.to(x.device, non_blocking=True)
 
 
 class Term(torch.nn.Module):
@@ -68,16 +78,45 @@ class Term(torch.nn.Module):
         self.down, self.up = down, up
         self.scales, self.constants = scales, constants
         self.rows, self.key = rows, key
-        self._factors: dict[tuple[torch.device, float], tuple[torch.Tensor, torch.Tensor]] = {}
+        self._strength: float | None = None
+        self._factor = self._shift = None
 
-    def factors(self, device: torch.device, strength: float) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return (factor, shift), [G] float32 on `device`: of `LowRank`."""
-        found = self._factors.get((device, strength))
-        if found is None:
-            found = (strength * self.scales).to(device), (strength * self.constants).to(device)
-            # One strength at a time: a schedule would pile them up.
-            self._factors = {(device, strength): found}
-        return found
+    def prepare(self, strength: float, device: torch.device) -> None:
+        """Let the term act with this strength on `device`.
+
+        Before a compiled graph runs, for which the tensors are inputs: another strength is written
+        into the same ones.
+        """
+        stale = self._factor is None or self._factor.device != device
+        weight = self.down.weight
+        if isinstance(weight, QuantizedTensor):
+            stale |= self.down.scaled is None or self.down.scaled._qdata is not weight._qdata
+        if not stale and strength == self._strength:
+            return
+        # Tensors of inference mode could not be written to outside of it.
+        with torch.inference_mode(False), torch.no_grad():
+            self._set(strength, device, stale)
+        self._strength = strength
+
+    def _set(self, strength: float, device: torch.device, stale: bool) -> None:
+        weight, factor, shift = self.down.weight, strength * self.scales, strength * self.constants
+        quantized = isinstance(weight, QuantizedTensor)
+        by_row = factor.to(weight._params.scale.device) if quantized else None
+        if stale:
+            self._factor, self._shift = factor.to(device), shift.to(device)
+            self.down.scaled = scaled(weight, by_row) if quantized else None
+            return
+        self._factor.copy_(factor)
+        self._shift.copy_(shift)
+        if quantized:
+            rescale(self.down.scaled, weight, by_row)
+
+    def low_rank(self, x: torch.Tensor) -> LowRank:
+        """Return the term for the input x, as it was prepared."""
+        up, shift = self.up.on(x), self._shift.to(x.device)
+        if self.down.scaled is not None:
+            return LowRank(_moved(self.down.scaled, x), up, None, shift, self.rows, self.key)
+        return LowRank(self.down.on(x), up, self._factor.to(x.device), shift, self.rows, self.key)
 
 
 @dataclass(eq=False)
@@ -97,18 +136,28 @@ class Lora:
 class Stack:
     """All LoRAs of a model, in the order of their nodes.
 
-    now: the strength of each in the run at hand; those of strength 0 have no part in it.
+    now: the strength of each in the run at hand; those of strength 0 have no part in it. acting:
+    whether each has, which is all that compiled layers read of it.
     """
 
     loras: tuple[Lora, ...]
     now: tuple[float, ...] = ()
+    acting: tuple[bool, ...] = ()
     _views: dict[str, tuple[torch.nn.Module, torch.nn.Module]] = field(default_factory=dict)
 
     @contextlib.contextmanager
-    def applied(self, root: torch.nn.Module, now: Sequence[float]) -> Iterator[None]:
-        """Let what is below `root` have its LoRAs, with these strengths, within the context."""
-        self.now = tuple(now)
-        acting = [lora for lora, strength in zip(self.loras, now, strict=True) if strength]
+    def applied(
+        self, root: torch.nn.Module, now: Sequence[float], device: torch.device = CPU
+    ) -> Iterator[None]:
+        """Let what is below `root` have its LoRAs, with these strengths, within the context.
+
+        device: of the layers' inputs.
+        """
+        self.now, self.acting = tuple(now), tuple(strength != 0 for strength in now)
+        acting = [lora for lora, acts in zip(self.loras, self.acting, strict=True) if acts]
+        for lora, strength in zip(self.loras, now, strict=True):
+            for term in lora.terms.values() if strength else ():
+                term.prepare(strength, device)
         replaced: list[tuple[dict, str, object]] = []
         try:
             for name in dict.fromkeys(name for lora in acting for name in lora.terms):
@@ -146,9 +195,13 @@ class Stack:
 
 
 def _place(root: torch.nn.Module, name: str) -> tuple[torch.nn.Module, str]:
-    """Return (the module that holds `name`, its name there)."""
+    """Return (the module that holds `name`, its name there).
+
+    What torch.compile wraps reads its parts from the module within, which is the one returned.
+    """
     path, _, leaf = name.rpartition(".")
-    return root.get_submodule(path), leaf
+    parent = root.get_submodule(path)
+    return getattr(parent, "_orig_mod", parent), leaf
 
 
 class WithTerms:
@@ -159,19 +212,19 @@ class WithTerms:
     def _call_impl(self, *args, **kwargs):
         """Return what the layer does, hooks included, plus its terms."""
         x = args[0] if args else kwargs["input"]
-        low_rank = low_rank_of(self, x)
-        if low_rank is None:
+        first, *others = low_ranks_of(self, x) or (None,)
+        if first is None:
             return super()._call_impl(*args, **kwargs)
-        object.__setattr__(self, "_pending", low_rank)
+        object.__setattr__(self, "_pending", first)
         try:
             out = super()._call_impl(*args, **kwargs)
             left = self._pending
         finally:
             object.__setattr__(self, "_pending", None)
-        if left is None:
-            return out
         add = add_low_rank if self.weight.dim() == 2 else functools.partial(_convolve, self)
-        return add(out, x, left)
+        for low_rank in others if left is None else (left, *others):
+            out = add(out, x, low_rank)
+        return out
 
     def _forward(self, *args, **kwargs):
         """Return the product as the host's layers call it, its terms in it where we compute it.
@@ -186,26 +239,30 @@ class WithTerms:
 
 
 def _takes(module: torch.nn.Module, weight: torch.Tensor) -> bool:
-    """Return whether `linear` multiplies a layer's weight with the layer's own input."""
+    """Return whether `linear` multiplies a layer's weight with the layer's own input.
+
+    Not in a compiled graph, which does not know the layout of a weight that the host made there.
+    """
+    if torch.compiler.is_compiling():
+        return False
     ours = isinstance(weight, QuantizedTensor) and hasattr(weight.layout_cls, "scheme")
     return ours and getattr(module, "pre_quant_scale", None) is None
 
 
-def low_rank_of(module: torch.nn.Module, x: torch.Tensor) -> LowRank | None:
-    """Return the sum of a layer's terms for the input x, None where there is none in this run."""
+def low_ranks_of(module: torch.nn.Module, x: torch.Tensor) -> list[LowRank]:
+    """Return a layer's terms for the input x, those that act in this run, as one sum.
+
+    Several, one after the other, where torch.compile is at work on quantized matrices: it cannot
+    join them.
+    """
     if not isinstance(module, WithTerms):
-        return None
-    stack = module._stack
-    terms = [
-        LowRank(
-            *(term.down.on(x), term.up.on(x)),
-            *term.factors(x.device, stack.now[index]),
-            *(term.rows, term.key),
-        )
-        for index, term in module._terms
-        if stack.now[index]
-    ]
-    return _joined(terms) if terms else None
+        return []
+    acting = module._stack.acting
+    terms = [term.low_rank(x) for index, term in module._terms if acting[index]]
+    if len(terms) < 2:
+        return terms
+    quantized = any(isinstance(term.down, QuantizedTensor) for term in terms)
+    return terms if quantized and torch.compiler.is_compiling() else [_joined(terms)]
 
 
 def _joined(terms: Sequence[LowRank]) -> LowRank:

@@ -24,7 +24,7 @@ from .activation import (
 )
 from .arithmetic import backend_of, with_arithmetic
 from .four_bit import FEW_ROWS, GROUPS
-from .low_rank import LowRank, add_low_rank, add_product, stacked
+from .low_rank import LowRank, add_low_rank, add_product, rescale, scaled, stacked
 from .sharing import quantized_once, release, share
 
 OP = "linear"
@@ -40,6 +40,8 @@ __all__ = [
     "linear",
     "quantize_activation",
     "release",
+    "rescale",
+    "scaled",
     "share",
     "stacked",
     "with_arithmetic",

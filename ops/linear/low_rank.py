@@ -24,14 +24,15 @@ class LowRank:
 
     down: [G, K] float or quantized, of which `rows`, from the first to before the last, are this
     layer's R; None: all.
-    up: [N, R] float. factor: [G] float32. shift: [G] float32 or None, added after the factor; with
-    a row of zeros in `down` it makes a bias of a column of `up`. key: of the product with `down`,
-    which layers that share `down` and an announced input (`sharing.share`) compute once.
+    up: [N, R] float. factor: [G] float32, or None where the scales of a quantized `down` hold it
+    (`scaled`). shift: [G] float32 or None, added after the factor; with a row of zeros in `down` it
+    makes a bias of a column of `up`. key: of the product with `down`, which layers that share
+    `down` and an announced input (`sharing.share`) compute once.
     """
 
     down: torch.Tensor
     up: torch.Tensor
-    factor: torch.Tensor
+    factor: torch.Tensor | None
     shift: torch.Tensor | None = None
     rows: tuple[int, int] | None = None
     key: object = None
@@ -62,7 +63,8 @@ class LowRank:
         if isinstance(self.down, QuantizedTensor):
             from . import linear
 
-            return linear(x, _scaled(self.down, self.factor), self.shift).flatten(0, -2)
+            down = self.down if self.factor is None else scaled(self.down, self.factor)
+            return linear(x, down, self.shift).flatten(0, -2)
         h = F.linear(x, self.down.to(x.dtype)).flatten(0, -2).float() * self.factor
         return (h if self.shift is None else h + self.shift).to(x.dtype)
 
@@ -77,13 +79,21 @@ def stacked(terms: Sequence[LowRank]) -> LowRank:
         return terms[0]
     parts = [_own_rows(term) for term in terms]
     downs = [part.down for part in parts]
-    shifts = [torch.zeros_like(p.factor) if p.shift is None else p.shift for p in parts]
+    factors = [_per_row(part, part.factor, 1.0) for part in parts]
+    shifts = torch.cat([_per_row(part, part.shift, 0.0) for part in parts])
     if all(isinstance(d, QuantizedTensor) and d._layout_cls == downs[0]._layout_cls for d in downs):
         down = _joined(downs)
     else:
         down = torch.cat([d.dequantize() if isinstance(d, QuantizedTensor) else d for d in downs])
     up = torch.cat([part.up for part in parts], dim=1)
-    return LowRank(down, up, torch.cat([part.factor for part in parts]), torch.cat(shifts))
+    held = isinstance(down, QuantizedTensor) and all(part.factor is None for part in parts)
+    return LowRank(down, up, None if held else torch.cat(factors), shifts)
+
+
+def _per_row(part: LowRank, value: torch.Tensor | None, default: float) -> torch.Tensor:
+    if value is not None:
+        return value
+    return torch.full((part.down.shape[0],), default, device=part.up.device)
 
 
 def _own_rows(term: LowRank) -> LowRank:
@@ -97,7 +107,8 @@ def _own_rows(term: LowRank) -> LowRank:
     else:
         down = down[rows]
     shift = None if term.shift is None else term.shift[rows]
-    return LowRank(down, term.up, term.factor[rows], shift)
+    factor = None if term.factor is None else term.factor[rows]
+    return LowRank(down, term.up, factor, shift)
 
 
 def _joined(weights: Sequence[QuantizedTensor]) -> QuantizedTensor:
@@ -112,9 +123,10 @@ def _like(weight: QuantizedTensor, stored: torch.Tensor, scale: torch.Tensor) ->
     return QuantizedTensor(stored, weight._layout_cls, params)
 
 
-def _scaled(weight: QuantizedTensor, factor: torch.Tensor) -> QuantizedTensor:
+def scaled(weight: QuantizedTensor, factor: torch.Tensor) -> QuantizedTensor:
     """Return a weight [G, K] with a scale per row, each row times its factor; stored values shared.
 
+    torch.compile breaks the graph here: within one, `LowRank` takes what was scaled before.
     Raises ValueError when its scale is not one per row.
     """
     scale = weight._params.scale
@@ -124,6 +136,12 @@ def _scaled(weight: QuantizedTensor, factor: torch.Tensor) -> QuantizedTensor:
         )
     params = dataclasses.replace(weight._params, scale=scale * factor.reshape(scale.shape))
     return QuantizedTensor(weight._qdata, weight._layout_cls, params)
+
+
+def rescale(made: QuantizedTensor, weight: QuantizedTensor, factor: torch.Tensor) -> None:
+    """Write other factors into what `scaled` made of a weight."""
+    scale = weight._params.scale
+    made._params.scale.copy_(scale * factor.reshape(scale.shape))
 
 
 def add_product(out: torch.Tensor, h: torch.Tensor, up: torch.Tensor) -> torch.Tensor:

@@ -5,16 +5,17 @@ lies beside that host's nodes.
 """
 
 import json
+import math
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from ..checkpoint import Checkpoint
 from ..families import Family
-from .names import Kind, Names, Refused, split
+from .names import PREFIXES, Kind, Names, Refused, split
 
-__all__ = ["Layer", "LoraError", "Parsed", "parse", "read"]
+__all__ = ["Layer", "LoraError", "Parsed", "fitting", "parse", "read"]
 
 ADAPTER_METADATA = "lora_adapter_metadata"
 SHOWN = 3
@@ -60,15 +61,17 @@ def parse(
     places: Collection[str],
     family: Family,
     aliases: Mapping[str, str] | None = None,
+    parts: Mapping[str, str] | None = None,
 ) -> Parsed:
     """Return which tensors of a LoRA file belong to which layer.
 
     places: the model's layers and bare parameters (`blocks.0.modulation`), by the host's names.
     family: knows other names for them. aliases: more names, as files have them -> places.
-    Raises LoraError for kinds that are no sum (DoRA, LoHa, LoKr, …), for halves of a pair, for two
-    tensors in one place, and where nothing fits the model.
+    parts: names of what the model has fused or reordered in one layer -> that layer.
+    Raises LoraError for kinds that are no sum (DoRA, LoHa, LoKr, …), for parts of fused layers, for
+    halves of a pair, for two tensors in one place, and where nothing fits the model.
     """
-    names = Names(places, family, aliases or {})
+    names = Names(places, family, aliases or {}, parts or {})
     found: dict[Kind, dict[str, str]] = {kind: {} for kind in Kind}
     unknown = []
     for name in checkpoint:
@@ -80,6 +83,11 @@ def parse(
                 "weight; use ComfyUI's own LoRA loader, which merges it"
             ) from None
         place = names.resolve(base) if kind else None
+        if place is None and kind and (fused := names.part_of(base)):
+            raise LoraError(
+                f"{checkpoint.path}: {name} is of what this model holds in {fused}, fused or with "
+                "its rows in another order; use ComfyUI's own LoRA loader, which merges it"
+            )
         if place is None:
             unknown.append(name)
         elif place in found[kind]:
@@ -101,18 +109,69 @@ def parse(
 def _adapter_alpha(checkpoint: Checkpoint) -> float | None:
     """Return the alpha of all layers that diffusers wrote into the file's header, or None.
 
-    Raises LoraError for settings that give layers alphas of their own.
+    Settings of the model count (`transformer.lora_alpha`), those of text encoders do not.
+    Raises LoraError for settings that give layers alphas of their own, and for what is no settings.
     """
     try:
         settings = json.loads(checkpoint.metadata.get(ADAPTER_METADATA, "{}"))
     except ValueError as error:
         raise LoraError(f"{checkpoint.path}: {ADAPTER_METADATA} is no JSON: {error}") from error
-    settings = {key.rpartition(".")[2]: value for key, value in settings.items()}
-    odd = [name for name in ("alpha_pattern", "use_rslora") if settings.get(name)]
+    if not isinstance(settings, dict):
+        raise LoraError(f"{checkpoint.path}: {ADAPTER_METADATA} is no object but {settings!r:.40}")
+    found = _values(settings, "alpha_pattern") | _values(settings, "use_rslora")
+    odd = [key for key, value in found.items() if value]
     if odd:
         raise LoraError(f"{checkpoint.path}: {odd[0]} in its {ADAPTER_METADATA} is not supported")
-    alpha = settings.get("lora_alpha")
-    return None if alpha is None else float(alpha)
+    alphas = _values(settings, "lora_alpha")
+    if not all(type(alpha) in (int, float) for alpha in alphas.values()):
+        raise LoraError(f"{checkpoint.path}: {ADAPTER_METADATA} has {alphas}, a number is wanted")
+    if len(set(alphas.values())) > 1:
+        raise LoraError(f"{checkpoint.path}: {ADAPTER_METADATA} has several alphas, {alphas}")
+    return float(next(iter(alphas.values()))) if alphas else None
+
+
+def _values(settings: Mapping[str, object], name: str) -> dict[str, object]:
+    """Return the settings of the model itself that are called `name`, by key."""
+    keys = (f"{prefix}{name}" for prefix in ("", *PREFIXES))
+    return {key: settings[key] for key in keys if settings.get(key) is not None}
+
+
+def fitting(
+    checkpoint: Checkpoint, parsed: Parsed, shapes: Mapping[str, tuple[int, ...]]
+) -> tuple[Parsed, tuple[str, ...]]:
+    """Return (what of `parsed` has the shapes of the model, the parameters that the rest is of).
+
+    shapes: of the model's parameters, by name. A file for another variant of a model, such as one
+    of text to video for one of image to video, may differ from it in a few layers.
+    Raises LoraError where nothing fits.
+    """
+
+    def weight(place: str) -> str:
+        return place if place in shapes else f"{place}.weight"
+
+    def is_pair(place: str, down_name: str, up_name: str) -> bool:
+        down, up = checkpoint[down_name].shape, checkpoint[up_name].shape
+        shape = shapes[weight(place)]
+        if not (down and up and shape):
+            return False
+        same = math.prod(down[1:]) == math.prod(shape[1:])
+        return same and up[0] == shape[0] and math.prod(up) == shape[0] * down[0]
+
+    def is_difference(parameter: str, name: str) -> bool:
+        return tuple(checkpoint[name].shape) == shapes.get(parameter)
+
+    pairs = {place: names for place, names in parsed.pairs.items() if is_pair(place, *names)}
+    diffs = {p: name for p, name in parsed.diffs.items() if is_difference(weight(p), name)}
+    biases = {p: name for p, name in parsed.biases.items() if is_difference(f"{p}.bias", name)}
+    left = [weight(place) for place in parsed.pairs if place not in pairs]
+    left += [weight(place) for place in parsed.diffs if place not in diffs]
+    left += [f"{place}.bias" for place in parsed.biases if place not in biases]
+    if not (pairs or diffs or biases):
+        raise LoraError(
+            f"{checkpoint.path}: of another model: nothing in it has this one's shapes; "
+            f"{left[0]} is {list(shapes.get(left[0], ()))} here"
+        )
+    return replace(parsed, pairs=pairs, diffs=diffs, biases=biases), tuple(left)
 
 
 def read(
@@ -120,17 +179,11 @@ def read(
 ) -> Iterator[tuple[str, Layer]]:
     """Yield (layer, its LoRA) of every pair, biases with them.
 
-    shapes: of the layers' weights. Raises LoraError where the two do not fit.
+    parsed: as `fitting` returned it. shapes: of the model's parameters, by name.
     """
     for place, (down_name, up_name) in parsed.pairs.items():
         down, up = checkpoint.read(down_name), checkpoint.read(up_name)
-        rank, (n, *inputs) = down.shape[0], shapes[place]
-        count = torch.Size(inputs).numel()
-        if down.numel() != rank * count or up.numel() != n * rank or up.shape[0] != n:
-            raise LoraError(
-                f"{checkpoint.path}: of another model: {place} is {list(shapes[place])}, its LoRA "
-                f"{list(down.shape)} and {list(up.shape)}"
-            )
+        rank, (n, *inputs) = down.shape[0], shapes[f"{place}.weight"]
         alpha = parsed.alpha
         if place in parsed.alphas:
             alpha = checkpoint.read(parsed.alphas[place]).float().item()

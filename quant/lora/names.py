@@ -73,10 +73,17 @@ def split(name: str) -> tuple[str, Kind | None]:
 class Names:
     """The names of a model's layers and parameters, in every dialect."""
 
-    def __init__(self, places: Collection[str], family: Family, aliases: Mapping[str, str]):
+    def __init__(
+        self,
+        places: Collection[str],
+        family: Family,
+        aliases: Mapping[str, str],
+        parts: Mapping[str, str],
+    ):
         self.places = set(places)
         self.family = family
         self.aliases = aliases
+        self.parts = parts
         self.flat = {place.replace(".", "_"): place for place in places}
 
     def resolve(self, name: str) -> str | None:
@@ -90,6 +97,10 @@ class Names:
                 return place
         place = self.aliases.get(name)
         return place if place in self.places else None
+
+    def part_of(self, name: str) -> str | None:
+        """Return the layer into which the model has fused what a file calls `name`, or None."""
+        return next((self.parts[bare] for bare in _stripped(name) if bare in self.parts), None)
 
 
 def _stripped(name: str) -> Iterator[str]:

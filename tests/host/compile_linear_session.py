@@ -102,6 +102,7 @@ def session(host: str, base: str) -> dict:
     torch.set_num_threads(1)
     nodes = importlib.import_module("lowbit_pack.nodes.host")
     attention = importlib.import_module("lowbit_pack.nodes.attention").LowBitAttention()
+    lora = importlib.import_module("lowbit_pack.nodes.host_lora")
     path = str(checkpoints.write_wan(Path(base) / "wan.safetensors", layers=LAYERS))
     blocks = [f"diffusion_model.blocks.{i}" for i in range(LAYERS)]
     seen = {}
@@ -116,6 +117,11 @@ def session(host: str, base: str) -> dict:
             row = seen[name] = compiled(model, want, blocks)
             row["own_model"] = with_a_model_of_its_own(model, want)
         seen["whole"] = compiled(model, want, ["diffusion_model"])
+        model = nodes.load_model(path, "int8_convrot", "auto")
+        file = str(checkpoints.write_lora(Path(base) / "lora.safetensors", Path(path)))
+        model = lora.set_lora(model, file, 1.0, (0.0, 1.0))
+        for name, keys in (("lora", blocks), ("whole_lora", ["diffusion_model"])):
+            seen[name] = compiled(model, sample(model), keys)
     return seen
 
 

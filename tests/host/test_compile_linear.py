@@ -40,6 +40,11 @@ def test_whole_model_is_one_graph(seen):
     assert seen["whole"] == {"same": True, "graphs": 1, "breaks": {}}
 
 
+def test_lora_adds_no_graph_and_no_break(seen):
+    assert seen["lora"] == {"same": True, "graphs": GRAPHS, "breaks": {}}
+    assert seen["whole_lora"] == {"same": True, "graphs": 1, "breaks": {}}
+
+
 @pytest.mark.parametrize("name", [name for name, *_ in CASES])
 def test_clone_with_a_model_of_its_own_shares_no_module(seen, name):
     assert seen[name]["own_model"] == {"same": True, "shared_modules": 0}

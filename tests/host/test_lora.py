@@ -192,6 +192,17 @@ def test_qwen_image_takes_it(comfy, sample, qwen_image):
     assert difference(got, want) < tolerance("int8_convrot")
 
 
+def test_layer_of_another_shape_is_left_out_as_by_the_stock_loader(comfy, sample, wan, wan_lora):
+    """A LoRA of a variant whose first layer reads more channels."""
+    path = comfy.model_path("other_variant.safetensors", "loras")
+    ends = {"lora_down.weight": (4, 36, 1, 2, 2), "lora_up.weight": (256, 4, 1, 1, 1)}
+    more = {f"diffusion_model.patch_embedding.{e}": torch.ones(s) for e, s in ends.items()}
+    save_file({**load_file(comfy.model_path(wan_lora, "loras")), **more}, path)
+    got = sample(with_lora(stock(wan), path.name))
+    assert torch.equal(got, sample(with_lora(stock(wan), wan_lora)))
+    assert difference(got, sample(with_stock_lora(stock(wan), path.name))) < 0.02
+
+
 @pytest.mark.parametrize(
     ("tensors", "message"),
     [

@@ -1,5 +1,7 @@
 """Layers with LoRAs while a model runs: what they add, what is left behind, without ComfyUI."""
 
+import itertools
+
 import pytest
 import torch
 from torch import nn
@@ -151,6 +153,87 @@ def test_compiled_model_follows_what_acts(model, loras):
     for now in ((0.0, 0.0), (1.0, 0.5), (0.0, 0.0), (0.3, 0.0), (1.0, 0.5)):
         with stack.applied(model, now):
             torch.testing.assert_close(compiled(x), model(x))
+
+
+def quantized_term(n: int, k: int, seed: int) -> Term:
+    """The same LoRA with its first matrix in INT8, as it stands beside an INT8 layer."""
+    one = term(n, (k,), seed)
+    down = Matrix(formats.get("int8").quantize(one.down.weight))
+    return Term(down, one.up, one.scales, one.constants)
+
+
+@pytest.mark.parametrize("make", [lambda n, k, s: term(n, (k,), s), quantized_term])
+def test_schedule_of_strengths_compiles_a_graph_for_each_set_of_loras(model, make):
+    torch.compiler.reset()
+    torch._dynamo.utils.counters.clear()
+    difference = {"1.modulation": torch.full((1, DIM), 0.5)}
+    both = [
+        Lora({name: make(DIM, DIM, seed) for name in names}, 1.0, (0.0, 1.0), difference)
+        for seed, names in enumerate((("0.ffn.0", "1.ffn.2"), ("0.ffn.0",)))
+    ]
+    stack, x = Stack(tuple(both)), torch.randn(5, DIM)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    results = []
+    for now in ((1.0, 0.5), (1.0, 0.5), (0.7, -0.2), (0.3, 0.1), (0.2, 0.0), (0.9, 0.0)):
+        with torch.inference_mode(), stack.applied(model, now):
+            got, want = compiled(x), model(x)
+        # Joined terms and terms one after the other round alike but for the last bits.
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-3)
+        results.append(want)
+    assert not any(torch.allclose(a, b) for a, b in itertools.pairwise(results[1:]))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
+    assert not torch._dynamo.utils.counters["graph_break"]
+
+
+@pytest.mark.parametrize("make", [lambda n, k, s: term(n, (k,), s), quantized_term])
+def test_strength_is_written_in_place_and_follows_a_matrix_that_was_moved(model, make):
+    one, x = make(DIM, DIM, 0), torch.randn(5, DIM)
+    stack = Stack((Lora({"0.ffn.0": one}, 1.0, (0.0, 1.0)),))
+    layer, outs = model[0].ffn[0], {}
+    plain = layer(x)
+    with torch.inference_mode(), stack.applied(model, (1.0,)):
+        outs[1.0] = model[0].ffn[0](x)
+    held = one._factor
+    with stack.applied(model, (0.5,)):
+        outs[0.5] = model[0].ffn[0](x)
+    assert one._factor is held
+    torch.testing.assert_close((outs[1.0] - plain) / 2, outs[0.5] - plain, rtol=1e-4, atol=1e-4)
+    one._apply(lambda t: t.clone())
+    assert one.down.scaled is None
+    with stack.applied(model, (0.5,)):
+        torch.testing.assert_close(model[0].ffn[0](x), outs[0.5])
+
+
+@pytest.mark.parametrize("inner", [False, True], ids=["root", "block"])
+def test_what_lies_at_the_top_of_a_compiled_module_is_reached_and_restored(model, inner):
+    """TorchCompileModel before the LoRA: the wrapper would take a view that it never calls."""
+    names = ("0.ffn.0", "0.modulation") if inner else ("ffn.0", "modulation")
+    root = model if inner else model[0]
+    terms, differences = {names[0]: term(DIM, (DIM,), 0)}, {names[1]: torch.full((1, DIM), 0.5)}
+    stack, x = Stack((Lora(terms, 1.0, (0.0, 1.0), differences),)), torch.randn(5, DIM)
+    plain = root(x)
+    with stack.applied(root, (1.0,)):
+        want = root(x)
+    compiled = torch.compile(model[0], backend="eager")
+    held = compiled._modules.copy(), compiled._parameters.copy()
+    if inner:
+        model[0] = compiled
+    with stack.applied(model if inner else compiled, (1.0,)):
+        torch.testing.assert_close((model if inner else compiled)(x), want)
+    assert not torch.allclose(want, plain)
+    assert (compiled._modules, compiled._parameters) == held
+    torch.testing.assert_close((model if inner else compiled)(x), plain)
+
+
+def test_top_layer_of_a_compiled_model_has_its_term():
+    root, x = nn.Sequential(nn.Linear(DIM, DIM)).requires_grad_(False), torch.randn(5, DIM)
+    stack = Stack((Lora({"0": term(DIM, (DIM,), 0)}, 1.0, (0.0, 1.0)),))
+    with stack.applied(root, (1.0,)):
+        want = root(x)
+    compiled = torch.compile(root, backend="eager")
+    with stack.applied(compiled, (1.0,)):
+        torch.testing.assert_close(compiled(x), want)
+    assert list(compiled._modules) == ["_orig_mod"]
 
 
 def test_inputs_are_those_that_workflows_hold():

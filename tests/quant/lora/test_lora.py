@@ -20,6 +20,10 @@ SHAPES = {
     "patch_embedding": (16, 4, 1, 2, 2),
     "blocks.0.modulation": (1, 6, 16),
 }
+PARAMETERS = {
+    **{p if p.endswith("modulation") else f"{p}.weight": shape for p, shape in SHAPES.items()},
+    "blocks.0.ffn.0.bias": (64,),
+}
 KOHYA, PEFT = ("lora_down.weight", "lora_up.weight"), ("lora_A.weight", "lora_B.weight")
 # Name of the layer in the file, ends of its two matrices, the host's name.
 DIALECTS = [
@@ -62,7 +66,7 @@ def test_dialects_name_one_layer(tmp_path, name, ends, place):
     tensors = {f"{name}.{end}": value for end, value in zip(ends, (down, up), strict=True)}
     tensors[f"{name}.alpha"] = torch.tensor(2.0)
     checkpoint, parsed = parse(tmp_path / "lora.safetensors", tensors)
-    ((found, layer),) = lora.read(checkpoint, parsed, SHAPES)
+    ((found, layer),) = lora.read(checkpoint, parsed, PARAMETERS)
     assert found == place and parsed.unknown == ()
     assert torch.equal(layer.down, down)
     assert torch.equal(layer.up, up.reshape(-1, 4))
@@ -91,7 +95,7 @@ def test_ranks_differ_and_biases_go_with_their_layer(tmp_path):
     tensors["diffusion_model.blocks.0.norm3.diff"] = torch.ones(16)
     tensors["diffusion_model.blocks.0.modulation.diff"] = torch.ones(1, 6, 16)
     checkpoint, parsed = parse(tmp_path / "lora.safetensors", tensors)
-    layers = dict(lora.read(checkpoint, parsed, SHAPES))
+    layers = dict(lora.read(checkpoint, parsed, PARAMETERS))
     assert {name: layer.down.shape[0] for name, layer in layers.items()} == {
         "blocks.0.ffn.0": 2,
         "blocks.11.ffn.2": 8,
@@ -106,10 +110,37 @@ def test_alpha_of_diffusers_header_counts(tmp_path):
     settings = {"transformer.lora_alpha": 8, "transformer.r": 4}
     metadata = {"lora_adapter_metadata": json.dumps(settings)}
     checkpoint, parsed = parse(tmp_path / "lora.safetensors", tensors, metadata)
-    assert dict(lora.read(checkpoint, parsed, SHAPES))["blocks.0.ffn.0"].scale == 2.0
+    assert dict(lora.read(checkpoint, parsed, PARAMETERS))["blocks.0.ffn.0"].scale == 2.0
     metadata = {"lora_adapter_metadata": json.dumps({**settings, "transformer.use_rslora": True})}
     with pytest.raises(lora.LoraError, match="use_rslora"):
         parse(tmp_path / "other.safetensors", tensors, metadata)
+
+
+@pytest.mark.parametrize("own", ["transformer.lora_alpha", "lora_alpha", "unet.lora_alpha"])
+def test_alpha_of_a_text_encoder_is_not_the_models(tmp_path, own):
+    tensors = dict(zip([f"blocks.0.ffn.0.{e}" for e in PEFT], pair("blocks.0.ffn.0"), strict=True))
+    others = {"text_encoder.lora_alpha": 64, "text_encoder_2.use_rslora": True}
+    for settings in ({own: 8, **others}, {**others, own: 8}):
+        metadata = {"lora_adapter_metadata": json.dumps(settings)}
+        _, parsed = parse(tmp_path / "lora.safetensors", tensors, metadata)
+        assert parsed.alpha == 8.0
+    metadata = {"lora_adapter_metadata": json.dumps(others)}
+    assert parse(tmp_path / "lora.safetensors", tensors, metadata)[1].alpha is None
+
+
+@pytest.mark.parametrize(
+    ("header", "message"),
+    [
+        ("[]", "is no object"),
+        ("{", "is no JSON"),
+        ('{"transformer.lora_alpha": "8"}', "a number is wanted"),
+        ('{"transformer.lora_alpha": 8, "lora_alpha": 4}', "several alphas"),
+    ],
+)
+def test_header_without_one_alpha_is_refused(tmp_path, header, message):
+    tensors = dict(zip([f"blocks.0.ffn.0.{e}" for e in PEFT], pair("blocks.0.ffn.0"), strict=True))
+    with pytest.raises(lora.LoraError, match=message):
+        parse(tmp_path / "lora.safetensors", tensors, {"lora_adapter_metadata": header})
 
 
 def test_what_fits_no_layer_is_told(tmp_path):
@@ -150,5 +181,53 @@ def test_two_names_of_one_layer_and_other_models_are_refused(tmp_path):
     with pytest.raises(lora.LoraError, match="nothing in it fits this model"):
         parse(tmp_path / "none.safetensors", {"unet.down_blocks.0.lora_A.weight": down})
     checkpoint, parsed = parse(tmp_path / "lora.safetensors", one)
-    with pytest.raises(lora.LoraError, match=r"of another model: blocks\.0\.ffn\.0"):
-        list(lora.read(checkpoint, parsed, {**SHAPES, "blocks.0.ffn.0": (64, 24)}))
+    other = {**PARAMETERS, "blocks.0.ffn.0.weight": (64, 24)}
+    with pytest.raises(lora.LoraError, match=r"of another model: .*blocks\.0\.ffn\.0"):
+        lora.fitting(checkpoint, parsed, other)
+
+
+def test_what_has_other_shapes_is_left_out_and_named(tmp_path):
+    """A LoRA of text to video for a model of image to video, whose first layer is wider."""
+    tensors = {}
+    for place in ("patch_embedding", "blocks.0.ffn.0", "blocks.11.ffn.2"):
+        for end, value in zip(KOHYA, pair(place), strict=True):
+            tensors[f"diffusion_model.{place}.{end}"] = value
+    tensors["diffusion_model.blocks.0.ffn.0.diff_b"] = torch.ones(64)
+    # Where the layer has no bias, where it has another norm, where it has another modulation.
+    tensors["diffusion_model.blocks.11.ffn.2.diff_b"] = torch.ones(16)
+    tensors["diffusion_model.blocks.0.norm3.diff"] = torch.ones(24)
+    tensors["diffusion_model.blocks.0.modulation.diff"] = torch.ones(1, 2, 16)
+    checkpoint, parsed = parse(tmp_path / "lora.safetensors", tensors)
+    shapes = {**PARAMETERS, "patch_embedding.weight": (16, 9, 1, 2, 2)}
+    found, left = lora.fitting(checkpoint, parsed, shapes)
+    assert set(found.pairs) == {"blocks.0.ffn.0", "blocks.11.ffn.2"}
+    assert set(found.biases) == {"blocks.0.ffn.0"} and found.diffs == {}
+    assert set(left) == {
+        "patch_embedding.weight",
+        "blocks.11.ffn.2.bias",
+        "blocks.0.norm3.weight",
+        "blocks.0.modulation",
+    }
+    assert set(dict(lora.read(checkpoint, found, shapes))) == set(found.pairs)
+
+
+@pytest.mark.parametrize("bad", ["down", "up", "rank"])
+def test_each_size_of_a_pair_counts(tmp_path, bad):
+    n, k, rank = (65 if bad == "up" else 64), (17 if bad == "down" else 16), 4
+    down, up = torch.ones(rank, k), torch.ones(n, rank + (bad == "rank"))
+    tensors = {"blocks.0.ffn.0.lora_A.weight": down, "blocks.0.ffn.0.lora_B.weight": up}
+    checkpoint, parsed = parse(tmp_path / "lora.safetensors", tensors)
+    with pytest.raises(lora.LoraError, match="of another model"):
+        lora.fitting(checkpoint, parsed, PARAMETERS)
+
+
+@pytest.mark.parametrize("prefix", ["", "transformer.", "base_model.model.transformer."])
+def test_part_of_a_fused_layer_is_refused(tmp_path, prefix):
+    down, up = pair("blocks.0.ffn.0")
+    one = {"blocks.0.ffn.0.lora_A.weight": down, "blocks.0.ffn.0.lora_B.weight": up}
+    part = {f"{prefix}layers.0.to_q.lora_A.weight": down.clone()}
+    save_file(one | part, tmp_path / "lora.safetensors")
+    checkpoint = Checkpoint(tmp_path / "lora.safetensors")
+    parts = {"layers.0.to_q": "layers.0.qkv", "transformer.layers.0.to_q": "layers.0.qkv"}
+    with pytest.raises(lora.LoraError, match=r"layers\.0\.qkv.*ComfyUI's own LoRA loader"):
+        lora.parse(checkpoint, SHAPES, WAN, {}, parts)
