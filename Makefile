@@ -23,15 +23,17 @@ $(VENV)/.ready-test: $(VENV)/.ready
 demo: $(VENV)/.ready
 	$(BIN)/lowbit demo --out $(OUT)
 
-# Two processes on two cores: what compiles and interprets kernels, and all the rest.
+# Two processes on two cores, of about the same length where there is a ComfyUI: what compiles and
+# interprets kernels, with the quantizer's tests; and all the rest.
+FIRST_TESTS := $(KERNEL_TESTS) tests/quant
 test: lint tritons
 	$(MAKE) --output-sync=target -j 2 test-kernels test-rest
 
 test-kernels:
-	$(PYTEST) $(KERNEL_TESTS)
+	$(PYTEST) $(FIRST_TESTS)
 
 test-rest:
-	$(PYTEST) $(KERNEL_TESTS:%=--ignore=%)
+	$(PYTEST) $(FIRST_TESTS:%=--ignore=%)
 
 # The oldest and the newest Triton, with which the kernels are compiled too.
 tritons: $(VENV)/.ready-test

@@ -9,6 +9,8 @@ import pytest
 from tests.host.compile_linear_session import CASES
 from tests.host.server import HostMissingError, find_host
 
+# A minute, and `tests/quant/model/test_compile.py` counts the same without ComfyUI.
+pytestmark = pytest.mark.slow
 PROGRAM = Path(__file__).with_name("compile_linear_session.py")
 TIMEOUT_S = 600
 # The first block reads another layout of memory, a transposed view, in the host's own model.

@@ -7,10 +7,12 @@ import torch._dynamo as dynamo
 import lowbit
 from lowbit.ops.attention import router
 from lowbit.quant import formats
-from tests.quant.model.conftest import BLOCKS, SMALL, every_format, only_wan
+from tests.quant.model.conftest import BLOCKS, SMALL, only_wan
 
 # How attention is computed is not what differs between formats.
 MODES = ["auto", "lowbit_exact"]
+# One of each kind of product.
+QUICK = {"int8_convrot", "fp8_e4m3", "convrot_w4a4", "nvfp4"}
 
 
 @pytest.fixture(autouse=True)
@@ -36,7 +38,10 @@ def prepared(model, name, mode):
 
 
 @pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`")
-@every_format
+@pytest.mark.parametrize(
+    "name",
+    [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in formats.names()],
+)
 def test_blocks_are_one_graph_for_all_blocks_and_steps(model, run, name):
     mode = MODES[formats.names().index(name) % 2]
     prepared(model, name, mode)
