@@ -14,6 +14,7 @@ import torch
 from ..ops.attention import router
 from ..ops.attention.blocks import parse_blocks
 from ..ops.attention.guard import FIRST_CALL, GUARDS
+from ..ops.attention.prologue import NOTHING, Prologue
 
 logger = logging.getLogger(__name__)
 
@@ -62,6 +63,8 @@ class Call:
     low: bool = True
 
 
+# The key of transformer options under which the host looks for an override.
+OVERRIDE = "optimized_attention_override"
 # The run of the model that each override is in, by its key. Compiled graphs ask here: the host's
 # TorchCompileModel lets them forget to look at transformer options again.
 _running: dict[str, Forward] = {}
@@ -196,10 +199,18 @@ class Override:
         out = self.attend(call)
         return out.transpose(1, 2).flatten(2) if call.joined else out
 
-    def attend(self, call: Call) -> torch.Tensor:
-        """Return the attention of a call that `runs`, [B, H, Lq, D], guarded as asked."""
+    def attend(self, call: Call, prologue: Prologue = NOTHING) -> torch.Tensor:
+        """Return the attention of a call that `runs`, [B, H, Lq, D], guarded as asked.
+
+        prologue: what is done to q and k first, where `takes_prologue` says so.
+        """
         options = {"mask": call.mask, "scale": call.scale, "guard": self.guard}
+        options["prologue"] = prologue
         return router.route(call.q, call.k, call.v, self._way(call), **options)
+
+    def takes_prologue(self, call: Call) -> bool:
+        """Return whether a call that `runs` may leave norm and rotary embedding to `attend`."""
+        return router.takes_prologue(self._way(call))
 
     def _meant(self, q, k, v, options: dict) -> Call | None:
         """Return the call where it is within layers, blocks and steps, else None."""
@@ -243,6 +254,22 @@ class Override:
         if not torch.compiler.is_compiling() and text not in self._said:
             self._said.add(text)
             logger.warning("LowBit attention: %s", text)
+
+
+def with_prologue(like: torch.Tensor, heads: int, transformer: dict) -> "Override | None":
+    """Return the override whose `attend` may do what comes before self-attention, or None.
+
+    like: as q, k and v are to be, [B, L, H·D]; its values do not matter. transformer: the host's
+    transformer options.
+    """
+    override = transformer.get(OVERRIDE)
+    options = {"heads": heads, "transformer_options": transformer}
+    while isinstance(override, Override):
+        call = override._meant(like, like, like, options)
+        if call is not None and override.runs(call):
+            return override if override.takes_prologue(call) else None
+        override = override.previous
+    return None
 
 
 def forget_graphs() -> None:

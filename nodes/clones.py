@@ -45,7 +45,7 @@ def renew(again: Again, patcher, clone) -> None:
     if clone.model is patcher.model:
         return
     for key, module in clone.object_patches.items():
-        if isinstance(module, fusion.FusedFeedForward):
+        if isinstance(module, fusion.Fused):
             clone.object_patches[key] = fusion.moved(module, attrgetter(key)(clone.model))
         elif is_quantized(getattr(module, "weight", None)):
             made = again(module)

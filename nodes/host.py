@@ -34,8 +34,8 @@ from ..quant.checkpoint.stored import (
 )
 from ..quant.memory import quantize_within_memory
 from ..quant.record import LayerRecord, decode
-from . import clones, stand_in
-from .attention_override import Override
+from . import clones, host_attention, stand_in
+from .attention_override import OVERRIDE, Override
 from .inputs import AS_STORED
 from .lora_terms import low_ranks_of
 from .memory import make_room
@@ -44,8 +44,6 @@ logger = logging.getLogger(__name__)
 
 ATTACHMENT = "lowbit_records"
 ROOT = "diffusion_model"
-# The key of transformer options under which the host looks for an override.
-ATTENTION = "optimized_attention_override"
 
 
 def load_model(path, format_name, recipe_name, keep=(), wish=AUTO, disable_dynamic=False):
@@ -419,9 +417,11 @@ def set_attention(patcher, override: Override):
         raise NoBackendError(reason)
     clone = patcher.clone()
     options = clone.model_options.setdefault("transformer_options", {})
-    override.previous = options.get(ATTENTION)
-    options[ATTENTION] = override
+    override.previous = options.get(OVERRIDE)
+    options[OVERRIDE] = override
     clone.add_wrapper_with_key(WrappersMP.APPLY_MODEL, "lowbit_attention", override.forward)
+    host_attention.fuse(patcher, clone)
+    clones.watch(clone, _again)
     return clone
 
 

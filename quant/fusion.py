@@ -68,7 +68,13 @@ def _end(module: torch.nn.Module, args: tuple, kwargs: dict, output) -> None:
     release(args[0] if args else kwargs["input"])
 
 
-class FusedFeedForward:
+class Fused:
+    """Mixed into the class of a module that joins steps of it; `_fusion`: by what."""
+
+    _fusion: object
+
+
+class FusedFeedForward(Fused):
     """Mixed into the class of a feed-forward: its GELU joins the second layer's quantizer."""
 
     _fusion: tuple[str, str, Callable]
@@ -96,23 +102,25 @@ def fused(plain: torch.nn.Module, record: FeedForward, run: Callable) -> torch.n
     Returns `plain` itself where it is such a copy, or has another activation.
     """
     activations = [m.approximate for m in plain.modules() if hasattr(m, "approximate")]
-    if isinstance(plain, FusedFeedForward) or activations != ["tanh"]:
+    if isinstance(plain, Fused) or activations != ["tanh"]:
         return plain
-    return _fused(plain, (record.first, record.second, run))
+    return copied(plain, FusedFeedForward, (record.first, record.second, run))
 
 
-def moved(other: FusedFeedForward, plain: torch.nn.Module) -> torch.nn.Module:
+def moved(other: Fused, plain: torch.nn.Module) -> torch.nn.Module:
     """Return `plain` fused as `other` is; itself where it is fused already."""
-    return plain if isinstance(plain, FusedFeedForward) else _fused(plain, other._fusion)
+    mixin = type(other).__bases__[0]
+    return plain if isinstance(plain, Fused) else copied(plain, mixin, other._fusion)
 
 
-def _fused(plain: torch.nn.Module, fusion: tuple[str, str, Callable]) -> torch.nn.Module:
-    copy = object.__new__(_fused_class(type(plain)))
+def copied(plain: torch.nn.Module, mixin: type[Fused], fusion: object) -> torch.nn.Module:
+    """Return a copy of a module, with the same children, with `mixin` before its class."""
+    copy = object.__new__(_fused_class(mixin, type(plain)))
     copy.__dict__ = dict(plain.__dict__)
     copy.__dict__["_fusion"] = fusion
     return copy
 
 
 @functools.cache
-def _fused_class(kind: type) -> type:
-    return type(f"Fused{kind.__name__}", (FusedFeedForward, kind), {})
+def _fused_class(mixin: type[Fused], kind: type) -> type:
+    return type(f"Fused{kind.__name__}", (mixin, kind), {})

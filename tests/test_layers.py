@@ -21,6 +21,7 @@ MAY_IMPORT = {
 # Files beside it that know ComfyUI, each for an idea of its own.
 HOST_FILES = {
     "nodes/host.py",
+    "nodes/host_attention.py",
     "nodes/clones.py",
     "nodes/host_lora.py",
     "nodes/memory.py",

@@ -9,7 +9,7 @@ from .. import registry
 from ..custom_op import custom_op
 from .check import check
 from .modes import MODES
-from .prologue import NOTHING, Prologue
+from .prologue import ARGUMENTS, NOTHING, Prologue, of_arguments
 
 __all__ = ["Prologue", "attention", "scheme"]
 
@@ -51,8 +51,7 @@ def attention(
     if prologue is not NOTHING:
         prologue.check(q, k)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    p = prologue
-    steps = (p.norm or "", p.eps, p.q_weight, p.k_weight, p.first, p.cos, p.sin)
+    steps = prologue.arguments
     out, lse = _OP(q, k, v, mask, mode, causal, scale, return_lse, backend, rotate, *steps)
     return (out, lse) if return_lse else out
 
@@ -78,7 +77,7 @@ def empty_out(q: torch.Tensor) -> torch.Tensor:
     return q.new_empty(b, h, length, d)
 
 
-def _run(q, k, v, mask, mode, causal, scale, return_lse, backend, rotate, norm, *steps):
+def _run(q, k, v, mask, mode, causal, scale, return_lse, backend, rotate, *steps):
     # Any number of keys: a call is remembered, and lengths vary.
     call = registry.Call(scheme(mode, kind_of(mask, causal)), q.device, 0, q.shape[-1])
     run = registry.select(OP, call, backend).run
@@ -87,16 +86,10 @@ def _run(q, k, v, mask, mode, causal, scale, return_lse, backend, rotate, norm, 
         return out.zero_(), lse.fill_(-torch.inf)
     if mask is not None:
         mask = mask.expand(*q.shape[:3], k.shape[2])
-    prologue = _prologue(norm, *steps)
+    prologue = of_arguments(*steps)
     wanted = lse if return_lse else None
     run(out, wanted, q, k, v, MODES[mode], mask, causal, scale, prologue, rotate)
     return out, lse
-
-
-def _prologue(norm, eps, q_weight, k_weight, first, cos, sin) -> Prologue:
-    if not norm and q_weight is None and k_weight is None and cos is None:
-        return NOTHING
-    return Prologue(norm or None, eps, q_weight, k_weight, first, cos, sin)
 
 
 def _empty(q, k, v, mask, mode, causal, scale, return_lse, backend, *steps):
@@ -106,8 +99,7 @@ def _empty(q, k, v, mask, mode, causal, scale, return_lse, backend, *steps):
 
 _OP = custom_op(
     "attention(Tensor q, Tensor k, Tensor v, Tensor? mask, str mode, bool causal, float scale, "
-    "bool return_lse, str backend, bool rotate, str norm, float eps, Tensor? q_weight, "
-    "Tensor? k_weight, int first, Tensor? cos, Tensor? sin) -> (Tensor, Tensor)",
+    f"bool return_lse, str backend, bool rotate, {ARGUMENTS}) -> (Tensor, Tensor)",
     _run,
     _empty,
 )

@@ -12,6 +12,8 @@ from collections.abc import Callable
 import torch
 
 from . import ways
+from .prologue import NOTHING, Prologue
+from .reference import applied
 
 logger = logging.getLogger(__name__)
 
@@ -28,30 +30,59 @@ def forget() -> None:
     _warn.cache_clear()
 
 
-def run(way: str, compute: Callable, guard: str, q, k, v, mask, causal, scale) -> torch.Tensor:
+def run(
+    way: str,
+    compute: Callable,
+    guard: str,
+    q,
+    k,
+    v,
+    mask,
+    causal,
+    scale,
+    prologue: Prologue = NOTHING,
+) -> torch.Tensor:
     """Return attention by `compute`, the way's function, or by torch's where that is wrong.
+
+    prologue: what `compute` does to q and k first.
 
     first_call: the first result of each way, shape and dtype is compared with torch's attention on
     some rows, and where it is broken torch's runs for such calls from then on. every_call: besides,
     a result with NaN or infinity is computed again by torch's. Each is logged once.
     """
     arguments = (q, k, v, mask, causal, scale)
+    if prologue is not NOTHING:
+        compute = functools.partial(compute, prologue=prologue)
     if guard == OFF:
         return compute(*arguments)
+
+    def plain() -> tuple:
+        if prologue is NOTHING:
+            return arguments
+        return (*applied(prologue, q, k), *arguments[2:])
+
     key = (way, q.device, q.dtype, q.shape, k.shape, q.stride(1) < q.stride(2), causal, scale)
-    key += (None if mask is None else (mask.dtype, mask.shape),)
+    key += (None if mask is None else (mask.dtype, mask.shape), _kind(prologue))
     if _verdicts.get(key):
-        return ways.sdpa(*arguments)
+        return ways.sdpa(*plain())
     out = compute(*arguments)
     if _is_recording(q):
         # What looks at numbers cannot be recorded.
         return out
-    if key not in _verdicts and not _proven(key, out, *arguments):
-        return ways.sdpa(*arguments)
+    if key not in _verdicts and not _proven(key, out, *plain()):
+        return ways.sdpa(*plain())
     if guard == EVERY_CALL and not _is_finite(out):
         _warn(f"{way} gave NaN or infinity; such calls are computed again by torch's attention")
-        return ways.sdpa(*arguments)
+        return ways.sdpa(*plain())
     return out
+
+
+def _kind(prologue: Prologue) -> tuple | None:
+    """Return what a kernel's code depends on of a prologue."""
+    if prologue is NOTHING:
+        return None
+    tensors = (prologue.q_weight, prologue.k_weight, prologue.cos)
+    return prologue.norm, *(None if t is None else (t.dtype, t.dim()) for t in tensors)
 
 
 def _is_recording(q: torch.Tensor) -> bool:

@@ -1,6 +1,6 @@
 """What is done to Q and K before they are quantized, in the same pass over memory."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -8,6 +8,11 @@ HEAD, TOKEN = "head", "token"
 NORMS = (HEAD, TOKEN)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 DEFAULT_EPS = 1e-6
+# Of a custom operation's schema.
+ARGUMENTS = (
+    "str norm='', float eps=0.0, Tensor? q_weight=None, Tensor? k_weight=None, int first=0, "
+    "Tensor? cos=None, Tensor? sin=None"
+)
 
 
 @dataclass(frozen=True)
@@ -36,6 +41,22 @@ class Prologue:
     def weight(self, name: str) -> torch.Tensor | None:
         """Return the weight of "q" or "k"."""
         return self.q_weight if name == "q" else self.k_weight
+
+    @property
+    def arguments(self) -> tuple:
+        """Return the steps as a custom operation takes them, in the order of ARGUMENTS.
+
+        Empty for NOTHING: torch.compile makes symbols of numbers that it finds in objects.
+        """
+        if self is NOTHING:
+            return ()
+        weights = (self.q_weight, self.k_weight)
+        return (self.norm or "", self.eps, *weights, self.first, self.cos, self.sin)
+
+    def from_token(self, start: int) -> "Prologue":
+        """Return the steps for tokens from `start` on."""
+        cos, sin = (None if x is None else x[start:] for x in (self.cos, self.sin))
+        return replace(self, first=max(self.first - start, 0), cos=cos, sin=sin)
 
     def check(self, q: torch.Tensor, k: torch.Tensor) -> None:
         """Raise ValueError or TypeError when the steps do not fit q and k."""
@@ -73,3 +94,12 @@ def _check_tensor(name: str, value, shapes, device: torch.device) -> None:
 
 
 NOTHING = Prologue()
+
+
+def of_arguments(
+    norm="", eps=0.0, q_weight=None, k_weight=None, first=0, cos=None, sin=None
+) -> Prologue:
+    """Return the prologue whose `arguments` these are: NOTHING itself where there are no steps."""
+    if not norm and q_weight is None and k_weight is None and cos is None:
+        return NOTHING
+    return Prologue(norm or None, eps, q_weight, k_weight, first, cos, sin)

@@ -7,21 +7,40 @@ from . import KINDS, OP, scheme
 from .modes import MODES
 from .prologue import NOTHING, TOKEN, Prologue
 
+# Tokens that `applied` has in float32 at a time.
+CHUNK = 4096
 
-def prepared(x: torch.Tensor, weight: torch.Tensor | None, p: Prologue) -> torch.Tensor:
-    """Return x [B, H, L, D] after the steps of p, in float64. weight: of x's norm."""
+
+def applied(p: Prologue, q: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return q and k after the steps of p, computed in float32, in their own dtype."""
+    made = []
+    for x, weight in ((q, p.q_weight), (k, p.k_weight)):
+        out = torch.empty_like(x)
+        for start in range(0, x.shape[2], CHUNK):
+            part = slice(start, start + CHUNK)
+            steps = p.from_token(start)
+            out[:, :, part] = prepared(x[:, :, part], weight, steps, torch.float32)
+        made.append(out)
+    return tuple(made)
+
+
+def prepared(
+    x: torch.Tensor, weight: torch.Tensor | None, p: Prologue, dtype: torch.dtype = torch.float64
+) -> torch.Tensor:
+    """Return x [B, H, L, D] after the steps of p, in `dtype`. weight: of x's norm."""
     length, d = x.shape[2:]
-    x = x.double()
+    x = x.to(dtype)
     if p.norm is not None:
         over = (1, 3) if p.norm == TOKEN else (3,)
         x = x / (x.square().mean(over, keepdim=True) + p.eps).sqrt()
     if weight is not None:
-        rows = weight.double().expand(2, -1) if weight.dim() == 1 else weight.double()
+        rows = weight.to(dtype)
+        rows = rows.expand(2, -1) if weight.dim() == 1 else rows
         second = (torch.arange(length, device=x.device) >= p.first).long()
         # [L, heads or 1, D] -> [heads or 1, L, D].
         x = x * rows[second].view(length, -1, d).transpose(0, 1)
     if p.cos is not None:
-        cos, sin = p.cos[:length].double(), p.sin[:length].double()
+        cos, sin = p.cos[:length].to(dtype), p.sin[:length].to(dtype)
         even, odd = x[..., ::2], x[..., 1::2]
         x = torch.stack((even * cos - odd * sin, even * sin + odd * cos), -1).flatten(-2)
     return x

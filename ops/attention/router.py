@@ -11,8 +11,9 @@ from . import OP as ATTENTION
 from . import empty_out, guard, kind_of, scheme, ways
 from .check import DTYPES
 from .guard import GUARDS, OFF
+from .prologue import ARGUMENTS, NOTHING, Prologue, of_arguments
 from .table import AUTO
-from .ways import CAUSAL, MASKED, OP, PLAIN, SDPA, bits
+from .ways import CAUSAL, LOWBIT, MASKED, OP, PLAIN, SDPA, bits, takes_prologue
 
 # The names of older wrappers for what is here under another one, or not at all.
 ALIASES = {
@@ -42,6 +43,7 @@ def route(
     mask: torch.Tensor | None = None,
     causal: bool = False,
     scale: float | None = None,
+    prologue: Prologue = NOTHING,
     guard: str = OFF,
 ) -> torch.Tensor:
     """Return softmax(scale · q·kᵀ + mask) · v, [B, H, Lq, D], in the dtype of q.
@@ -50,8 +52,9 @@ def route(
     written to. mask: bool (True: the key counts) or added to the logits, broadcast to
     [B, H, Lq, Lk]. scale: None is D**-0.5. mode: one of NAMES, or an older name of ALIASES.
     `auto` takes what `table.py` has for the call, else torch's own attention. On a CPU a `lowbit_*`
-    mode runs the exact reference of `attention`, on float32 rounded to bfloat16. guard: one of
-    GUARDS; `guard.run` says what each does. There are no gradients, but for `sdpa`.
+    mode runs the exact reference of `attention`, on float32 rounded to bfloat16. prologue: what is
+    done to q and k first; for ways that `takes_prologue` says. guard: one of GUARDS; `guard.run`
+    says what each does. There are no gradients, but for `sdpa`.
     Raises ValueError for an unknown mode or guard, NoBackendError with the reason where the named
     mode cannot run the call.
     """
@@ -61,9 +64,13 @@ def route(
     reason = refusal(way, q, k, v, mask, causal)
     if reason:
         raise NoBackendError(f"{OP}: {reason}")
+    if prologue is not NOTHING:
+        if not takes_prologue(way):
+            raise NoBackendError(f"{OP}: {way}: takes no prologue; do its steps before")
+        prologue.check(q, k)
     if way == SDPA:
         return ways.sdpa(q, k, v, mask, causal, scale)
-    return _ROUTED(q, k, v, mask, way, causal, scale, guard)
+    return _ROUTED(q, k, v, mask, way, causal, scale, guard, *prologue.arguments)
 
 
 def known(mode: str) -> str:
@@ -106,7 +113,7 @@ def refusal(way: str, q, k, v, mask=None, causal: bool = False) -> str | None:
         return f"{way}: the mask is {mask.dtype}; bool or a float dtype is wanted"
     kind = (PLAIN if mask is None else MASKED) + (CAUSAL if causal else PLAIN)
     reason = _unmet(way, f"{ways.named(q.dtype)}{kind}", q.device, _head_size(q))
-    if reason is None and causal and not way.startswith("lowbit_") and q.shape[2] != k.shape[2]:
+    if reason is None and causal and not way.startswith(LOWBIT) and q.shape[2] != k.shape[2]:
         return f"{way}: causal wants as many keys as queries"
     return reason
 
@@ -156,7 +163,7 @@ def _look_up(index: int, device: torch.device, head_size: int, kind: str | None)
     if row.backend is None:
         # Both dtypes that `auto` takes have the same needs.
         return _reason(row.way, ways.named(DTYPES[0]), device, head_size) is None
-    mode = row.way.removeprefix("lowbit_")
+    mode = row.way.removeprefix(LOWBIT)
     call = Call(scheme(mode, kind), device, 0, head_size)
     found = [b for b in registry.backends(ATTENTION) if b.name == row.backend]
     return any(registry.unmet(b.needs, call) is None for b in found)
@@ -177,22 +184,22 @@ def _reason(way: str, kind: str, device: torch.device, head_size: int) -> str | 
     return f"{way}: {(telling or reasons)[-1]}"
 
 
-def _run(q, k, v, mask, way, causal, scale, checked):
+def _run(q, k, v, mask, way, causal, scale, checked, *steps):
     compute = next(b.run for b in registry.backends(OP) if b.name == way)
-    out = guard.run(way, compute, checked, q, k, v, mask, causal, scale)
+    out = guard.run(way, compute, checked, q, k, v, mask, causal, scale, of_arguments(*steps))
     # Every way's result lies in memory as q does, which a compiled graph relies on.
     if q.stride(1) < q.stride(2):
         return out.transpose(1, 2).contiguous().transpose(1, 2)
     return out.contiguous()
 
 
-def _empty(q, k, v, mask, way, causal, scale, checked):
+def _empty(q, k, v, mask, way, causal, scale, checked, *steps):
     return empty_out(q)
 
 
 _ROUTED = custom_op(
     "routed_attention(Tensor q, Tensor k, Tensor v, Tensor? mask, str way, bool causal, "
-    "float? scale, str guard) -> Tensor",
+    f"float? scale, str guard, {ARGUMENTS}) -> Tensor",
     _run,
     _empty,
 )

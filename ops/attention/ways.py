@@ -17,9 +17,12 @@ from ..registry import Backend, Needs, register
 from . import attention, sage
 from .check import DTYPES
 from .modes import MODES
+from .prologue import NOTHING
 
 OP = "attention router"
 SDPA = "sdpa"
+# Before the name of a mode of `attention`.
+LOWBIT = "lowbit_"
 PLAIN, MASKED, CAUSAL, BOTH = "", "_masked", "_causal", "_masked_causal"
 ALL = (PLAIN, MASKED, CAUSAL, BOTH)
 CUDA, CPU = frozenset({"cuda"}), frozenset({"cpu"})
@@ -42,6 +45,11 @@ def bits(way: str) -> int:
 def named(dtype: torch.dtype) -> str:
     """Return the name of a dtype as schemes have it."""
     return str(dtype).removeprefix("torch.")
+
+
+def takes_prologue(way: str) -> bool:
+    """Return whether a way does the norm and the rotary embedding of q and k itself."""
+    return way.removeprefix(LOWBIT) in MODES and way.startswith(LOWBIT)
 
 
 def _schemes(*kinds: str, dtypes: tuple[torch.dtype, ...] = DTYPES) -> frozenset[str]:
@@ -71,12 +79,13 @@ def _by(backend: SDPBackend) -> Callable:
 
 
 def _lowbit(mode: str) -> Callable:
-    def run(q, k, v, mask, causal, scale) -> torch.Tensor:
+    def run(q, k, v, mask, causal, scale, prologue=NOTHING) -> torch.Tensor:
         dtype = q.dtype
         # Float32 gets here on a CPU alone.
         if dtype not in DTYPES:
             q, k, v = (x.bfloat16() for x in (q, k, v))
-        return attention(q, k, v, mode, mask=mask, causal=causal, scale=scale).to(dtype)
+        options = {"mask": mask, "causal": causal, "scale": scale, "prologue": prologue}
+        return attention(q, k, v, mode, **options).to(dtype)
 
     return run
 
@@ -147,7 +156,7 @@ for _k_max, _least in ((128, (8, 0)), (256, (9, 0))):
     _register_tried("cudnn", _cudnn, (PLAIN, MASKED, CAUSAL), _k_max, **_needs)
 _register_tried("flash", _flash, (PLAIN, CAUSAL), 256, capability=(8, 0))
 for _mode in MODES.values():
-    _name = f"lowbit_{_mode.name}"
+    _name = f"{LOWBIT}{_mode.name}"
     _register(
         *(_name, _lowbit(_mode.name), _schemes(*ALL)),
         **{"devices": CUDA, "capability": _mode.capability, "k_max": 256, "package": "triton"},

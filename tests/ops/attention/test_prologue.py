@@ -4,7 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from lowbit.ops.attention import Prologue, attention
+from lowbit.ops.attention import Prologue, attention, guard, reference, router, ways
+from lowbit.ops.registry import NoBackendError
 
 EPS = 1e-6
 B, H, KV, LENGTH, D = 2, 4, 2, 9, 16
@@ -117,3 +118,66 @@ def test_attention_with_a_prologue_compiles_to_one_graph():
 def test_steps_that_do_not_fit_are_refused(steps, error, text):
     with pytest.raises(error, match=text):
         attention(*inputs(), prologue=Prologue(**steps))
+
+
+def qwens() -> Prologue:
+    weights = (make(2, D, seed=6), make(2, D, seed=7))
+    return Prologue("head", EPS, *weights, first=5, **tables())
+
+
+def wans() -> Prologue:
+    return Prologue("token", EPS, make(H * D, seed=6), make(KV * D, seed=7), **tables())
+
+
+@pytest.mark.parametrize("prologue", [qwens(), wans()], ids=["qwen", "wan"])
+def test_applied_by_pieces_of_tokens_is_the_whole(prologue, monkeypatch):
+    q, k, _ = inputs()
+    want = [
+        reference.prepared(x, w, prologue).half()
+        for x, w in ((q, prologue.q_weight), (k, prologue.k_weight))
+    ]
+    for chunk in (4, 100):
+        monkeypatch.setattr(reference, "CHUNK", chunk)
+        for x, exact in zip(reference.applied(prologue, q, k), want, strict=True):
+            torch.testing.assert_close(x, exact, rtol=2e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("prologue", [qwens(), wans()], ids=["qwen", "wan"])
+@pytest.mark.parametrize("checked", guard.GUARDS)
+def test_router_does_the_prologue_and_proves_it(prologue, checked, caplog):
+    q, k, v = inputs()
+    guard.forget()
+    got = router.route(q, k, v, "lowbit_exact", prologue=prologue, guard=checked)
+    assert torch.equal(got, attention(q, k, v, prologue=prologue))
+    assert not caplog.records
+
+
+def test_way_that_forgets_the_prologue_is_found_and_torch_gets_what_it_would_have_done(caplog):
+    q, k, v = inputs()
+    guard.forget()
+
+    def forgetful(q, k, v, mask, causal, scale, prologue) -> torch.Tensor:
+        return ways.sdpa(q, k, v, mask, causal, scale)
+
+    arguments = ("lowbit_exact", forgetful, guard.FIRST_CALL, q, k, v, None, False, None)
+    got = guard.run(*arguments, wans())
+    assert torch.equal(got, ways.sdpa(*reference.applied(wans(), q, k), v, None, False, None))
+    assert "is wrong" in caplog.text
+    guard.forget()
+
+
+@pytest.mark.parametrize("mode", ["sdpa", "auto"])
+def test_way_without_a_prologue_is_refused(mode):
+    with pytest.raises(NoBackendError, match="takes no prologue"):
+        router.route(*inputs(), mode, prologue=wans())
+
+
+def test_routed_prologue_compiles_to_one_graph():
+    q, k, v = inputs()
+    prologue = qwens()
+
+    def run(q, k, v):
+        return router.route(q * 2, k, v, "lowbit_exact", prologue=prologue) + 1
+
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(q, k, v), run(q, k, v))

@@ -1,0 +1,56 @@
+"""Attention layers in a real ComfyUI whose norm and rotary embedding join the attention."""
+
+import json
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.host.server import REPO, HostMissingError, find_host
+
+SESSION = Path(__file__).with_name("fused_session.py")
+MODELS = {"wan": "WanSelfAttention", "qwen_image": "Attention"}
+# Latents of two samplings that round to 16 bits in another order.
+ROUNDING = 0.003
+
+
+@pytest.fixture(scope="module")
+def sessions():
+    try:
+        root, python = find_host()
+    except HostMissingError as error:
+        pytest.skip(str(error))
+    run = subprocess.run([python, SESSION, REPO, root], capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr[-4000:]
+    return json.loads(run.stdout.splitlines()[-1])
+
+
+@pytest.fixture(params=MODELS)
+def seen(sessions, request):
+    return request.param, sessions[request.param]
+
+
+def test_layers_are_replaced_while_the_model_runs(seen):
+    name, row = seen
+    assert (row["inside"], row["after"]) == (f"Fused{MODELS[name]}", MODELS[name])
+
+
+def test_rotary_embedding_is_left_to_the_attention_and_the_latent_is_the_same(seen):
+    _, row = seen
+    fused, apart, _ = row["rotary"]
+    assert fused == 0 < apart
+    assert 0 < row["against apart"] < ROUNDING
+    assert row["changed"] < 1.5 * row["apart"]
+
+
+def test_patch_that_wants_q_and_k_gets_them_as_the_host_has_them(seen):
+    _, row = seen
+    _, apart, with_patch = row["rotary"]
+    assert with_patch == apart
+    assert row["with patch equals apart"]
+
+
+def test_order_of_the_nodes_does_not_matter(seen):
+    _, row = seen
+    assert row["order of nodes"] == 0
+    assert row["rotary quantized"] == [0, 0]

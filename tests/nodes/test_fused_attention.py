@@ -1,0 +1,112 @@
+"""Which attention layers are fused, without ComfyUI: classes of its names stand in."""
+
+import contextlib
+import logging
+
+import pytest
+import torch
+
+from lowbit.nodes import fused_attention
+from lowbit.nodes.attention_override import OVERRIDE, Forward, Override, with_prologue
+from lowbit.quant.fusion import Fused
+
+DIM, HEADS = 32, 2
+
+
+def forward(self, x, freqs, transformer_options={}):  # noqa: B006 (as the host has it)
+    return self.o(self.q(x))
+
+
+def forward_with_more(self, x, freqs, transformer_options={}):  # noqa: B006
+    return self.o(self.sink(x))
+
+
+def host_class(name: str = "WanSelfAttention", forward=forward) -> type:
+    def init(self, eps_k: float = 1e-6, weight: bool = True):
+        torch.nn.Module.__init__(self)
+        for layer in "qkvo":
+            setattr(self, layer, torch.nn.Linear(DIM, DIM))
+        self.norm_q = torch.nn.RMSNorm(DIM, eps=1e-6, elementwise_affine=weight)
+        self.norm_k = torch.nn.RMSNorm(DIM, eps=eps_k, elementwise_affine=weight)
+        self.num_heads, self.head_dim = HEADS, DIM // HEADS
+
+    members = {"__init__": init, "forward": forward, "__module__": "comfy.ldm.wan.model"}
+    return type(name, (torch.nn.Module,), {**members, "__qualname__": name})
+
+
+def weights(norm, like):
+    return contextlib.nullcontext((norm.weight, None))
+
+
+def test_known_layer_becomes_a_copy_with_the_same_children():
+    plain = host_class()()
+    copy = fused_attention.fused(plain, weights)
+    assert isinstance(copy, Fused) and isinstance(copy, type(plain))
+    copy.q = torch.nn.Linear(DIM, DIM)
+    assert plain.q is copy.q
+    assert fused_attention.fused(copy, weights) is copy
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("WanSelfAttentionOfAnother", {}),
+        ("WanSelfAttention", {"eps_k": 1e-5}),
+        ("WanSelfAttention", {"weight": False}),
+    ],
+)
+def test_other_layers_stay(name, options):
+    plain = host_class(name)(**options)
+    assert fused_attention.fused(plain, weights) is plain
+
+
+def test_another_version_of_the_hosts_layer_stays_and_is_named(caplog):
+    plain = host_class(forward=forward_with_more)()
+    with caplog.at_level(logging.INFO):
+        assert fused_attention.fused(plain, weights) is plain
+    (record,) = caplog.records
+    assert "WanSelfAttention also uses sink" in record.getMessage()
+
+
+def angles(tokens: int, size: int) -> torch.Tensor:
+    a = torch.randn(1, tokens, 1, size // 2, generator=torch.Generator().manual_seed(0))
+    return torch.stack((a.cos(), -a.sin(), a.sin(), a.cos()), -1).unflatten(-1, (2, 2))
+
+
+def test_tables_are_the_cosines_and_sines_of_either_order():
+    freqs = angles(7, 16)
+    for given in (freqs, freqs.transpose(1, 2)):
+        cos, sin = fused_attention._tables(given, 7, 16)
+        assert torch.equal(cos, freqs[0, :, 0, :, 0, 0])
+        assert torch.equal(sin, freqs[0, :, 0, :, 1, 0])
+        assert cos.is_contiguous() and sin.is_contiguous()
+
+
+@pytest.mark.parametrize(
+    "freqs",
+    [None, angles(7, 16)[0], angles(6, 16), angles(7, 8), angles(7, 16).expand(2, *[-1] * 5)],
+)
+def test_other_tables_are_the_hosts(freqs):
+    assert fused_attention._tables(freqs, 7, 16) is None
+
+
+def options_of(override: Override) -> dict:
+    return {OVERRIDE: override, override._key: Forward(True, None, None)}
+
+
+def test_override_that_takes_the_prologue_is_found_behind_one_that_does_not_mean_the_call():
+    like = torch.zeros(1, 5, DIM, dtype=torch.bfloat16)
+    first, second = Override("lowbit_exact"), Override("lowbit_int8", blocks="3")
+    second.previous = first
+    options = {**options_of(first), **options_of(second), "block_index": 0}
+    assert with_prologue(like, HEADS, options) is first
+    assert with_prologue(like, HEADS, {**options, "block_index": 3}) is second
+    # A foreign override between them would get the call.
+    second.previous = lambda *args, **kwargs: None
+    assert with_prologue(like, HEADS, options) is None
+
+
+@pytest.mark.parametrize("mode", ["sdpa", "auto"])
+def test_ways_without_a_prologue_leave_the_layer_to_the_host(mode):
+    like = torch.zeros(1, 5, DIM, dtype=torch.bfloat16)
+    assert with_prologue(like, HEADS, options_of(Override(mode))) is None
