@@ -118,7 +118,9 @@ def test_shape_of_the_weight_does_not_matter(name, backend, n, k):
         got = linear(x, weight, backend=backend)
         assert all(torch.equal(t, b) for t, b in zip(held, before, strict=True))
         # A single product has the error of two E4M3 values at its worst.
-        bound = 0.004 if backend == "w4a16" else 0.13 if k == 1 else 0.034
+        # Of a few dozen numbers the error is that of a small sample.
+        bound = 0.13 if k == 1 else 0.05 if got.numel() < 100 else 0.034
+        bound = 0.004 if backend == "w4a16" else bound
         assert error(got, want) <= bound
 
 

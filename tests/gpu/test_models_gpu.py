@@ -69,8 +69,20 @@ def test_quantized_model_follows_the_dense_one(model, run, name):
     assert torch.equal(run(model), want)
 
 
+def assert_as_exact(got, want, dense):
+    """Compiled and not, a quantized model errs as much against the dense one.
+
+    Inductor rounds chains of bf16 operations once, and quantizers may then round the other way:
+    the two errors need not be the same ones.
+    """
+    allowed = error(want, dense)
+    assert error(got, dense) < 1.1 * allowed
+    assert error(got, want) < 2**0.5 * allowed
+
+
 @pytest.mark.parametrize("name", formats.names())
 def test_compiled_blocks_are_one_graph_and_compute_the_same(model, run, name):
+    dense = run(model)
     lowbit.quantize_model(model, name)
     lowbit.set_attention(model, "lowbit_exact", layers="all")
     want = run(model)
@@ -78,12 +90,12 @@ def test_compiled_blocks_are_one_graph_and_compute_the_same(model, run, name):
     got = run(model)
     run(model, 0.25)
     assert dynamo.utils.counters["stats"]["unique_graphs"] == 1
-    # Inductor rounds chains of bf16 operations once; quantizers may then round the other way.
-    assert error(got, want) < formats.get(name).max_error
+    assert_as_exact(got, want, dense)
 
 
 @pytest.mark.parametrize("name", formats.names())
 def test_cuda_graphs_of_compiled_blocks_compute_the_same(model, run, name):
+    dense = run(model)
     lowbit.quantize_model(model, name)
     lowbit.set_attention(model, "lowbit_exact", layers="all")
     want = run(model)
@@ -91,7 +103,7 @@ def test_cuda_graphs_of_compiled_blocks_compute_the_same(model, run, name):
     for _ in range(3):
         torch.compiler.cudagraph_mark_step_begin()
         got = run(model)
-    assert error(got, want) < formats.get(name).max_error
+    assert_as_exact(got, want, dense)
 
 
 def captured(function, *inputs):
