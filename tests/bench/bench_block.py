@@ -209,18 +209,22 @@ def runner_of(case: Case, patcher, inputs: tuple[tuple, dict]) -> Callable[[], t
     return run
 
 
-def ways() -> Iterator[Way]:
-    """Yield the ways that can be run here."""
+def ways(only: str) -> Iterator[Way]:
+    """Yield the ways that can be run here and whose name holds `only`, and bf16."""
     for way in WAYS:
+        if only not in way.name and way.name != BASE:
+            continue
         if way.attention != "sage" or importlib.util.find_spec("sageattention"):
             yield way
 
 
-def bench(case: Case, files: dict[str, Path], nodes: dict, profile: Path | None) -> dict[str, dict]:
+def bench(
+    case: Case, files: dict[str, Path], nodes: dict, only: str, profile: Path | None
+) -> dict[str, dict]:
     """Return, by name of the way, times and error."""
     plain = load(WAYS[0], files, nodes)
     inputs = step(case, plain)
-    patchers = {way.name: load(way, files, nodes) for way in ways()}
+    patchers = {way.name: load(way, files, nodes) for way in ways(only)}
     runs = {name: runner_of(case, patcher, inputs) for name, patcher in patchers.items()}
     want = runs[BASE]().clone()
     errors = {}
@@ -270,6 +274,7 @@ def main() -> None:
     """Time every case, print the table, append the results."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", default="", help="only cases whose name holds this")
+    parser.add_argument("--ways", default="", help="only ways whose name holds this, and bf16")
     parser.add_argument("--dynamic", action="store_true", help="under the host's dynamic VRAM")
     parser.add_argument("--profile", type=Path, help="folder for tables of the kernels that ran")
     chosen = parser.parse_args()
@@ -286,7 +291,7 @@ def main() -> None:
             files = write(model, Path(base) / "models" / "diffusion_models")
             with torch.inference_mode():
                 for case in cases:
-                    results = bench(case, files, nodes, chosen.profile)
+                    results = bench(case, files, nodes, chosen.ways, chosen.profile)
                     print(line(case, results), flush=True)
                     memory = "dynamic" if chosen.dynamic else "legacy"
                     record = {"case": case.name, "memory": memory, "sageattention": sage_version}
