@@ -1,4 +1,4 @@
-"""The module that knows ComfyUI, with `clones.py`.
+"""Models in the host: loaded, quantized, reported, and how our layers run there.
 
 Files are read by this pack's own streaming reader and handed to the host's loader in the host's own
 layout of tensors; afterwards each quantized weight is shown under our layout. A model from another
@@ -16,15 +16,15 @@ import torch
 import torch.nn.functional as F
 from comfy_kitchen.tensor import QuantizedTensor
 
-from ..ops.attention import router
-from ..ops.linear import add_low_rank, linear
-from ..ops.linear.activation import Kind, kind_of
-from ..ops.linear.arithmetic import AUTO, arithmetic_of, with_arithmetic
-from ..ops.linear.four_bit import GROUPS
-from ..ops.registry import NoBackendError
-from ..quant import arithmetic, convert, families, formats, fusion, recipe
-from ..quant.checkpoint import Checkpoint, open_checkpoint
-from ..quant.checkpoint.stored import (
+from ...ops.attention import router
+from ...ops.linear import add_low_rank, linear
+from ...ops.linear.activation import Kind, kind_of
+from ...ops.linear.arithmetic import AUTO, arithmetic_of, with_arithmetic
+from ...ops.linear.four_bit import GROUPS
+from ...ops.registry import NoBackendError
+from ...quant import arithmetic, convert, families, formats, fusion, recipe
+from ...quant.checkpoint import Checkpoint, open_checkpoint
+from ...quant.checkpoint.stored import (
     INPUT_SCALES,
     MARKER,
     check_can_stay,
@@ -32,12 +32,13 @@ from ..quant.checkpoint.stored import (
     marker_tensor,
     stored_layers,
 )
-from ..quant.memory import quantize_within_memory
-from ..quant.record import LayerRecord, decode
-from . import clones, stand_in
-from .attention_override import Override
-from .inputs import AS_STORED
-from .lora_terms import low_ranks_of
+from ...quant.memory import quantize_within_memory
+from ...quant.record import LayerRecord, decode
+from .. import stand_in
+from ..attention_override import Override
+from ..inputs import AS_STORED
+from ..lora_terms import low_ranks_of
+from . import clones
 from .memory import make_room
 
 logger = logging.getLogger(__name__)
