@@ -17,7 +17,10 @@ from ...quant.checkpoint import Checkpoint
 from ..attention_override import is_within
 from ..inputs import AS_STORED
 from ..lora_terms import Lora, Matrix, Stack, Term, padded
-from .loading import ROOT, format_of, progress, quantize_model
+from .layers import ROOT
+from .linear import format_of
+from .quantizing import quantize_model
+from .work import progress
 
 logger = logging.getLogger(__name__)
 

@@ -12,7 +12,8 @@ from comfy_kitchen.tensor import QuantizedTensor
 from ...quant.checkpoint import CheckpointWriter
 from ...quant.checkpoint.writer import ENTRY_BYTES
 from ...quant.record import RECORD_KEY, LayerRecord, encode
-from .loading import ROOT, layer_records, progress
+from .layers import ROOT, layer_records
+from .work import progress
 
 logger = logging.getLogger(__name__)
 
