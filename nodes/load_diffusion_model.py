@@ -4,7 +4,7 @@ import logging
 
 from ..quant.best import best_format
 from ..quant.checkpoint import open_checkpoint
-from . import host, model_files
+from . import host
 from .inputs import (
     AS_STORED,
     AUTO,
@@ -39,7 +39,7 @@ class LowBitLoadDiffusionModel:
         tooltip = "A file of models/diffusion_models: 16 or 32 bits, quantized already, or GGUF."
         return {
             "required": {
-                "model_name": (model_files.model_names(), {"tooltip": tooltip}),
+                "model_name": (host.model_names(), {"tooltip": tooltip}),
                 "format": format_input(AUTO),
                 "recipe": recipe_input(),
                 "keep": keep_input(),
@@ -48,7 +48,7 @@ class LowBitLoadDiffusionModel:
         }
 
     def load(self, model_name, format, recipe, keep, arithmetic=AUTO):
-        path = model_files.model_path(model_name)
+        path = host.model_path(model_name)
         keep = tuple(keep_patterns(keep))
         if format == AUTO:
             format = best_format(open_checkpoint(path)) or AS_STORED

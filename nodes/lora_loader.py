@@ -1,6 +1,6 @@
 """The node that puts a LoRA beside a model's weights."""
 
-from . import host_lora
+from . import host
 from .inputs import CATEGORY, part_of_sampling
 
 
@@ -34,7 +34,7 @@ class LowBitLoraLoader:
         return {
             "required": {
                 "model": ("MODEL", {"tooltip": "The model, quantized or not; it is not changed."}),
-                "lora_name": (host_lora.lora_names(), {"tooltip": name}),
+                "lora_name": (host.lora_names(), {"tooltip": name}),
                 "strength": ("FLOAT", strength),
                 "start_percent": part_of_sampling(0.0, start),
                 "end_percent": part_of_sampling(1.0, end),
@@ -42,8 +42,8 @@ class LowBitLoraLoader:
         }
 
     def load_lora(self, model, lora_name, strength, start_percent, end_percent):
-        path = host_lora.lora_path(lora_name)
-        return (host_lora.set_lora(model, path, strength, (start_percent, end_percent)),)
+        path = host.lora_path(lora_name)
+        return (host.set_lora(model, path, strength, (start_percent, end_percent)),)
 
 
 NODE = LowBitLoraLoader

@@ -1,6 +1,6 @@
 """The node that saves a quantized model."""
 
-from . import host_lora, saving
+from . import host
 from .inputs import CATEGORY
 
 
@@ -33,7 +33,7 @@ class LowBitSaveModel:
         }
 
     def save(self, model, filename_prefix, prompt=None, extra_pnginfo=None):
-        path = saving.save_model(host_lora.merged(model), filename_prefix, prompt, extra_pnginfo)
+        path = host.save_model(host.merged(model), filename_prefix, prompt, extra_pnginfo)
         return {"ui": {"text": [path]}, "result": (path,)}
 
 

@@ -2,7 +2,8 @@
 
 It refuses unknown names, so a layer of ours passes under the name of a format of its own that has
 the same tensors; a packed payload is shown as that format's dtype, not a byte of it changed. Once
-the model is built, each weight gets its own layout (`host._show`) before anybody computes with it.
+the model is built, each weight gets its own layout (`host/linear.py`) before anybody computes with
+it.
 """
 
 import json

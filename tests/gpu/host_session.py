@@ -73,7 +73,7 @@ def session(mode: str, base: str) -> dict:
     import torch
 
     host = importlib.import_module("lowbit_pack.nodes.host")
-    saving = importlib.import_module("lowbit_pack.nodes.saving")
+    saving = importlib.import_module("lowbit_pack.nodes.host.saving")
     attention = importlib.import_module("lowbit_pack.nodes.attention").LowBitAttention()
     formats = importlib.import_module("lowbit_pack.quant.formats")
     assert pack.NODE_CLASS_MAPPINGS

@@ -27,7 +27,7 @@ def session(mode: str, base: str) -> dict:
     import torch
 
     host = importlib.import_module("lowbit_pack.nodes.host")
-    host_lora = importlib.import_module("lowbit_pack.nodes.host_lora")
+    host_lora = importlib.import_module("lowbit_pack.nodes.host.lora")
     path = checkpoints.write_wan(Path(base) / "wan.safetensors", dim=1024, ffn=4096, layers=4)
     lora = checkpoints.write_lora(Path(base) / "lora.safetensors", path, rank=24)
     tensors = comfy.utils.load_torch_file(str(lora))

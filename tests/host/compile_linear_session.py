@@ -102,7 +102,7 @@ def session(host: str, base: str) -> dict:
     torch.set_num_threads(1)
     nodes = importlib.import_module("lowbit_pack.nodes.host")
     attention = importlib.import_module("lowbit_pack.nodes.attention").LowBitAttention()
-    lora = importlib.import_module("lowbit_pack.nodes.host_lora")
+    lora = importlib.import_module("lowbit_pack.nodes.host.lora")
     path = str(checkpoints.write_wan(Path(base) / "wan.safetensors", layers=LAYERS))
     blocks = [f"diffusion_model.blocks.{i}" for i in range(LAYERS)]
     seen = {}

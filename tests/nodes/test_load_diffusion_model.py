@@ -13,7 +13,7 @@ from lowbit.quant.best import BEST
 def load(tmp_path, monkeypatch, caplog):
     """Return a function that loads a file of `dtype`: (format asked of the host, lines logged)."""
     asked = []
-    monkeypatch.setattr(load_diffusion_model.model_files, "model_path", lambda name: path)
+    monkeypatch.setattr(load_diffusion_model.host, "model_path", lambda name: path)
     monkeypatch.setattr(load_diffusion_model.host, "load_model", lambda *args: asked.append(args))
     path = tmp_path / "model.safetensors"
 

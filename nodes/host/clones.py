@@ -11,8 +11,8 @@ from operator import attrgetter
 
 import torch
 
-from ..ops.linear.modules import is_quantized
-from ..quant import fusion
+from ...ops.linear.modules import is_quantized
+from ...quant import fusion
 
 Again = Callable[[torch.nn.Module], torch.nn.Module]
 CALLBACK = "lowbit_clones"

@@ -9,10 +9,11 @@ from collections.abc import Iterator
 import torch
 from comfy_kitchen.tensor import QuantizedTensor
 
-from ..quant.checkpoint import CheckpointWriter
-from ..quant.checkpoint.writer import ENTRY_BYTES
-from ..quant.record import RECORD_KEY, LayerRecord, encode
-from .host import ROOT, layer_records, progress
+from ...quant.checkpoint import CheckpointWriter
+from ...quant.checkpoint.writer import ENTRY_BYTES
+from ...quant.record import RECORD_KEY, LayerRecord, encode
+from .layers import ROOT, layer_records
+from .work import progress
 
 logger = logging.getLogger(__name__)
 

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from lowbit.nodes import host_lora
+from lowbit.nodes.host import lora as host_lora
 from lowbit.quant.lora import LoraError
 
 DIM = 16

@@ -1,50 +1,35 @@
-"""LoRAs as ComfyUI needs them: files of models/loras, and the host's hands on their memory.
+"""LoRAs as ComfyUI needs them, with the host's hands on their memory.
 
 The matrices are a model of their own, which the host loads and unloads beside the diffusion model;
 what it has no room for is copied as it is needed. A wrapper around each run of the diffusion model
-lets its layers add their terms (`lora_terms.py`). Beside `host.py`, as that file is full.
+lets its layers add their terms (`lora_terms.py`).
 """
 
 import dataclasses
-import importlib.util
 import logging
 from collections.abc import Collection, Iterator
 
 import torch
 from comfy_kitchen.tensor import QuantizedTensor
 
-from ..quant import families, formats, lora
-from ..quant.checkpoint import Checkpoint
-from . import host
-from .attention_override import is_within
-from .inputs import AS_STORED
-from .lora_terms import Lora, Matrix, Stack, Term, padded
+from ...quant import families, formats, lora
+from ...quant.checkpoint import Checkpoint
+from ..attention_override import is_within
+from ..inputs import AS_STORED
+from ..lora_terms import Lora, Matrix, Stack, Term, padded
+from .layers import ROOT
+from .linear import format_of
+from .quantizing import quantize_model
+from .work import progress
 
 logger = logging.getLogger(__name__)
 
-FOLDER = "loras"
 KEY = "lowbit_lora"
 # Rows of `down` have a scale each here, so that strengths are a matter of scales.
 BY_ROW = {"fp8_e4m3": "fp8_e4m3_rowwise", "fp8_e5m2": "fp8_e4m3_rowwise"}
 IN_8_BITS = (*BY_ROW, "fp8_e4m3_rowwise", "int8", "int8_convrot")
 # The layout of the host's whose layers it may run without calling them.
 UNCALLED = "TensorWiseINT8Layout"
-
-
-def lora_names() -> list[str]:
-    """Return the files of models/loras; none where there is no ComfyUI."""
-    if importlib.util.find_spec("folder_paths") is None:
-        return []
-    import folder_paths
-
-    return folder_paths.get_filename_list(FOLDER)
-
-
-def lora_path(name: str) -> str:
-    """Return the path of a file of models/loras. Raises FileNotFoundError."""
-    import folder_paths
-
-    return folder_paths.get_full_path_or_raise(FOLDER, name)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +53,7 @@ def set_lora(patcher, path: str, strength: float, steps: tuple[float, float]):
         raise ValueError(f"steps from {start} to {end}: start to end within 0 and 1 is wanted")
     source = _Source(patcher, path)
     if any(_is_uncalled(source.modules[name]) for name in source.parsed.pairs):
-        patcher = host.quantize_model(patcher, AS_STORED)
+        patcher = quantize_model(patcher, AS_STORED)
         source = _Source(patcher, path)
     source.warn_of_what_is_left_out()
     model, terms = _terms(source, patcher)
@@ -123,12 +108,12 @@ class _Source:
     """A LoRA file, read as one for the model of a patcher."""
 
     def __init__(self, patcher, path: str):
-        root = patcher.get_model_object(host.ROOT)
+        root = patcher.get_model_object(ROOT)
         self.path, self.checkpoint = path, Checkpoint(path)
         state = {name: tuple(value.shape) for name, value in root.state_dict().items()}
         self.family = families.recognise(state).family
         self.modules = {
-            name: patcher.get_model_object(f"{host.ROOT}.{name}")
+            name: patcher.get_model_object(f"{ROOT}.{name}")
             for name, module in root.named_modules()
             if getattr(module, "weight", None) is not None
         }
@@ -200,7 +185,7 @@ def _aliases(patcher) -> tuple[dict[str, str], dict[str, str]]:
     import comfy.lora
 
     whole, parts = {}, {}
-    prefix = f"{host.ROOT}."
+    prefix = f"{ROOT}."
     for name, target in comfy.lora.model_lora_keys_unet(patcher.model, {}).items():
         # With the rows of the part beside it.
         is_part = not isinstance(target, str)
@@ -215,7 +200,7 @@ def _terms(source: _Source, patcher) -> tuple[torch.nn.Module, dict[str, Term]]:
     """Return a model that holds the matrices, and the terms by layer."""
     layers = dict(source.layers())
     dtype = patcher.get_model_object("manual_cast_dtype") or patcher.model.get_dtype()
-    bar, tick = host.progress(len(layers))
+    bar, tick = progress(len(layers))
     model, terms = torch.nn.ModuleList(), {}
     for group in _groups(layers, source):
         tick()
@@ -286,7 +271,7 @@ def _format_beside(module) -> str | None:
     8 bits share the activation that our own arithmetic quantizes; elsewhere they gain nothing.
     """
     ours = hasattr(getattr(module.weight, "layout_cls", None), "scheme")
-    fmt = host.format_of(module) if ours else None
+    fmt = format_of(module) if ours else None
     if fmt is None or fmt.name not in IN_8_BITS:
         return None
     return BY_ROW.get(fmt.name, fmt.name)
@@ -309,7 +294,7 @@ def _add_patches(clone, source: _Source, strength: float, steps: tuple[float, fl
     if steps != (0.0, 1.0):
         text = "%s: %d differences of norms and biases act in every step, %s first"
         logger.warning(text, source.path, len(found), next(iter(found)))
-    patches = {f"{host.ROOT}.{name}": ("diff", (value,)) for name, value in found.items()}
+    patches = {f"{ROOT}.{name}": ("diff", (value,)) for name, value in found.items()}
     clone.add_patches(patches, strength)
 
 
@@ -347,10 +332,10 @@ def merged(patcher):
         for name, layer in source.layers():
             alpha = layer.scale * layer.down.shape[0]
             weights = (layer.up, layer.down, alpha, None, None, None)
-            patches[f"{host.ROOT}.{name}.weight"] = LoRAAdapter(set(), weights)
+            patches[f"{ROOT}.{name}.weight"] = LoRAAdapter(set(), weights)
             if layer.bias is not None:
-                patches[f"{host.ROOT}.{name}.bias"] = ("diff", (layer.bias,))
+                patches[f"{ROOT}.{name}.bias"] = ("diff", (layer.bias,))
         for name, value in source.bare_differences().items():
-            patches[f"{host.ROOT}.{name}"] = ("diff", (value,))
+            patches[f"{ROOT}.{name}"] = ("diff", (value,))
         clone.add_patches(patches, one.strength)
     return clone
