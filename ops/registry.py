@@ -74,7 +74,7 @@ class Backend:
 
     run_quantized: of linear layers, `run` with a `QuantizedActivation`; without it one is
     dequantized first. quantizes: `run_quantized` runs floats too, which are quantized before it.
-    adds_low_rank: `run_quantized` takes `low_rank`, of `scaled_mm`, and adds it as it goes.
+    fuses: `run_quantized` takes `low_rank`, `gate` and `residual`, of `scaled_mm`.
     """
 
     op: str
@@ -84,7 +84,7 @@ class Backend:
     run: Callable = field(compare=False)
     run_quantized: Callable | None = field(default=None, compare=False)
     quantizes: bool = False
-    adds_low_rank: bool = False
+    fuses: bool = False
 
 
 _BACKENDS: dict[str, list[Backend]] = {}

@@ -7,7 +7,8 @@ tested. One idea per file:
 - `quantizing`: a model of any loader, quantized on a clone
 - `layers`: a model's linear layers and their records
 - `linear`: our weights in the host's Linear
-- `fusing`: what our layers share
+- `fusing`: what our layers share, and which layers of the host leave steps to ours
+- `norms`: weights of the host's norms
 - `clones`: the class of our modules, and what becomes of them when the host clones a model
 - `attention`: a model's attention by an override of ours
 - `lora`: LoRAs beside the weights

@@ -1,15 +1,10 @@
 """Attention in the host: an override in a model's options, and layers that leave it more to do."""
 
-import contextlib
-
-import torch
-
 from ...ops.attention import router
 from ...ops.registry import NoBackendError
-from .. import fused_attention
+from .. import fused
 from ..attention_override import OVERRIDE, Override
 from . import fusing
-from .layers import ROOT
 
 
 def set_attention(patcher, override: Override):
@@ -26,26 +21,5 @@ def set_attention(patcher, override: Override):
     override.previous = options.get(OVERRIDE)
     options[OVERRIDE] = override
     clone.add_wrapper_with_key(WrappersMP.APPLY_MODEL, "lowbit_attention", override.forward)
-    fuse(patcher, clone)
+    fusing.replace(patcher, clone, fused.ATTENTION)
     return clone
-
-
-def fuse(patcher, clone) -> None:
-    """Replace the attention layers in `clone`, of `patcher`, that are known, by object patches."""
-    for name, _ in patcher.get_model_object(ROOT).named_modules():
-        if not name:
-            continue
-        plain = patcher.get_model_object(f"{ROOT}.{name}")
-        fused = fused_attention.fused(plain, norm_weight)
-        if fused is not plain:
-            clone.add_object_patch(f"{ROOT}.{name}", fused)
-    fusing.watch(clone)
-
-
-def norm_weight(norm: torch.nn.Module, like: torch.Tensor):
-    """Return a context with (weight, None) of one of the host's norms, as its forward has it."""
-    import comfy.ops
-
-    if norm.comfy_cast_weights or norm.weight_function or norm.bias_function:
-        return comfy.ops.CastBiasWeightContext(norm, like, offloadable=True)
-    return contextlib.nullcontext((norm.weight, None))

@@ -1,32 +1,43 @@
-"""Layers of ours that share work in the host: one quantized input, a GELU in the same pass."""
+"""Layers of ours that share work in the host: one quantized input, steps in the same pass."""
 
 import torch
 import torch.nn.functional as F
 from comfy_kitchen.tensor import QuantizedTensor
 
-from ...ops.linear import add_low_rank, linear
+from ...ops.linear import QuantizedActivation, add_low_rank, input_kind, linear, quantize_activation
 from ...quant import families, formats, fusion
+from .. import fused
+from ..fused.base import Host, Modulated, gated
 from ..lora_terms import low_ranks_of
 from . import clones
 from .layers import ROOT
 from .linear import is_static, replacement
+from .norms import norm_weight
 
 
 def fuse(patcher, clone, layers: dict[str, torch.nn.Module]) -> None:
     """Let `layers`, our own, share what they can in `clone`, which is `patcher` or of its kind."""
-    state = patcher.get_model_object(ROOT).state_dict()
+    root = patcher.get_model_object(ROOT)
+    state = root.state_dict()
     family = families.recognise({n: tuple(v.shape) for n, v in state.items()}).family
     fusion.share_inputs(layers, family)
     for name, record in fusion.feed_forwards(layers, family):
         plain = patcher.get_model_object(f"{ROOT}.{name}")
-        fused = fusion.fused(plain, record, _run_after_gelu)
-        if fused is not plain:
-            clone.add_object_patch(f"{ROOT}.{name}", fused)
-    watch(clone)
+        joined = fusion.fused(plain, record, _run_after_gelu)
+        if joined is not plain:
+            clone.add_object_patch(f"{ROOT}.{name}", joined)
+    replace(patcher, clone, fused.BLOCKS)
 
 
-def watch(clone) -> None:
-    """Have each further clone of `clone` get modules of its own in place of ours."""
+def replace(patcher, clone, known: dict) -> None:
+    """Give `clone`, of `patcher`, copies of the layers that are known, by object patches."""
+    for name, _ in patcher.get_model_object(ROOT).named_modules():
+        if not name:
+            continue
+        plain = patcher.get_model_object(f"{ROOT}.{name}")
+        joined = fused.fused(plain, known, HOST)
+        if joined is not plain:
+            clone.add_object_patch(f"{ROOT}.{name}", joined)
     clones.watch(clone, _again)
 
 
@@ -34,18 +45,35 @@ def _again(module) -> torch.nn.Module:
     return replacement(module, formats.of(module.weight), module.weight, scales_too=True)
 
 
-def _run_after_gelu(module, x: torch.Tensor) -> torch.Tensor:
-    """Return module(gelu(x)) for one of the host's linear layers, in one pass where it is ours.
+def _cast(parameter: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    import comfy.model_management
 
-    What the host itself does to the input or the weight of a layer comes after the GELU.
+    return comfy.model_management.cast_to(parameter, dtype=like.dtype, device=like.device)
+
+
+def _run_after_gelu(module, x: torch.Tensor) -> torch.Tensor:
+    return run(module, x, "gelu_tanh", None, None)
+
+
+def run(
+    module,
+    x: torch.Tensor | QuantizedActivation,
+    act: str | None,
+    gate: torch.Tensor | None,
+    residual: torch.Tensor | None,
+) -> torch.Tensor:
+    """Return residual + gate · module(act(x)) for one of the host's linear layers.
+
+    In one pass where the layer is ours. x: [..., K]; a quantized one for a layer that is ours, and
+    act None. gate: [B, T, N], each for L / T tokens; residual: [B, L, N]; or neither. What the host
+    itself does to the input or the weight of a layer comes after the act.
     """
     import comfy.ops
 
-    weight = module.weight
-    ours = isinstance(weight, QuantizedTensor) and hasattr(weight.layout_cls, "scheme")
-    if not ours or is_static(module) or _is_patched(module):
-        return module(F.gelu(x, approximate="tanh"))
+    if not _is_direct(module):
+        return _gated(module(_acted(x, act)), gate, residual)
     comfy.ops.run_every_op()
+    weight = module.weight
     cast = comfy.ops.CastBiasWeightContext(
         module,
         dtype=weight.dtype,
@@ -59,20 +87,52 @@ def _run_after_gelu(module, x: torch.Tensor) -> torch.Tensor:
     with cast as (weight, bias):
         if isinstance(weight, QuantizedTensor):
             first = terms.pop(0) if terms else None
-            out = linear(x, weight, bias, input_act="gelu_tanh", low_rank=first)
+            options = {"input_act": act, "low_rank": first}
+            if not terms:
+                gate = None if gate is None else gate.flatten(0, 1)
+                return linear(x, weight, bias, **options, gate=gate, residual=residual)
+            out = linear(x, weight, bias, **options)
         else:
-            out = F.linear(F.gelu(x, approximate="tanh"), weight.to(x.dtype), bias)
+            given = x.dequantize() if isinstance(x, QuantizedActivation) else x
+            out = F.linear(_acted(given, act), weight.to(x.dtype), bias)
     for term in terms:
-        out = add_low_rank(out, F.gelu(x, approximate="tanh"), term)
-    return out
+        out = add_low_rank(out, _acted(x, act), term)
+    return _gated(out, gate, residual)
 
 
-def _is_patched(module) -> bool:
-    """Return whether somebody has a say in a layer's weight, its input, or its whole call."""
-    functions = (*module.weight_function, *module.bias_function)
-    hooks = (*module._forward_hooks, *module._forward_pre_hooks)
+def _acted(x: torch.Tensor, act: str | None) -> torch.Tensor:
+    return x if act is None else F.gelu(x, approximate="tanh")
+
+
+def _gated(out: torch.Tensor, gate, residual) -> torch.Tensor:
+    return out if residual is None else gated(residual, out, gate)
+
+
+def run_after(modules, given: Modulated) -> tuple[torch.Tensor, ...]:
+    """Return each linear layer's result for the same input, quantized once where all are ours."""
+    x = given.x
+    if all(_is_direct(module) and not low_ranks_of(module, x) for module in modules):
+        rows = x.shape[0] * x.shape[1]
+        kinds = {input_kind(module.weight, x.device, rows) for module in modules}
+        if len(kinds) == 1 and None not in kinds:
+            rounded = quantize_activation(x, modules[0].weight, prologue=given.steps)
+            return tuple(run(module, rounded, None, None, None) for module in modules)
+    plain = given.plain()
+    return tuple(module(plain) for module in modules)
+
+
+def _is_direct(module) -> bool:
+    """Return whether a layer is ours and nobody else has a say in its weight, input, or call."""
+    weight = module.weight
+    if not isinstance(weight, QuantizedTensor) or not hasattr(weight.layout_cls, "scheme"):
+        return False
+    hooks = {*module._forward_hooks, *module._forward_pre_hooks} - {fusion.HOOK}
+    functions = module.weight_function or module.bias_function
     # ComfyUI's bypass LoRAs assign to it.
     forward = "forward" in vars(module)
     forced = getattr(module, "comfy_force_cast_weights", False)
     smoothed = getattr(module, "pre_quant_scale", None) is not None
-    return bool(functions or hooks or forward or forced or smoothed)
+    return not (functions or hooks or forward or forced or smoothed or is_static(module))
+
+
+HOST = Host(norm_weight, _cast, run, run_after)

@@ -15,6 +15,7 @@ from .. import registry, tuning
 from ..quantize_rows import Prologue
 from ..scaled_mm.check import LOW_RANK
 from .activation import (
+    Kind,
     QuantizedActivation,
     from_host,
     kind_of,
@@ -37,6 +38,7 @@ __all__ = [
     "convert_fp4_linear",
     "convert_fp8_linear",
     "fp8_linear_forward",
+    "input_kind",
     "linear",
     "quantize_activation",
     "release",
@@ -56,26 +58,27 @@ def linear(
     *,
     input_act: str | None = None,
     low_rank: LowRank | None = None,
+    gate: torch.Tensor | None = None,
+    residual: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Return act(x) · Wᵀ + bias, [..., N], in the dtype of `x`.
+    """Return residual + gate · (act(x) · Wᵀ + bias), [..., N], in the dtype of `x`.
 
     x: [..., K] float, any strides, never written to; or an activation that `quantize_activation`
     made for a weight of this kind. weight: [N, K] quantized. bias: [N] or None. backend: `auto`, or
     the name of one that then runs or raises; a weight may name one itself (`with_arithmetic`),
     which `auto` follows. input_act: "gelu_tanh" or None; done in the pass that quantizes x, where
-    there is one. low_rank: a term beside the weight, of the same act(x), which is added while the
-    result is still in registers where the backend can.
+    there is one. low_rank: a term beside the weight, of the same act(x), which is added to the
+    product. gate: [R, N], where R divides the rows of x: row i takes gate[i // (rows / R)].
+    residual: as the result, contiguous, never written to. These three join while the result is
+    still in registers where the backend can.
     Raises ValueError when shapes or kinds do not fit, NoBackendError when no backend can run the
     call.
     """
     n, k = weight.shape
     if x.shape[-1] != k:
         raise ValueError(f"linear: input has {x.shape[-1]} features, weight [{n}, {k}] takes {k}")
-    scheme, rows = weight.layout_cls.scheme, math.prod(x.shape[:-1])
-    m = tuning.bucket_if_tuned(OP, scheme, x.device, n, k, rows)
-    few = rows <= FEW_ROWS if scheme in GROUPS else None
-    name = backend_of(weight) if backend == "auto" else backend
-    chosen = registry.select(OP, registry.Call(scheme, x.device, n, k, m, few), name)
+    rows = math.prod(x.shape[:-1])
+    chosen = _chosen(weight, x.device, rows, backend)
     if isinstance(x, QuantizedTensor):
         x = from_host(x, weight)
     shape, dtype = (*x.shape[:-1], n), x.dtype
@@ -88,20 +91,53 @@ def linear(
     term = None
     if low_rank is not None:
         term = (low_rank.project(x, lambda: _plain(given, input_act)), low_rank.up.to(dtype))
-    return _run(chosen, x, weight, bias, term).reshape(shape)
+    if residual is not None:
+        residual = residual.reshape(rows, n)
+    return _run(chosen, x, weight, bias, term, gate, residual).reshape(shape)
 
 
-def _run(chosen: registry.Backend, x, weight, bias, term) -> torch.Tensor:
-    """Return x · Wᵀ + bias + h · upᵀ, [M, N], in the dtype of x; term: (h, up) or None."""
+def input_kind(weight: QuantizedTensor, device: torch.device, rows: int) -> Kind | None:
+    """Return the kind to which `linear` quantizes floats [rows, K] on `device`; None: to none."""
+    chosen = _chosen(weight, device, rows, "auto")
+    return kind_on(device, weight) if chosen.quantizes else None
+
+
+def _chosen(weight, device: torch.device, rows: int, backend: str) -> registry.Backend:
+    (n, k), scheme = weight.shape, weight.layout_cls.scheme
+    m = tuning.bucket_if_tuned(OP, scheme, device, n, k, rows)
+    few = rows <= FEW_ROWS if scheme in GROUPS else None
+    name = backend_of(weight) if backend == "auto" else backend
+    return registry.select(OP, registry.Call(scheme, device, n, k, m, few), name)
+
+
+def _run(chosen: registry.Backend, x, weight, bias, term, gate, residual) -> torch.Tensor:
+    """Return residual + gate · (x · Wᵀ + bias + h · upᵀ), [M, N], in the dtype of x.
+
+    term: (h, up) or None. residual: [M, N] or None.
+    """
     dtype = x.dtype
     quantized = isinstance(x, QuantizedActivation) and chosen.run_quantized
-    if quantized and chosen.adds_low_rank and term and dtype in LOW_RANK:
-        return chosen.run_quantized(x, weight, bias, low_rank=term).to(dtype)
+    if quantized and chosen.fuses and dtype in LOW_RANK:
+        options = {"low_rank": term, "gate": gate, "residual": residual}
+        return chosen.run_quantized(x, weight, bias, **options).to(dtype)
     if quantized:
         out = chosen.run_quantized(x, weight, bias)
     else:
         out = chosen.run(_plain(x, None).reshape(-1, weight.shape[1]), weight, bias)
-    return add_product(out.to(dtype), *term) if term else out.to(dtype)
+    out = add_product(out.to(dtype), *term) if term else out.to(dtype)
+    return gated(out, gate, residual)
+
+
+def gated(
+    out: torch.Tensor, gate: torch.Tensor | None, residual: torch.Tensor | None
+) -> torch.Tensor:
+    """Return residual + gate · out [M, N], by torch; gate [R, N] and residual [M, N], or None."""
+    if gate is not None:
+        gate = gate.repeat_interleave(out.shape[0] // gate.shape[0], dim=0)
+        out = out * gate if residual is None else residual.addcmul(out, gate)
+    elif residual is not None:
+        out = out + residual
+    return out
 
 
 def _plain(x: torch.Tensor | QuantizedActivation, input_act: str | None) -> torch.Tensor:

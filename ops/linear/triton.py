@@ -16,15 +16,15 @@ def run_quantized(
     weight: QuantizedTensor,
     bias: torch.Tensor | None,
     backend: str = "triton",
-    low_rank: tuple[torch.Tensor, torch.Tensor] | None = None,
+    **epilogue: object,
 ) -> torch.Tensor:
     """Return x · Wᵀ + bias, [M, N]; weight [N, K], bias [N] or None.
 
-    backend, low_rank: of `scaled_mm`.
+    backend, epilogue (low_rank, gate, residual): of `scaled_mm`.
     """
     scale_b = weight._params.scale.contiguous()
     operands = (x.stored, weight._qdata, x.scale, scale_b, bias)
-    return scaled_mm(*operands, low_rank=low_rank, out_dtype=x.dtype, backend=backend)
+    return scaled_mm(*operands, **epilogue, out_dtype=x.dtype, backend=backend)
 
 
 def run(x: torch.Tensor, weight: QuantizedTensor, bias: torch.Tensor | None, backend="triton"):

@@ -35,7 +35,7 @@ def start(pack: Path, host: str, base: str):
     return load("lowbit_pack", pack / "__init__.py", [str(pack)])
 
 
-def sample(model, image: bool = False, steps: int = 3):
+def sample(model, image: bool = False, steps: int = 3, cfg: float = 1):
     import comfy.sample
     import torch
 
@@ -45,9 +45,9 @@ def sample(model, image: bool = False, steps: int = 3):
     if image:
         seen = torch.randn(1, IMAGE_TOKENS, 1280, generator=torch.Generator().manual_seed(2))
         options["clip_vision_output"] = types.SimpleNamespace(penultimate_hidden_states=seen)
-    cond = [[text, options]]
-    empty = torch.zeros_like(noise)
-    return comfy.sample.sample(model, noise, steps, 1, "euler", "simple", cond, cond, empty, seed=0)
+    cond, other = [[text, options]], [[text.flip(1), options]]
+    arguments = (steps, cfg, "euler", "simple", cond, other, torch.zeros_like(noise))
+    return comfy.sample.sample(model, noise, *arguments, seed=0)
 
 
 def difference(a, b) -> float:

@@ -1,4 +1,4 @@
-"""Attention layers that are fused in ComfyUI without its server; prints what it saw as JSON.
+"""Attention layers and blocks fused in ComfyUI without its server; prints what it saw as JSON.
 
 Run as a program by ComfyUI's Python: fused_session.py PACK HOST.
 """
@@ -13,17 +13,21 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import compile_session
 from compile_session import difference
 
-STEPS = 2
+STEPS = 1
 
 
-def sample_image(model):
+def sample_video(model, cfg: float = 1.0):
+    return compile_session.sample(model, steps=STEPS, cfg=cfg)
+
+
+def sample_image(model, cfg: float = 1.0):
     import comfy.sample
     import torch
 
     noise = torch.randn(1, 16, 1, 8, 8, generator=torch.Generator().manual_seed(0))
     text = torch.randn(1, 12, 3584, generator=torch.Generator().manual_seed(1))
-    cond, empty = [[text, {}]], torch.zeros_like(noise)
-    arguments = (STEPS, 1, "euler", "simple", cond, cond, empty)
+    cond, other, empty = [[text, {}]], [[text.flip(1), {}]], torch.zeros_like(noise)
+    arguments = (STEPS, cfg, "euler", "simple", cond, other, empty)
     return comfy.sample.sample(model, noise, *arguments, seed=0)
 
 
@@ -53,33 +57,76 @@ def first_layer(model):
 
 
 def seen_of(model, attend, sample, quantize) -> dict:
-    fused_attention = importlib.import_module("lowbit_pack.nodes.fused_attention")
+    fused = importlib.import_module("lowbit_pack.nodes.fused")
     plain = sample(model)
-    (ours,) = attend(model)
-    fused, calls = rotary_calls(sample, ours)
+    ours = attend(model)
+    joined, calls = rotary_calls(sample, ours)
     inside = type(first_layer(ours)).__name__
     ours.unpatch_model()
     after = type(first_layer(ours)).__name__
-    known, fused_attention.KNOWN = fused_attention.KNOWN, {}
-    (apart_model,) = attend(model)
+    known, fused.ATTENTION = fused.ATTENTION, {}
+    apart_model = attend(model)
     apart, calls_apart = rotary_calls(sample, apart_model)
-    fused_attention.KNOWN = known
-    patched = attend(model)[0]
+    fused.ATTENTION = known
+    patched = attend(model)
     patched.set_model_attn1_patch(_identity)
     with_patch, calls_with_patch = rotary_calls(sample, patched)
-    (both,) = attend(quantize(model))
-    also = quantize(attend(model)[0])
+    both = attend(quantize(model))
+    also = quantize(attend(model))
     return {
         "inside": inside,
         "after": after,
-        "changed": difference(fused, plain),
-        "against apart": difference(fused, apart),
+        "changed": difference(joined, plain),
+        "against apart": difference(joined, apart),
         "apart": difference(apart, plain),
         "rotary": [calls, calls_apart, calls_with_patch],
         "with patch equals apart": bool((with_patch == apart).all()),
         "order of nodes": difference(sample(both), sample(also)),
         "rotary quantized": [rotary_calls(sample, m)[1] for m in (both, also)],
     }
+
+
+def blocks_of(model, attend, sample, quantize, add_lora) -> dict:
+    """Return how blocks of a quantized model differ from those of the host, and what they ran.
+
+    With guidance, so that every batch has two items. The activation is quantized as on a GPU, where
+    the layers' norm joins that.
+    """
+    fused = importlib.import_module("lowbit_pack.nodes.fused")
+    fusing = importlib.import_module("lowbit_pack.nodes.host.fusing")
+    base = importlib.import_module("lowbit_pack.nodes.fused.base")
+    activation = importlib.import_module("lowbit_pack.ops.linear.activation")
+    plain, kind = base.Modulated.plain, fusing.input_kind
+    calls = []
+
+    def counted(given):
+        calls.append(1)
+        return plain(given)
+
+    def run(model) -> tuple:
+        calls.clear()
+        return sample(model, 3.0), len(calls)
+
+    base.Modulated.plain = counted
+    fusing.input_kind = lambda weight, device, rows: activation.kind_on(device, weight)
+    seen, latents = {}, {}
+    try:
+        for name in ("plain", "quantized", "lora"):
+            for way in ("apart", "joined") if name != "plain" else ("apart",):
+                known = {} if way == "apart" else fused.BLOCKS
+                fused.BLOCKS, kept = known, fused.BLOCKS
+                ours = attend(model if name == "plain" else quantize(model))
+                fused.BLOCKS = kept
+                ours = add_lora(ours) if name == "lora" else ours
+                latents[name, way], seen[f"{name}, {way}: norms"] = run(ours)
+        seen["joined"] = difference(latents["quantized", "joined"], latents["quantized", "apart"])
+        seen["lora"] = difference(latents["lora", "joined"], latents["lora", "apart"])
+        seen["lora changed"] = difference(latents["lora", "joined"], latents["quantized", "joined"])
+        for way in ("apart", "joined"):
+            seen[f"error {way}"] = difference(latents["quantized", way], latents["plain", "apart"])
+    finally:
+        base.Modulated.plain, fusing.input_kind = plain, kind
+    return seen
 
 
 def _identity(first, *args, **kwargs):
@@ -95,29 +142,37 @@ def session(pack: Path, host: str, base: str) -> dict:
     import torch
 
     nodes = sys.modules["lowbit_pack"].NODE_CLASS_MAPPINGS
+    loras = Path(base) / "models" / "loras"
+    loras.mkdir(parents=True)
 
-    def defaults(name):
+    def node(name, model, **options):
+        """Return the model that a node makes of one, with its default inputs and these."""
         inputs = nodes[name].INPUT_TYPES()["required"]
-        return {n: s["default"] for n, (_, s) in inputs.items() if "default" in s}
+        specs = {n: spec[1] for n, spec in inputs.items() if len(spec) > 1}
+        given = {n: spec["default"] for n, spec in specs.items() if "default" in spec}
+        return getattr(nodes[name](), nodes[name].FUNCTION)(model, **{**given, **options})[0]
 
     def attend(model):
-        options = {**defaults("LowBitAttention"), "mode": "lowbit_exact"}
-        return nodes["LowBitAttention"]().set_attention(model, **options)
+        return node("LowBitAttention", model, mode="lowbit_exact")
 
     def quantize(model):
-        node = nodes["LowBitQuantizeModel"]
-        options = {**defaults("LowBitQuantizeModel"), "format": "int8"}
-        return getattr(node(), node.FUNCTION)(model, **options)[0]
+        return node("LowBitQuantizeModel", model, format="int8")
 
     seen = {}
     with torch.inference_mode():
         for name, write, sample in (
-            ("wan", checkpoints.write_wan, lambda m: compile_session.sample(m, steps=STEPS)),
+            ("wan", checkpoints.write_wan, sample_video),
             ("qwen_image", checkpoints.write_qwen_image, sample_image),
         ):
             path = write(Path(base) / f"{name}.safetensors")
             model = comfy.sd.load_diffusion_model(str(path))
             seen[name] = seen_of(model, attend, sample, quantize)
+            lora = checkpoints.write_lora(loras / f"{name}.safetensors", path)
+
+            def add_lora(model, lora=lora):
+                return node("LowBitLoraLoader", model, lora_name=lora.name)
+
+            seen[name]["blocks"] = blocks_of(model, attend, sample, quantize, add_lora)
     return seen
 
 

@@ -54,3 +54,20 @@ def test_order_of_the_nodes_does_not_matter(seen):
     _, row = seen
     assert row["order of nodes"] == 0
     assert row["rotary quantized"] == [0, 0]
+
+
+def test_norms_gates_and_residuals_join_the_products_of_quantized_blocks(seen):
+    _, row = seen
+    blocks = row["blocks"]
+    assert blocks["quantized, joined: norms"] == blocks["quantized, apart: norms"] == 0
+    # Nothing is rounded between norm and quantization.
+    assert 0 < blocks["joined"] < 0.1 * blocks["error apart"]
+    assert blocks["error joined"] < 1.05 * blocks["error apart"]
+
+
+def test_layers_with_a_lora_get_the_norm_as_the_host_computes_it(seen):
+    _, row = seen
+    blocks = row["blocks"]
+    assert blocks["lora, joined: norms"] > 0 == blocks["lora, apart: norms"]
+    assert blocks["lora"] < 0.1 * blocks["error apart"]
+    assert blocks["lora changed"] > 10 * blocks["error apart"]

@@ -1,13 +1,14 @@
 """Which attention layers are fused, without ComfyUI: classes of its names stand in."""
 
-import contextlib
 import logging
 
 import pytest
 import torch
 
-from lowbit.nodes import fused_attention
+from lowbit.nodes import fused
 from lowbit.nodes.attention_override import OVERRIDE, Forward, Override, with_prologue
+from lowbit.nodes.fused.attention import tables
+from lowbit.nodes.fused.base import Host
 from lowbit.quant.fusion import Fused
 
 DIM, HEADS = 32, 2
@@ -34,17 +35,16 @@ def host_class(name: str = "WanSelfAttention", forward=forward) -> type:
     return type(name, (torch.nn.Module,), {**members, "__qualname__": name})
 
 
-def weights(norm, like):
-    return contextlib.nullcontext((norm.weight, None))
+HOST = Host(None, None, None, None)
 
 
 def test_known_layer_becomes_a_copy_with_the_same_children():
     plain = host_class()()
-    copy = fused_attention.fused(plain, weights)
+    copy = fused.fused(plain, fused.ATTENTION, HOST)
     assert isinstance(copy, Fused) and isinstance(copy, type(plain))
     copy.q = torch.nn.Linear(DIM, DIM)
     assert plain.q is copy.q
-    assert fused_attention.fused(copy, weights) is copy
+    assert fused.fused(copy, fused.ATTENTION, HOST) is copy
 
 
 @pytest.mark.parametrize(
@@ -57,13 +57,13 @@ def test_known_layer_becomes_a_copy_with_the_same_children():
 )
 def test_other_layers_stay(name, options):
     plain = host_class(name)(**options)
-    assert fused_attention.fused(plain, weights) is plain
+    assert fused.fused(plain, fused.ATTENTION, HOST) is plain
 
 
 def test_another_version_of_the_hosts_layer_stays_and_is_named(caplog):
     plain = host_class(forward=forward_with_more)()
     with caplog.at_level(logging.INFO):
-        assert fused_attention.fused(plain, weights) is plain
+        assert fused.fused(plain, fused.ATTENTION, HOST) is plain
     (record,) = caplog.records
     assert "WanSelfAttention also uses sink" in record.getMessage()
 
@@ -76,7 +76,7 @@ def angles(tokens: int, size: int) -> torch.Tensor:
 def test_tables_are_the_cosines_and_sines_of_either_order():
     freqs = angles(7, 16)
     for given in (freqs, freqs.transpose(1, 2)):
-        cos, sin = fused_attention._tables(given, 7, 16)
+        cos, sin = tables(given, 7, 16)
         assert torch.equal(cos, freqs[0, :, 0, :, 0, 0])
         assert torch.equal(sin, freqs[0, :, 0, :, 1, 0])
         assert cos.is_contiguous() and sin.is_contiguous()
@@ -87,7 +87,7 @@ def test_tables_are_the_cosines_and_sines_of_either_order():
     [None, angles(7, 16)[0], angles(6, 16), angles(7, 8), angles(7, 16).expand(2, *[-1] * 5)],
 )
 def test_other_tables_are_the_hosts(freqs):
-    assert fused_attention._tables(freqs, 7, 16) is None
+    assert tables(freqs, 7, 16) is None
 
 
 def options_of(override: Override) -> dict:

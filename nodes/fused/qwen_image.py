@@ -1,0 +1,162 @@
+"""Qwen-Image: attention of text and image together, the norm over a head, and the block."""
+
+from collections.abc import Callable
+
+import torch
+
+from ...ops.attention.prologue import HEAD, Prologue
+from .attention import Projections, attend, override_for, tables
+from .base import (
+    Layer,
+    Modulated,
+    have_one_eps,
+    is_plain_norm,
+    is_untouched,
+    run_feed_forward,
+)
+
+
+class QwenAttention(Layer):
+    """Joint attention; its norms and rotary embedding join the attention."""
+
+    @classmethod
+    def fits(cls, plain) -> bool:
+        """Return whether the four norms are RMS norms alike."""
+        norms = (plain.norm_q, plain.norm_k, plain.norm_added_q, plain.norm_added_k)
+        return have_one_eps(norms)
+
+    @property
+    def of_image(self) -> tuple[torch.nn.Module, ...]:
+        """The layers that make q, k and v of the image's tokens."""
+        return self.to_q, self.to_k, self.to_v
+
+    @property
+    def of_text(self) -> tuple[torch.nn.Module, ...]:
+        """The layers that make q, k and v of the text's tokens."""
+        return self.add_q_proj, self.add_k_proj, self.add_v_proj
+
+    def forward(
+        self,
+        hidden_states,
+        encoder_hidden_states=None,
+        encoder_hidden_states_mask=None,
+        attention_mask=None,
+        image_rotary_emb=None,
+        transformer_options={},  # noqa: B006 (the host's signature)
+    ):
+        """Return attention of the image's tokens [B, L, C] and of the text's [B, T, C]."""
+        image, text = hidden_states, encoder_hidden_states
+        attend = None
+        if encoder_hidden_states_mask is None:
+            attend = self.attention(image, text, image_rotary_emb, transformer_options)
+        if attend is None:
+            return super().forward(
+                image,
+                text,
+                encoder_hidden_states_mask,
+                attention_mask,
+                image_rotary_emb,
+                transformer_options=transformer_options,
+            )
+        of_image, of_text = attend(
+            [layer(image) for layer in self.of_image], [layer(text) for layer in self.of_text]
+        )
+        return self.to_out[1](self.to_out[0](of_image)), self.to_add_out(of_text)
+
+    def attention(
+        self, image, text, freqs, transformer_options: dict
+    ) -> Callable[[Projections, Projections], tuple[torch.Tensor, torch.Tensor]] | None:
+        """Return what makes of q, k and v of the image and of the text the attention of either.
+
+        None where the host's own code is to run. image, text: [B, L, C] and [B, T, C], as q, k and
+        v of either are.
+        """
+        first = text.shape[1]
+        tokens = first + image.shape[1]
+        # The model gives every item of a batch the same places.
+        freqs = freqs[:1] if torch.is_tensor(freqs) else freqs
+        found, override = tables(freqs, tokens, self.dim_head), None
+        if found:
+            like = image[:, :1].expand(-1, tokens, -1)
+            override = override_for(like, self.heads, transformer_options)
+        if override is None:
+            return None
+
+        def run(of_image: Projections, of_text: Projections) -> tuple[torch.Tensor, torch.Tensor]:
+            q, k, v = (torch.cat(pair, dim=1) for pair in zip(of_text, of_image, strict=True))
+            weights = self._weights("q", q), self._weights("k", k)
+            prologue = Prologue(HEAD, self.norm_q.eps, *weights, first, *found)
+            out = attend(override, (q, k, v), self.heads, transformer_options, prologue)
+            return out[:, first:], out[:, :first]
+
+        return run
+
+    def _weights(self, name: str, like: torch.Tensor) -> torch.Tensor:
+        """Return the norms' weights of q or k, [2, D]: the text's, which stands first, the image's.
+
+        A copy, since what the host lends ends with the context.
+        """
+        weight = self._fusion.norm_weight
+        of_text, of_image = getattr(self, f"norm_added_{name}"), getattr(self, f"norm_{name}")
+        with weight(of_text, like) as (first, _), weight(of_image, like) as (second, _):
+            return torch.stack((first, second))
+
+
+class QwenBlock(Layer):
+    """A block; modulated norms join the quantization, gates and residuals the products."""
+
+    @classmethod
+    def fits(cls, plain) -> bool:
+        """Return whether its norms have no weights and its GELUs are the tanh ones."""
+        norms = (plain.img_norm1, plain.img_norm2, plain.txt_norm1, plain.txt_norm2)
+        gelus = [m.net[0].approximate for m in (plain.img_mlp, plain.txt_mlp)]
+        # `to_out[1]` drops what its probability says.
+        dropouts = (plain.attn.to_out[1], plain.img_mlp.net[1], plain.txt_mlp.net[1])
+        drops = any(dropout.p for dropout in dropouts)
+        return all(map(is_plain_norm, norms)) and gelus == ["tanh", "tanh"] and not drops
+
+    def forward(
+        self,
+        hidden_states,
+        encoder_hidden_states,
+        encoder_hidden_states_mask,
+        temb,
+        image_rotary_emb=None,
+        timestep_zero_index=None,
+        transformer_options={},  # noqa: B006
+    ):
+        """Return the block of the text [B, T, C] and of the image [B, L, C]."""
+        image, text, layer = hidden_states, encoder_hidden_states, self.attn
+        attend = None
+        known = timestep_zero_index is None and encoder_hidden_states_mask is None
+        if known and isinstance(layer, QwenAttention) and is_untouched(layer):
+            attend = layer.attention(image, text, image_rotary_emb, transformer_options)
+        if attend is None:
+            return super().forward(
+                hidden_states,
+                encoder_hidden_states,
+                encoder_hidden_states_mask,
+                temb,
+                image_rotary_emb,
+                timestep_zero_index,
+                transformer_options,
+            )
+        host, image, text = self._fusion, image.contiguous(), text.contiguous()
+        # Shift, scale and gate of the attention, then of the MLP.
+        mods = self.img_mod, self.txt_mod
+        of_image, of_text = (mod(temb).unsqueeze(1).chunk(6, dim=-1) for mod in mods)
+        out, out_text = attend(
+            host.run_after(layer.of_image, Modulated(image, self.img_norm1, *of_image[:2])),
+            host.run_after(layer.of_text, Modulated(text, self.txt_norm1, *of_text[:2])),
+        )
+        image = host.run(layer.to_out[0], out, None, of_image[2], image)
+        text = host.run(layer.to_add_out, out_text, None, of_text[2], text)
+        given = Modulated(image, self.img_norm2, *of_image[3:5])
+        image = run_feed_forward(host, self.img_mlp, _layers(self.img_mlp), given, of_image[5])
+        given = Modulated(text, self.txt_norm2, *of_text[3:5])
+        text = run_feed_forward(host, self.txt_mlp, _layers(self.txt_mlp), given, of_text[5])
+        return text, image
+
+
+def _layers(mlp: torch.nn.Module) -> tuple[torch.nn.Module, torch.nn.Module]:
+    return mlp.net[0].proj, mlp.net[2]
