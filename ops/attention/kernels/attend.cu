@@ -295,6 +295,7 @@ attention(const __grid_constant__ Params args, const __grid_constant__ TensorMap
         rows.scale[0] = q_scale[0];
         rows.scale[1] = q_scale[8];
         rows.sum[0] = rows.sum[1] = 0.0f;
+        rows.zero = blockDim.y - 1;
         Query q;
         float o[64];
         u32 p[P_REGISTERS];

@@ -28,6 +28,8 @@
 #define PV_EXACT 0
 #define PV_FP8 1
 #define PV_INT8 2
+// Whether the softmax is put in order by hand; with biases that takes registers that are not there.
+#define PACED (PV == PV_FP8 && !BIASED)
 
 typedef unsigned int u32;
 typedef unsigned long long u64;

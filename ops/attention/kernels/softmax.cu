@@ -97,6 +97,7 @@ struct Rows {
     float keep[2];   // factor of what was summed before this tile
     float part[2];   // INT8: factor of this tile's P·V
     float pending[2];  // INT8: factor of the P·V that is not in the sum yet
+    u32 zero;          // 0, which the compiler does not know
 };
 
 __device__ __forceinline__ float largest(const int (&s)[64], int row) {
@@ -156,6 +157,34 @@ __device__ __forceinline__ void exponentials(float (&p)[64], const int (&s)[64],
     }
 }
 
+#if PACED
+// x, but not before y is there: the compiler would do the cheap arithmetic of all elements first,
+// and then wait for one exponential after the other.
+__device__ __forceinline__ float after(float x, float y, u32 zero) {
+    float r;
+    asm("lop3.b32 %0, %1, %2, %3, 0x78;" : "=f"(r) : "f"(x), "f"(y), "r"(zero));
+    return r;
+}
+
+// p[FROM..FROM + 31] = 2 to the logits less the top, each eight after the eight before.
+template <bool FIRST, int FROM>
+__device__ __forceinline__ void paced(float (&p)[64], const int (&s)[64], const Rows& rows,
+                                      const float (&factor)[2], float (&sum)[4]) {
+    float top[2] = {-rows.top[0], -rows.top[1]};
+#pragma unroll
+    for (int chunk = FROM; chunk < FROM + 32; chunk += 8) {
+#pragma unroll
+        for (int i = chunk; i < chunk + 8; ++i) {
+            p[i] = exp2(fmaf(float(s[i]), factor[(i / 2) % 2], top[(i / 2) % 2]));
+            if (FIRST && s[i] == EMPTY) p[i] = 0.0f;
+            sum[i % 4] += p[i];
+        }
+        top[0] = after(-rows.top[0], sum[1], rows.zero);
+        top[1] = after(-rows.top[1], sum[3], rows.zero);
+    }
+}
+#endif
+
 // p = the exponentials of a tile, to be packed. Returns whether sums before it must be multiplied
 // by `keep`. BOUNDED: no logit can overflow, so that the maximum need not be known beforehand, and
 // is looked for beside the exponentials: FP8 has a narrow range, INT8 scales each tile.
@@ -179,10 +208,14 @@ __device__ __forceinline__ bool softmax(float (&p)[64], const int (&s)[64], Rows
     } else if constexpr (!BOUNDED) {
         moved = follow(rows, top);
     }
+#if PACED
+    paced<FIRST, 0>(p, s, rows, factor, sum);
+#else
 #pragma unroll
     for (int i = 0; i < 64; ++i)
         p[i] = fmaf(float(s[i]), factor[(i / 2) % 2], -rows.top[(i / 2) % 2]);
     exponentials<FIRST, 0>(p, s, sum);
+#endif
     if constexpr (!FIRST && BOUNDED && PV == PV_FP8) {
         float old[2] = {rows.top[0], rows.top[1]};
         moved = follow(rows, top);
@@ -191,13 +224,17 @@ __device__ __forceinline__ bool softmax(float (&p)[64], const int (&s)[64], Rows
             for (int i = 0; i < 32; ++i) {
                 int r = (i / 2) % 2;
                 p[i] *= rows.keep[r];
-                p[i + 32] += old[r] - rows.top[r];
+                if (!PACED) p[i + 32] += old[r] - rows.top[r];
             }
 #pragma unroll
             for (int i = 0; i < 4; ++i) sum[i] *= rows.keep[i / 2];
         }
     }
+#if PACED
+    paced<FIRST, 32>(p, s, rows, factor, sum);
+#else
     exponentials<FIRST, 32>(p, s, sum);
+#endif
 #if PV == PV_INT8
     if constexpr (!FIRST && BOUNDED) {
         top[0] = largest_of_row(top[0]);
