@@ -52,7 +52,7 @@ def attention(
         prologue.check(q, k)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     p = prologue
-    steps = (p.norm or "", p.eps, p.q_weight, p.k_weight, p.first, p.cos, p.sin)
+    steps = (p.norm or "", float(p.eps), p.q_weight, p.k_weight, p.first, p.cos, p.sin)
     out, lse = _OP(q, k, v, mask, mode, causal, scale, return_lse, backend, rotate, *steps)
     return (out, lse) if return_lse else out
 

@@ -55,7 +55,7 @@ def quantize_rows(
     if input_scale is not None:
         _check_input_scale(input_scale, dtype, x.device)
     p = prologue
-    steps = (p.norm or "", p.eps, p.weight, p.bias, p.scale, p.shift, p.activation or "")
+    steps = (p.norm or "", float(p.eps), p.weight, p.bias, p.scale, p.shift, p.activation or "")
     stored, scale = _OP(x, dtype, rotate, backend, input_scale, *steps)
     return stored, scale if input_scale is None else input_scale.reshape(1, 1)
 
