@@ -5,7 +5,7 @@ says what the code depends on, and the compiled kernel is called directly.
 """
 
 import functools
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 
 import torch
 
@@ -47,8 +47,8 @@ def launch(
     options: dict[str, int | bool],
     key: Hashable,
     device: torch.device,
-) -> None:
-    """Run `kernel` with `programs` programs on `device`.
+) -> object | None:
+    """Run `kernel` with `programs` programs on `device`; return what `again` takes, if anything.
 
     arguments: all of them, constants included, in the order of the signature. key: everything
     about them that changes the compiled code: dtypes, constants, alignments, absent ones. options:
@@ -61,9 +61,19 @@ def launch(
     key = (kernel.fn, device.index, key, *options.values())
     compiled = _compiled.get(key)
     if compiled is None:
-        _compiled[key] = kernel[programs, 1, 1](*arguments, **options)
+        # Triton's interpreter gives nothing.
+        compiled = _compiled[key] = kernel[programs, 1, 1](*arguments, **options)
     else:
         _start(compiled, programs, arguments)
+    return compiled
+
+
+def again(compiled, programs: int, arguments: Sequence, device: torch.device) -> None:
+    """Run on `device` what `launch` returned there; arguments: others of the same key."""
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            return again(compiled, programs, arguments, device)
+    _start(compiled, programs, arguments)
 
 
 @functools.cache
@@ -75,7 +85,7 @@ def _triton():
     return driver, knobs.runtime
 
 
-def _start(compiled, programs: int, arguments: tuple) -> None:
+def _start(compiled, programs: int, arguments: Sequence) -> None:
     """Run a compiled kernel on the current device and stream.
 
     As Triton's own `run` does it (triton/runtime/jit.py, alike in 3.5 to 3.9), but for hooks, such

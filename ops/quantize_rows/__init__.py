@@ -83,7 +83,9 @@ def _run(x, dtype, rotate, backend, input_scale, norm, eps, weight, bias, scale,
     run = registry.select(OP, call, backend).run
     if x.numel() == 0:
         return _empty(x, dtype, rotate, backend, input_scale)
-    prologue = Prologue(norm or None, eps, weight, bias, scale, shift, activation or None)
+    prologue = NOTHING
+    if norm or activation or any(step is not None for step in (weight, bias, scale, shift)):
+        prologue = Prologue(norm or None, eps, weight, bias, scale, shift, activation or None)
     stored, scale = run(x, dtype, rotate, prologue, input_scale)
     # A result of an operation is no alias of its arguments.
     return stored, scale if input_scale is None else x.new_empty(0, 1, dtype=torch.float32)
