@@ -27,19 +27,20 @@ def custom_op(signature: str, run: Callable, fake: Callable) -> Callable:
     operation = getattr(getattr(torch.ops, NAMESPACE), name).default
 
     def call(*arguments):
-        # torch.compile sees this line, and takes the operation.
-        watched = torch.compiler.is_compiling() or _watched(arguments[0])
-        return operation(*arguments) if watched else run(*arguments)
+        return operation(*arguments) if watched(arguments[0]) else run(*arguments)
 
     return call
 
 
-def _watched(x: torch.Tensor) -> bool:
-    """Return whether anybody but `run` has to know of a call whose first argument is x.
+def watched(x: torch.Tensor) -> bool:
+    """Return whether anybody else has to know of a call whose first argument is x.
 
     That is autograd, tensors that are none of memory, and whatever follows operations: modes of
     torch's dispatcher, fake tensors and export among them, transforms of torch.func, torch.jit.
     """
+    # torch.compile follows this one alone.
+    if torch.compiler.is_compiling():
+        return True
     return (
         type(x) is not torch.Tensor
         or torch.is_grad_enabled()
