@@ -17,6 +17,7 @@ from . import tuning
 # Bits of an address that tell whether it is aligned.
 MISALIGNED = launching.ALIGNMENT - 1
 _here = threading.local()
+_UNKNOWN = object()
 
 
 def facts(arguments: Iterable) -> tuple:
@@ -63,19 +64,22 @@ def replayed(function: Callable) -> Callable:
     """Return `function`, of which a call is prepared once and from then on only launched.
 
     It may do nothing but make tensors by `empty`, launch kernels by `launch` and return tensors of
-    these or of its arguments, one or a tuple; and all of that has to follow from the `facts` of its
-    arguments and from the entries of `tuning`. A call that launches with a tensor of any other
-    origin, such as a copy of an argument, is prepared each time. Arguments are given by position;
-    one that holds tensors is a tensor or a tuple of them.
+    these or of its arguments, one, or a tuple of them and None. All of that has to follow from the
+    `facts` of its arguments and from the entries of `tuning`. A call that launches with a tensor of
+    any other origin, such as a copy of an argument, is prepared each time. Arguments are given by
+    position; one that holds tensors is a tensor or a tuple of them. It calls no other of its like.
     """
+    # None: a call of this kind is prepared each time.
     plans: dict[tuple, _Plan | None] = {}
 
     @functools.wraps(function)
     def call(*arguments):
         key, flat = facts(arguments), _flat(arguments)
-        if key in plans:
-            plan = plans[key]
-            return function(*arguments) if plan is None else plan.run(flat)
+        plan = plans.get(key, _UNKNOWN)
+        if plan is None:
+            return function(*arguments)
+        if plan is not _UNKNOWN:
+            return plan.run(flat)
         _here.record = record = _Record()
         try:
             result = function(*arguments)
@@ -110,7 +114,9 @@ class _Plan:
     Tensors are known by their place among the arguments, and what is made after these.
     """
 
-    def __init__(self, made: list[tuple], launches: list[tuple], results: int | tuple[int, ...]):
+    def __init__(
+        self, made: list[tuple], launches: list[tuple], results: int | tuple[int | None, ...]
+    ):
         self._made = made
         self._launches = launches
         self._results = results
@@ -129,7 +135,7 @@ class _Plan:
                 launching.again(compiled, programs, arguments, device)
         if type(self._results) is int:
             return tensors[self._results]
-        return tuple([tensors[source] for source in self._results])
+        return tuple([None if source is None else tensors[source] for source in self._results])
 
 
 def _planned(record: _Record, flat: list, result) -> _Plan | None:
@@ -150,11 +156,12 @@ def _planned(record: _Record, flat: list, result) -> _Plan | None:
             places.append((place, source[id(tensor)], descriptor))
         launches.append((compiled, (kernel, programs, template, *rest), places))
     single = isinstance(result, torch.Tensor)
-    results = [source.get(id(x)) for x in ((result,) if single else result)]
-    if None in results or not launches:
+    results = (result,) if single else result
+    if not launches or any(x is not None and id(x) not in source for x in results):
         return None
     made = [(tuple(x.shape), x.dtype, x.device) for x in record.made]
-    return _Plan(made, launches, results[0] if single else tuple(results))
+    places = tuple([None if x is None else source[id(x)] for x in results])
+    return _Plan(made, launches, places[0] if single else places)
 
 
 def _is_descriptor(given) -> bool:

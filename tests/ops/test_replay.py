@@ -57,7 +57,7 @@ def run(prepared):
         replay.launch("kernel", rows, (source, between, None, factor), {}, "key", x.device)
         arguments = (Descriptor(between, (2, 4)), *pair, out, x.stride(0))
         replay.launch("kernel", columns, arguments, {}, "key", x.device)
-        return out, x
+        return out, x, None
 
     return run
 
@@ -66,8 +66,9 @@ def test_second_call_launches_the_same_for_other_tensors(run, prepared, launched
     for _ in range(3):
         x, bias = torch.zeros(3, 5), torch.zeros(5)
         launched.clear()
-        out, same = run(x, (bias, None), 2)
+        out, same, nothing = run(x, (bias, None), 2)
         assert same is x
+        assert nothing is None
         assert (out.shape, out.dtype) == ((5, 3), x.dtype)
         (rows, first), (columns, second) = launched
         assert (rows, columns) == (3, 5)
