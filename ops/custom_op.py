@@ -47,5 +47,5 @@ def watched(x: torch.Tensor) -> bool:
         or x.is_meta
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._functorch.peek_interpreter_stack() is not None
-        or torch.jit.is_tracing()
+        or torch._C._is_tracing()
     )

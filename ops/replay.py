@@ -128,7 +128,8 @@ class _Plan:
         for compiled, (kernel, programs, template, *rest, device), places in self._launches:
             arguments = template.copy()
             for place, source, descriptor in places:
-                arguments[place] = _filled(descriptor, tensors[source])
+                tensor = tensors[source]
+                arguments[place] = tensor if descriptor is None else _like(descriptor, tensor)
             if compiled is None:
                 launching.launch(kernel, programs, tuple(arguments), *rest, device)
             else:
@@ -169,13 +170,11 @@ def _is_descriptor(given) -> bool:
     return hasattr(given, "block_shape")
 
 
-def _filled(descriptor: tuple[type, dict] | None, tensor: torch.Tensor):
-    """Return the argument that stands for a tensor: itself, or a description like that of another.
+def _like(descriptor: tuple[type, dict], tensor: torch.Tensor):
+    """Return a description of a tensor like that of another with the same facts.
 
     Triton's own way checks again what the facts say already.
     """
-    if descriptor is None:
-        return tensor
     kind, fields = descriptor
     made = object.__new__(kind)
     made.__dict__.update(fields)

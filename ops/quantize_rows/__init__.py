@@ -84,7 +84,7 @@ def _run(x, dtype, rotate, backend, input_scale, norm, eps, weight, bias, scale,
     if x.numel() == 0:
         return _empty(x, dtype, rotate, backend, input_scale)
     prologue = NOTHING
-    if norm or activation or any(step is not None for step in (weight, bias, scale, shift)):
+    if norm or activation or not (weight is bias is scale is shift is None):
         prologue = Prologue(norm or None, eps, weight, bias, scale, shift, activation or None)
     stored, scale = run(x, dtype, rotate, prologue, input_scale)
     # A result of an operation is no alias of its arguments.
