@@ -4,9 +4,8 @@ Triton looks at every argument of every call to find the compiled kernel that fi
 says what the code depends on, and the compiled kernel is called directly.
 """
 
-import contextlib
 import functools
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 
 import torch
 
@@ -48,19 +47,56 @@ def launch(
     options: dict[str, int | bool],
     key: Hashable,
     device: torch.device,
-) -> None:
-    """Run `kernel` with `programs` programs on `device`.
+) -> object | None:
+    """Run `kernel` with `programs` programs on `device`; return what `again` takes, if anything.
 
     arguments: all of them, constants included, in the order of the signature. key: everything
     about them that changes the compiled code: dtypes, constants, alignments, absent ones. options:
     of Triton's compiler, num_warps among them.
     """
-    grid = (programs, 1, 1)
-    key = (kernel, device.index, key, *options.values())
-    elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()
-    with torch.cuda.device(device) if elsewhere else contextlib.nullcontext():
-        compiled = _compiled.get(key)
-        if compiled is None:
-            _compiled[key] = kernel[grid](*arguments, **options)
-        else:
-            compiled[grid](*arguments)
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            return launch(kernel, programs, arguments, options, key, device)
+    # The function itself: the hash of a kernel is Triton's, of its source.
+    key = (kernel.fn, device.index, key, *options.values())
+    compiled = _compiled.get(key)
+    if compiled is None:
+        # Triton's interpreter gives nothing.
+        compiled = _compiled[key] = kernel[programs, 1, 1](*arguments, **options)
+    else:
+        _start(compiled, programs, arguments)
+    return compiled
+
+
+def again(compiled, programs: int, arguments: Sequence, device: torch.device) -> None:
+    """Run on `device` what `launch` returned there; arguments: others of the same key."""
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            return again(compiled, programs, arguments, device)
+    _start(compiled, programs, arguments)
+
+
+@functools.cache
+def _triton():
+    """Return Triton's holder of the active driver, and its settings while kernels run."""
+    from triton import knobs
+    from triton.runtime import driver
+
+    return driver, knobs.runtime
+
+
+def _start(compiled, programs: int, arguments: Sequence) -> None:
+    """Run a compiled kernel on the current device and stream.
+
+    As Triton's own `run` does it (triton/runtime/jit.py, alike in 3.5 to 3.9), but for hooks, such
+    as those of its profiler: where nobody has any, none are called.
+    """
+    driver, runtime = _triton()
+    enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
+    if getattr(enter, "calls", True) or getattr(leave, "calls", True):
+        compiled[programs, 1, 1](*arguments)
+        return
+    active = driver.active
+    stream = active.get_current_stream(active.get_current_device())
+    handles = compiled.function, compiled.packed_metadata
+    compiled.run(programs, 1, 1, stream, *handles, None, None, None, *arguments)

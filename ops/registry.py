@@ -13,6 +13,7 @@ import pkgutil
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 
@@ -52,8 +53,7 @@ class Needs:
     self_test: Callable[[torch.device], str | None] | None = field(default=None, compare=False)
 
 
-@dataclass(frozen=True)
-class Call:
+class Call(NamedTuple):
     """What is known of a call before it runs: the weight's scheme and shape [N, K], the device.
 
     m: the bucket of its rows where `lowbit tune` measured the weight (`tuning.bucket_if_tuned`).

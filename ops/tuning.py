@@ -59,8 +59,13 @@ _used: dict[tuple[str, Gpu], dict[Key, Entry | None]] = {}
 def cached(function: Callable) -> Callable:
     """Return `function` with its last results remembered until entries change; a decorator."""
     wrapped = functools.lru_cache(maxsize=REMEMBERED)(function)
-    _CACHES.append(wrapped.cache_clear)
+    when_forgotten(wrapped.cache_clear)
     return wrapped
+
+
+def when_forgotten(clear: Callable[[], None]) -> None:
+    """Have `clear` called whenever entries change: it drops what follows from them."""
+    _CACHES.append(clear)
 
 
 def forget() -> None:

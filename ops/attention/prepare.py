@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 import torch
 
-from ..launch import ALIGNMENT, alignment, launch
+from ..launch import ALIGNMENT, alignment
 from ..registry import capability
+from ..replay import empty, launch, replayed
 from .modes import Mode
 from .prologue import NORMS, NOTHING, TOKEN, Prologue
 
@@ -81,31 +82,16 @@ def _key(*values: int) -> tuple:
     return tuple((value == 1, value % ALIGNMENT == 0, value >= 2**31) for value in values)
 
 
-@dataclass(frozen=True)
-class Steps:
-    """What a prologue is to the kernels that read q or k.
-
-    tensors: `inverse_rms` or None, weight, cos, sin; then come its `first` and `eps`. constants:
-    the kernels' number of the norm, whether the weight has two rows.
-    """
-
-    tensors: tuple[torch.Tensor | None, ...]
-    numbers: tuple[int, float]
-    constants: tuple[int, bool]
-
-    @functools.cached_property
-    def arguments(self) -> tuple:
-        """Return the kernels' arguments, in their order."""
-        return (*self.tensors, *self.numbers, *self.constants)
-
-    @functools.cached_property
-    def key(self) -> tuple:
-        """Return what Triton's code depends on."""
-        types = tuple(None if t is None else t.dtype for t in self.tensors)
-        return types, alignment(*self.tensors), _key(self.numbers[0]), self.constants
+# What a prologue is to the kernels that read q or k, in their order: `inverse_rms` or None, weight,
+# cos, sin; its `first` and `eps`; their number of the norm, whether the weight has two rows.
+NO_STEPS = (None, None, None, None, 0, 0.0, 0, False)
 
 
-NO_STEPS = Steps((None,) * 4, (0, 0.0), (0, False))
+def _code_of(steps: tuple) -> tuple:
+    """Return what Triton's code depends on of the steps of a prologue."""
+    tensors = steps[:4]
+    types = tuple(None if t is None else t.dtype for t in tensors)
+    return types, alignment(*tensors), _key(steps[4]), steps[6:]
 
 
 def prepare(
@@ -133,22 +119,22 @@ def prepare(
     *queries, shifts = _queries(q, k_mean, steps, scale, k.shape[1], swizzled, shift, rotate)
     values = (None, None, None, None)
     if mode.storage is not None:
-        values = _values(v, *_statistics(v, mode.limit, NO_STEPS), mode, swizzled)
+        values = _values(v, *_statistics(v, mode.limit, NO_STEPS), mode.storage, swizzled)
     return Prepared(*queries, *keys, *values, shifts)
 
 
-def _steps(prologue: Prologue, name: str, x: torch.Tensor) -> Steps:
+def _steps(prologue: Prologue, name: str, x: torch.Tensor) -> tuple:
     """Return the steps of the prologue for x, which is "q" or "k"."""
     if prologue is NOTHING:
         return NO_STEPS
     inverse = inverse_rms(x, prologue.eps) if prologue.norm == TOKEN else None
     weight = prologue.weight(name)
     norm = 0 if prologue.norm is None else 1 + NORMS.index(prologue.norm)
-    tensors = (inverse, weight, prologue.cos, prologue.sin)
     split = weight is not None and weight.dim() == 2
-    return Steps(tensors, (prologue.first, prologue.eps), (norm, split))
+    return inverse, weight, prologue.cos, prologue.sin, prologue.first, prologue.eps, norm, split
 
 
+@replayed
 def inverse_rms(x: torch.Tensor, eps: float) -> torch.Tensor:
     """Return 1 / sqrt(mean(x²) + eps) over the channels of all heads, [B, L] float32."""
     from .kernels.prologue import inverse_rms_kernel
@@ -170,10 +156,11 @@ def inverse_rms(x: torch.Tensor, eps: float) -> torch.Tensor:
 
 
 def _empty(x: torch.Tensor, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    return torch.empty(shape, dtype=dtype, device=x.device)
+    return empty(shape, dtype, x.device)
 
 
-def _statistics(x, limit: float | None, steps: Steps) -> tuple[torch.Tensor, torch.Tensor | None]:
+@replayed
+def _statistics(x, limit: float | None, steps: tuple) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Return the mean token of x and, with a limit, each channel's scale, [B · Hkv, W]."""
     from .kernels.prepare import gather_kernel, statistics_kernel
 
@@ -186,9 +173,9 @@ def _statistics(x, limit: float | None, steps: Steps) -> tuple[torch.Tensor, tor
     launch(
         statistics_kernel,
         bh * chunks,
-        (x, partial, *sizes, *steps.arguments, *constants),
+        (x, partial, *sizes, *steps, *constants),
         options(8),
-        (x.dtype, alignment(x), _key(*sizes), *steps.key, constants),
+        (x.dtype, alignment(x), _key(*sizes), *_code_of(steps), constants),
         x.device,
     )
     constants = (limit, w, limit is not None)
@@ -203,6 +190,7 @@ def _statistics(x, limit: float | None, steps: Steps) -> tuple[torch.Tensor, tor
     return mean, scale
 
 
+@replayed
 def _queries(q, k_mean, steps, scale: float, heads: int, swizzled, shift, rotate) -> tuple:
     """Return q, q_scale, q_bound and shift of `Prepared`."""
     from .kernels.prepare import quantize_q_kernel
@@ -213,7 +201,7 @@ def _queries(q, k_mean, steps, scale: float, heads: int, swizzled, shift, rotate
     scales, bound = _empty(q, b * h, tiles * TILE), _empty(q, b * h, tiles * TILE)
     shifts = _empty(q, b * h, length) if shift else None
     sizes = (h, h // heads, length, d, *q.stride(), tiles)
-    arguments = (scale * LOG2E, *sizes, *steps.arguments)
+    arguments = (scale * LOG2E, *sizes, *steps)
     rows = Q_ELEMENTS // w
     constants = (rotate, rows, w, swizzled, shift)
     launch(
@@ -221,14 +209,15 @@ def _queries(q, k_mean, steps, scale: float, heads: int, swizzled, shift, rotate
         b * h * tiles * (TILE // rows),
         (q, k_mean, stored, scales, bound, shifts, *arguments, *constants),
         options(1),
-        (q.dtype, alignment(q), _key(*sizes), *steps.key, constants),
+        (q.dtype, alignment(q), _key(*sizes), *_code_of(steps), constants),
         q.device,
     )
     return stored, scales, bound, shifts
 
 
+@replayed
 def _keys(
-    k, k_mean, steps: Steps, groups: int, swizzled: bool, rotate: bool
+    k, k_mean, steps: tuple, groups: int, swizzled: bool, rotate: bool
 ) -> tuple[torch.Tensor, ...]:
     """Return k, k_scale and k_bound of `Prepared`."""
     from .kernels.prepare import quantize_k_kernel
@@ -242,29 +231,39 @@ def _keys(
     launch(
         quantize_k_kernel,
         bh * blocks,
-        (k, k_mean, stored, scale, bound, *sizes, *steps.arguments, *constants),
+        (k, k_mean, stored, scale, bound, *sizes, *steps, *constants),
         options(k_warps(rotate, capability(k.device))),
-        (k.dtype, alignment(k), _key(*sizes), *steps.key, constants),
+        (k.dtype, alignment(k), _key(*sizes), *_code_of(steps), constants),
         k.device,
     )
     return stored, scale, bound
 
 
-def _values(v, mean, scale, mode: Mode, swizzled: bool) -> tuple[torch.Tensor, ...]:
+def _values(v, mean, scale, storage: torch.dtype, swizzled: bool) -> tuple[torch.Tensor, ...]:
     """Return v, v_scale, v_offset and v_sum of `Prepared`.
 
     The offset is not the mean, but what gives back the mean of V exactly: roundings have a mean of
     their own, which all rows would share, and which does not shrink with the number of keys as an
     attention's output does.
     """
+    stored, sums = _stored_values(v, mean, scale, storage, swizzled)
+    offset = torch.addcmul(mean, scale, sums.sum(1), value=-1.0 / v.shape[2])
+    return stored, scale, offset, sums
+
+
+@replayed
+def _stored_values(
+    v, mean, scale, storage: torch.dtype, swizzled: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return v and v_sum of `Prepared`."""
     from .kernels.prepare import quantize_v_kernel
 
     b, heads, keys, d = v.shape
     bh, w, blocks = b * heads, width(d), count(keys)
-    stored = _empty(v, bh, blocks, w, TILE, dtype=mode.storage)
+    stored = _empty(v, bh, blocks, w, TILE, dtype=storage)
     sums = _empty(v, bh, blocks, w)
     sizes = (heads, keys, d, *v.stride(), blocks)
-    constants = (mode.storage == torch.int8, w, swizzled)
+    constants = (storage == torch.int8, w, swizzled)
     launch(
         quantize_v_kernel,
         bh * blocks,
@@ -273,5 +272,4 @@ def _values(v, mean, scale, mode: Mode, swizzled: bool) -> tuple[torch.Tensor, .
         (v.dtype, alignment(v), _key(*sizes), constants),
         v.device,
     )
-    offset = torch.addcmul(mean, scale, sums.sum(1), value=-1.0 / keys)
-    return stored, scale, offset, sums
+    return stored, sums

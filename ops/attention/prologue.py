@@ -51,7 +51,7 @@ class Prologue:
         if self is NOTHING:
             return ()
         weights = (self.q_weight, self.k_weight)
-        return (self.norm or "", self.eps, *weights, self.first, self.cos, self.sin)
+        return (self.norm or "", float(self.eps), *weights, self.first, self.cos, self.sin)
 
     def from_token(self, start: int) -> "Prologue":
         """Return the steps for tokens from `start` on."""

@@ -1,6 +1,7 @@
 """Activations quantized once, for all the linear layers that read them."""
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from comfy_kitchen.tensor import QuantizedTensor
@@ -12,8 +13,7 @@ from .four_bit import GROUPS, has_fp8, rotation_of
 FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 
 
-@dataclass(frozen=True)
-class Kind:
+class Kind(NamedTuple):
     """What a weight multiplies: `dtype`, rotated over `rotation` columns at a time (0: not)."""
 
     dtype: torch.dtype

@@ -55,7 +55,7 @@ def quantize_rows(
     if input_scale is not None:
         _check_input_scale(input_scale, dtype, x.device)
     p = prologue
-    steps = (p.norm or "", p.eps, p.weight, p.bias, p.scale, p.shift, p.activation or "")
+    steps = (p.norm or "", float(p.eps), p.weight, p.bias, p.scale, p.shift, p.activation or "")
     stored, scale = _OP(x, dtype, rotate, backend, input_scale, *steps)
     return stored, scale if input_scale is None else input_scale.reshape(1, 1)
 
@@ -83,7 +83,9 @@ def _run(x, dtype, rotate, backend, input_scale, norm, eps, weight, bias, scale,
     run = registry.select(OP, call, backend).run
     if x.numel() == 0:
         return _empty(x, dtype, rotate, backend, input_scale)
-    prologue = Prologue(norm or None, eps, weight, bias, scale, shift, activation or None)
+    prologue = NOTHING
+    if norm or activation or not (weight is bias is scale is shift is None):
+        prologue = Prologue(norm or None, eps, weight, bias, scale, shift, activation or None)
     stored, scale = run(x, dtype, rotate, prologue, input_scale)
     # A result of an operation is no alias of its arguments.
     return stored, scale if input_scale is None else x.new_empty(0, 1, dtype=torch.float32)

@@ -4,8 +4,9 @@ import functools
 
 import torch
 
-from ..launch import ALIGNMENT, TRITON_MIN, alignment, launch
+from ..launch import ALIGNMENT, TRITON_MIN, alignment
 from ..registry import Backend, Needs, capability, register
+from ..replay import empty, launch, replayed
 from . import LIMITS, NOTHING, OP, ROTATION
 from .prologue import Prologue
 
@@ -63,16 +64,24 @@ def run(
     input_scale: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return (stored, scale) as `quantize_rows` describes them."""
-    from .kernel import quantize_rows_kernel
-
     if x.stride(1) != 1:
         x = x.contiguous()
+    p = prologue
+    steps = (p.norm, p.eps, p.weight, p.bias, p.scale, p.shift, p.activation)
+    return _run(x, dtype, rotated, input_scale, *steps)
+
+
+@replayed
+def _run(x, dtype, rotated, input_scale, *steps) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return what `run` does, for rows that are K-contiguous; steps: the fields of a prologue."""
+    from .kernel import quantize_rows_kernel
+
+    p = Prologue(*steps)
     m, k = x.shape
-    stored = torch.empty(m, k, dtype=dtype, device=x.device)
+    stored = empty((m, k), dtype, x.device)
     row_scale = input_scale
     if input_scale is None:
-        row_scale = torch.empty(m, 1, dtype=torch.float32, device=x.device)
-    p = prologue
+        row_scale = empty((m, 1), torch.float32, x.device)
     tensors = (input_scale, p.weight, p.bias, p.scale, p.shift)
     rows = (_rows(p.scale, m), _rows(p.shift, m))
     sizes = (k, x.stride(0), rows[0][0], rows[1][0], rows[0][1], rows[1][1])

@@ -2,6 +2,9 @@
 
 import torch
 
+from ..custom_op import watched
+from ..tuning import REMEMBERED
+
 FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 OUTPUTS = (torch.bfloat16, torch.float16, torch.float32)
 ACTIVATIONS = ("gelu_tanh",)
@@ -12,6 +15,8 @@ K_MULTIPLE = 16
 GIVEN = ("b", "scale_a", "scale_b", "bias", "zero_point", "column_sum", "gate", "residual")
 # Side of the blocks that share a scale: 1 x BLOCK of a, BLOCK x BLOCK of b.
 BLOCK = 128
+# Kinds of tensors that fit together.
+_right: set[tuple] = set()
 
 
 def granularity(a, b, scale_a, scale_b) -> str:
@@ -58,7 +63,29 @@ def check(
     residual,
     out_dtype,
 ) -> None:
-    """Raise TypeError or ValueError when arguments of `scaled_mm` do not fit together."""
+    """Raise TypeError or ValueError when arguments of `scaled_mm` do not fit together.
+
+    No value decides on that: what was right once is so for all tensors of the same kinds.
+    """
+    tensors = (a, b, scale_a, scale_b, bias, zero_point, column_sum, gate, residual)
+    # A compiled graph makes its own conditions of what is looked at.
+    if watched(a) or activation is not None or out_dtype not in OUTPUTS:
+        _check(*tensors, activation, out_dtype)
+        return
+    kinds = tuple(
+        [None if x is None else (x.dtype, x.shape, x.stride(), x.device) for x in tensors]
+    )
+    if kinds not in _right:
+        _check(*tensors, activation, out_dtype)
+        if len(_right) >= REMEMBERED:
+            _right.clear()
+        _right.add(kinds)
+
+
+def _check(
+    a, b, scale_a, scale_b, bias, zero_point, column_sum, gate, residual, activation, out_dtype
+) -> None:
+    """Raise TypeError or ValueError as `check` does, and look at everything."""
     _check_operands(a, b)
     m, n = a.shape[0], b.shape[0]
     _check_scales(a, b, scale_a, scale_b)

@@ -5,8 +5,9 @@ import functools
 import torch
 
 from .. import tuning
-from ..launch import ALIGNMENT, TRITON_MIN, alignment, dependent, launch
+from ..launch import ALIGNMENT, TRITON_MIN, alignment, dependent
 from ..registry import Backend, Needs, capability, register
+from ..replay import empty, launch, replayed
 from . import OP
 from .check import granularity
 from .tiles import Row, Tile, choose
@@ -45,6 +46,7 @@ def choose_for_blocks(has: tuple[int, int], m: int, n: int, k: int, integer: boo
     return next(row for row in rows if row.fits(m, n, k, integer)).tiles[0]
 
 
+@replayed
 def run(
     a,
     b,
@@ -68,7 +70,7 @@ def run(
         # A gate and a residual take registers with which tiles are not tuned.
         known = tuning.gpu(a.device) if gate is None and residual is None else None
         tile = choose(has, processors, m, n, k, integer, out_dtype == torch.float32, known)
-    out = torch.empty(m, n, dtype=out_dtype, device=a.device)
+    out = empty((m, n), out_dtype, a.device)
     operands = (a, b, scale_a, scale_b, bias, zero_point, column_sum)
     run_tile(out, *operands, tile, processors, activation, gate, residual, low_rank)
     return out
@@ -133,7 +135,7 @@ def run_tile(
     kernel, describe = _imports()
     (m, k), n = a.shape, b.shape[0]
     # The stride of one row may be anything, which a descriptor does not take.
-    a, b = (x.as_strided(x.shape, (k, 1)) if len(x) == 1 else x for x in (a, b))
+    a, b = (x if len(x) > 1 or x.stride(0) == k else x.as_strided(x.shape, (k, 1)) for x in (a, b))
     h, u = low_rank or (None, None)
     tensors = (scale_a, scale_b, bias, zero_point, column_sum, gate, residual, h, u)
     aligned = alignment(a, b, *tensors)

@@ -1,5 +1,7 @@
 """When a kernel may start before the one ahead of it has ended, and how the product says so."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -62,3 +64,75 @@ def test_product_waits_where_it_starts_early_and_only_there(monkeypatch, early):
     constants = dict(zip(scaled_mm_kernel.arg_names, arguments, strict=True))
     assert constants["PDL"] == early
     assert options == {"num_warps": 4, "num_stages": 3, **option}
+
+
+class Compiled:
+    """A compiled kernel that notes how it is run."""
+
+    function, packed_metadata = "function", "metadata"
+
+    def __init__(self):
+        self.ran = []
+
+    def run(self, *given):
+        self.ran.append(given)
+
+    def __getitem__(self, grid):
+        return lambda *given: self.ran.append((grid, given))
+
+
+class Kernel:
+    """A kernel that Triton compiles when it is first called."""
+
+    def __init__(self):
+        self.compiled = Compiled()
+        self.calls = 0
+
+    def fn(self):
+        """What the kernel was made of."""
+
+    def __getitem__(self, grid):
+        def call(*given, **options):
+            self.calls += 1
+            return self.compiled
+
+        return call
+
+
+@pytest.fixture
+def kernel(monkeypatch):
+    """A kernel, and a driver whose stream is 7."""
+    from triton.runtime import driver
+
+    active = SimpleNamespace(get_current_device=lambda: 0, get_current_stream=lambda device: 7)
+    monkeypatch.setattr(driver, "_active", active)
+    monkeypatch.setattr(launch, "_compiled", {})
+    return Kernel()
+
+
+def start(kernel, key="key") -> None:
+    launch.launch(kernel, 5, ("x", 3), {"num_warps": 4}, key, torch.device("cpu"))
+
+
+def test_second_launch_asks_triton_for_nothing(kernel):
+    for _ in range(3):
+        start(kernel)
+    assert kernel.calls == 1
+    assert (
+        kernel.compiled.ran == [(5, 1, 1, 7, "function", "metadata", None, None, None, "x", 3)] * 2
+    )
+    start(kernel, "another key")
+    assert kernel.calls == 2
+
+
+def test_hooks_of_a_profiler_are_triton_s_to_call(kernel):
+    from triton import knobs
+
+    hook = print
+    start(kernel)
+    knobs.runtime.launch_enter_hook.add(hook)
+    try:
+        start(kernel)
+    finally:
+        knobs.runtime.launch_enter_hook.remove(hook)
+    assert kernel.compiled.ran == [((5, 1, 1), ("x", 3))]

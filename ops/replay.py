@@ -1,0 +1,182 @@
+"""Calls that are prepared once: what a function launches, again for other tensors of their kind.
+
+To cut a product, to name what a kernel's code depends on and to list its forty arguments takes
+longer than to launch it, and all of it follows from dtypes, shapes, strides and alignments. Nothing
+of a call is kept but these: neither tensors nor their addresses.
+"""
+
+import functools
+import threading
+from collections.abc import Callable, Iterable
+
+import torch
+
+from . import launch as launching
+from . import tuning
+
+# Bits of an address that tell whether it is aligned.
+MISALIGNED = launching.ALIGNMENT - 1
+_here = threading.local()
+_UNKNOWN = object()
+
+
+def facts(arguments: Iterable) -> tuple:
+    """Return what is to be known of arguments but the values in tensors, as a key.
+
+    Of tensors, tuples of them included: dtype, shape, strides, alignment and device.
+    """
+    known = []
+    for given in arguments:
+        if isinstance(given, torch.Tensor):
+            aligned = not given.data_ptr() & MISALIGNED
+            known += (given.dtype, given.shape, given.stride(), aligned, given.device)
+        else:
+            known.append(facts(given) if type(given) is tuple else given)
+    return tuple(known)
+
+
+class _Record:
+    """What a call did. made: by `empty`. launches: arguments of `launch`, and its result."""
+
+    def __init__(self):
+        self.made: list[torch.Tensor] = []
+        self.launches: list[tuple] = []
+
+
+def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Return an empty tensor that a `replayed` function makes: a result, or between two kernels."""
+    tensor = torch.empty(shape, dtype=dtype, device=device)
+    record = getattr(_here, "record", None)
+    if record is not None:
+        record.made.append(tensor)
+    return tensor
+
+
+def launch(*arguments) -> None:
+    """Launch a kernel as `launch.launch` does, from within a `replayed` function or not."""
+    compiled = launching.launch(*arguments)
+    record = getattr(_here, "record", None)
+    if record is not None:
+        record.launches.append((arguments, compiled))
+
+
+def replayed(function: Callable) -> Callable:
+    """Return `function`, of which a call is prepared once and from then on only launched.
+
+    It may do nothing but make tensors by `empty`, launch kernels by `launch` and return tensors of
+    these or of its arguments, one, or a tuple of them and None. All of that has to follow from the
+    `facts` of its arguments and from the entries of `tuning`. A call that launches with a tensor of
+    any other origin, such as a copy of an argument, is prepared each time. Arguments are given by
+    position; one that holds tensors is a tensor or a tuple of them. It calls no other of its like.
+    """
+    # None: a call of this kind is prepared each time.
+    plans: dict[tuple, _Plan | None] = {}
+
+    @functools.wraps(function)
+    def call(*arguments):
+        key, flat = facts(arguments), _flat(arguments)
+        plan = plans.get(key, _UNKNOWN)
+        if plan is None:
+            return function(*arguments)
+        if plan is not _UNKNOWN:
+            return plan.run(flat)
+        _here.record = record = _Record()
+        try:
+            result = function(*arguments)
+        finally:
+            _here.record = None
+        tensors = [given for given in flat if isinstance(given, torch.Tensor)]
+        # Of one tensor in two places nothing is learnt about two tensors.
+        if len({id(given) for given in tensors}) == len(tensors):
+            if len(plans) >= tuning.REMEMBERED:
+                plans.clear()
+            plans[key] = _planned(record, flat, result)
+        return result
+
+    tuning.when_forgotten(plans.clear)
+    return call
+
+
+def _flat(arguments: tuple) -> list:
+    """Return arguments with those of tuples in their place."""
+    flat = []
+    for given in arguments:
+        if type(given) is tuple:
+            flat += given
+        else:
+            flat.append(given)
+    return flat
+
+
+class _Plan:
+    """A call without its tensors: what is made, what is launched, and what comes back.
+
+    Tensors are known by their place among the arguments, and what is made after these.
+    """
+
+    def __init__(
+        self, made: list[tuple], launches: list[tuple], results: int | tuple[int | None, ...]
+    ):
+        self._made = made
+        self._launches = launches
+        self._results = results
+
+    def run(self, tensors: list) -> torch.Tensor | tuple[torch.Tensor, ...]:
+        """Launch for `tensors`, the arguments, and return what the function would."""
+        for shape, dtype, device in self._made:
+            tensors.append(torch.empty(shape, dtype=dtype, device=device))
+        for compiled, (kernel, programs, template, *rest, device), places in self._launches:
+            arguments = template.copy()
+            for place, source, descriptor in places:
+                tensor = tensors[source]
+                arguments[place] = tensor if descriptor is None else _like(descriptor, tensor)
+            if compiled is None:
+                launching.launch(kernel, programs, tuple(arguments), *rest, device)
+            else:
+                launching.again(compiled, programs, arguments, device)
+        if type(self._results) is int:
+            return tensors[self._results]
+        return tuple([None if source is None else tensors[source] for source in self._results])
+
+
+def _planned(record: _Record, flat: list, result) -> _Plan | None:
+    """Return how to do again what a call did; None where it launched with tensors of others."""
+    flat = [*flat, *record.made]
+    source = {id(x): index for index, x in enumerate(flat) if isinstance(x, torch.Tensor)}
+    launches = []
+    for (kernel, programs, arguments, *rest), compiled in record.launches:
+        template, places = list(arguments), []
+        for place, given in enumerate(arguments):
+            tensor = getattr(given, "base", None) if _is_descriptor(given) else given
+            if not isinstance(tensor, torch.Tensor):
+                continue
+            if id(tensor) not in source:
+                return None
+            descriptor = None if tensor is given else (type(given), {**vars(given), "base": None})
+            template[place] = None
+            places.append((place, source[id(tensor)], descriptor))
+        launches.append((compiled, (kernel, programs, template, *rest), places))
+    single = isinstance(result, torch.Tensor)
+    results = (result,) if single else result
+    if not launches or any(x is not None and id(x) not in source for x in results):
+        return None
+    made = [(tuple(x.shape), x.dtype, x.device) for x in record.made]
+    places = tuple([None if x is None else source[id(x)] for x in results])
+    return _Plan(made, launches, places[0] if single else places)
+
+
+def _is_descriptor(given) -> bool:
+    """Return whether an argument is Triton's description of a tensor for TMA."""
+    return hasattr(given, "block_shape")
+
+
+def _like(descriptor: tuple[type, dict], tensor: torch.Tensor):
+    """Return a description of a tensor like that of another with the same facts.
+
+    Triton's own way checks again what the facts say already.
+    """
+    kind, fields = descriptor
+    made = object.__new__(kind)
+    made.__dict__.update(fields)
+    made.base = tensor
+    return made

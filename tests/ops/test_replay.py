@@ -1,0 +1,153 @@
+"""A call that was prepared once launches the same for other tensors, and keeps none of them."""
+
+import gc
+import weakref
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+from lowbit.ops import launch, replay, tuning
+
+CPU = torch.device("cpu")
+
+
+@dataclass
+class Descriptor:
+    """What Triton's description of a tensor looks like."""
+
+    base: torch.Tensor
+    block_shape: tuple[int, int]
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """Arguments of each launch, prepared or again."""
+    found = []
+
+    def first(kernel, programs, arguments, options, key, device):
+        found.append((programs, list(arguments)))
+        return kernel
+
+    def again(compiled, programs, arguments, device):
+        assert compiled == "kernel"
+        assert device == CPU
+        found.append((programs, arguments))
+
+    monkeypatch.setattr(launch, "launch", first)
+    monkeypatch.setattr(launch, "again", again)
+    return found
+
+
+@pytest.fixture
+def prepared():
+    """How often the function below was run."""
+    return []
+
+
+@pytest.fixture
+def run(prepared):
+    @replay.replayed
+    def run(x, pair, factor, copied=False):
+        prepared.append(factor)
+        rows, columns = x.shape
+        between = replay.empty((rows,), torch.float32, x.device)
+        out = replay.empty((columns, rows), x.dtype, x.device)
+        source = x.clone() if copied else x
+        replay.launch("kernel", rows, (source, between, None, factor), {}, "key", x.device)
+        arguments = (Descriptor(between, (2, 4)), *pair, out, x.stride(0))
+        replay.launch("kernel", columns, arguments, {}, "key", x.device)
+        return out, x, None
+
+    return run
+
+
+def test_second_call_launches_the_same_for_other_tensors(run, prepared, launched):
+    for _ in range(3):
+        x, bias = torch.zeros(3, 5), torch.zeros(5)
+        launched.clear()
+        out, same, nothing = run(x, (bias, None), 2)
+        assert same is x
+        assert nothing is None
+        assert (out.shape, out.dtype) == ((5, 3), x.dtype)
+        (rows, first), (columns, second) = launched
+        assert (rows, columns) == (3, 5)
+        assert first[0] is x
+        assert first[2:] == [None, 2]
+        assert first[1].shape == (3,)
+        assert type(second[0]) is Descriptor
+        assert second[0].base is first[1]
+        assert second[0].block_shape == (2, 4)
+        assert second[1] is bias
+        assert second[2] is None
+        assert second[3] is out
+        assert second[4] == 5
+    assert prepared == [2]
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        (torch.zeros(3, 5).half(), (torch.zeros(5), None), 2),
+        (torch.zeros(4, 5), (torch.zeros(5), None), 2),
+        (torch.zeros(3, 10)[:, ::2], (torch.zeros(5), None), 2),
+        (torch.zeros(16)[1:].view(3, 5), (torch.zeros(5), None), 2),
+        (torch.zeros(3, 5), (torch.zeros(5), torch.zeros(1)), 2),
+        (torch.zeros(3, 5), (torch.zeros(5), None), 3),
+    ],
+    ids=["dtype", "shape", "strides", "alignment", "one more", "number"],
+)
+def test_call_that_differs_is_prepared_for_itself(run, prepared, launched, other):
+    run(torch.zeros(3, 5), (torch.zeros(5), None), 2)
+    run(*other)
+    assert len(prepared) == 2
+    run(*other)
+    assert len(prepared) == 2
+
+
+def test_copy_of_an_argument_is_made_each_time(run, prepared, launched):
+    for value in (1.0, 2.0):
+        run(torch.full((3, 5), value), (torch.zeros(5), None), 2, True)
+        assert launched[-2][1][0].eq(value).all()
+    assert len(prepared) == 2
+
+
+def test_one_tensor_in_two_places_is_no_rule_for_two_tensors(run, prepared, launched):
+    one, two = torch.zeros(5), torch.zeros(5)
+    for pair in ((one, one), (one, two), (one, one), (two, one)):
+        run(torch.zeros(3, 5), pair, 2)
+        assert launched[-1][1][1] is pair[0]
+        assert launched[-1][1][2] is pair[1]
+    assert len(prepared) == 2
+
+
+def test_no_tensor_is_kept(run, launched):
+    kept = []
+    for _ in range(2):
+        x = torch.zeros(3, 5)
+        kept.append(weakref.ref(x))
+        kept.append(weakref.ref(run(x, (None, None), 2)[0]))
+        del x
+        launched.clear()
+        gc.collect()
+    assert [reference() for reference in kept] == [None] * 4
+
+
+def test_what_was_prepared_is_forgotten_with_what_was_tuned(run, prepared, launched):
+    for _ in range(2):
+        run(torch.zeros(3, 5), (None, None), 2)
+        tuning.forget()
+    assert len(prepared) == 2
+
+
+def test_call_that_fails_is_not_remembered(prepared, launched):
+    @replay.replayed
+    def fail(x):
+        prepared.append(x)
+        raise ValueError("bad")
+
+    for _ in range(2):
+        with pytest.raises(ValueError, match="bad"):
+            fail(torch.zeros(1))
+    assert len(prepared) == 2
+    assert replay._here.record is None
