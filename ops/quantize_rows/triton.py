@@ -6,7 +6,7 @@ import torch
 
 from ..launch import ALIGNMENT, TRITON_MIN, alignment, launch
 from ..registry import Backend, Needs, capability, register
-from . import LIMITS, NOTHING, OP, ROTATION
+from . import NOTHING, OP, ROTATION, limit_of
 from .prologue import Prologue
 
 # Powers of two that a row is cut into at most.
@@ -61,6 +61,7 @@ def run(
     rotated: bool,
     prologue: Prologue = NOTHING,
     input_scale: torch.Tensor | None = None,
+    headroom: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return (stored, scale) as `quantize_rows` describes them."""
     from .kernel import quantize_rows_kernel
@@ -77,7 +78,7 @@ def run(
     rows = (_rows(p.scale, m), _rows(p.shift, m))
     sizes = (k, x.stride(0), rows[0][0], rows[1][0], rows[0][1], rows[1][1])
     constants = (
-        *(LIMITS[dtype], *cover(k), rotated),
+        *(limit_of(dtype, headroom), *cover(k), rotated),
         *(p != NOTHING, p.norm or "", p.activation == "gelu_tanh"),
     )
     arguments = (x, stored, row_scale, *tensors, *sizes, p.eps, *constants)
