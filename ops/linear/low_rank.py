@@ -120,15 +120,32 @@ def stacked(terms: Sequence[LowRank]) -> LowRank:
         return terms[0]
     parts = [_own_rows(term) for term in terms]
     downs = [part.down for part in parts]
-    factors = [_per_row(part, part.factor, 1.0) for part in parts]
-    shifts = torch.cat([_per_row(part, part.shift, 0.0) for part in parts])
+    up, units = _side_by_side([part.up for part in parts])
+    pairs = list(zip(parts, units, strict=True))
+    factors = [_per_row(part, part.factor, 1.0) * unit for part, unit in pairs]
+    shifts = torch.cat([_per_row(part, part.shift, 0.0) * unit for part, unit in pairs])
     if all(isinstance(d, QuantizedTensor) and d._layout_cls == downs[0]._layout_cls for d in downs):
         down = _joined(downs)
     else:
         down = torch.cat([plain(d) for d in downs])
-    up = torch.cat([plain(part.up) for part in parts], dim=1)
     held = isinstance(down, QuantizedTensor) and all(part.factor is None for part in parts)
+    held = held and not isinstance(up, QuantizedTensor)
     return LowRank(down, up, None if held else torch.cat(factors), shifts)
+
+
+def _side_by_side(ups: Sequence[torch.Tensor]) -> tuple[torch.Tensor, list]:
+    """Return (one [N, R] of several, by what the first product of each is to be multiplied).
+
+    In FP8 where all are: in the units of the largest.
+    """
+    if not all(isinstance(up, QuantizedTensor) for up in ups):
+        return torch.cat([plain(up) for up in ups], dim=1), [1.0] * len(ups)
+    scales = [up._params.scale.reshape(()) for up in ups]
+    largest = torch.stack(scales).amax()
+    stored = torch.cat([up._qdata for up in ups], dim=1)
+    params = dataclasses.replace(ups[0]._params, scale=largest, orig_shape=tuple(stored.shape))
+    units = [scale / largest for scale in scales]
+    return QuantizedTensor(stored, ups[0]._layout_cls, params), units
 
 
 def _per_row(part: LowRank, value: torch.Tensor | None, default: float) -> torch.Tensor:

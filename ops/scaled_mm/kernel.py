@@ -131,20 +131,21 @@ def _with_low_rank(
     RANK: tl.constexpr,
     PIECE: tl.constexpr,
 ):
-    """Return value + h·uᵀ of a tile, float32, PIECE columns of h and u at a time."""
-    if RANK == PIECE:
+    """Return value + h·uᵀ of a tile, float32, PIECE columns of h and u at a time; 0: all."""
+    if PIECE == 0:
         left = _bits(h, rows, in_m, stride_h, RANK)
-        return tl.dot(left, _bits(u, columns, in_n, stride_u, RANK).T, value)
-    # One stage: pieces that are loaded ahead would stand in shared memory beside the pipeline. A
-    # loop beside that over K keeps Triton from flattening the outer one.
-    for first in tl.range(0, RANK, PIECE, num_stages=1):
-        ranks = first + tl.arange(0, PIECE)
-        of_h = h + rows.to(tl.int64)[:, None] * stride_h + ranks[None, :]
-        of_u = u + columns.to(tl.int64)[:, None] * stride_u + ranks[None, :]
-        in_r = (ranks < RANK)[None, :]
-        left = tl.load(of_h, mask=in_m[:, None] & in_r, other=0.0)
-        right = tl.load(of_u, mask=in_n[:, None] & in_r, other=0.0)
-        value = tl.dot(left, right.T, value)
+        value = tl.dot(left, _bits(u, columns, in_n, stride_u, RANK).T, value)
+    else:
+        # One stage: pieces that are loaded ahead would stand in shared memory beside the pipeline.
+        # A loop beside that over K keeps Triton from flattening the outer one.
+        for first in tl.range(0, RANK, PIECE, num_stages=1):
+            ranks = first + tl.arange(0, PIECE)
+            of_h = h + rows.to(tl.int64)[:, None] * stride_h + ranks[None, :]
+            of_u = u + columns.to(tl.int64)[:, None] * stride_u + ranks[None, :]
+            in_r = (ranks < RANK)[None, :]
+            left = tl.load(of_h, mask=in_m[:, None] & in_r, other=0.0)
+            right = tl.load(of_u, mask=in_n[:, None] & in_r, other=0.0)
+            value = tl.dot(left, right.T, value)
     return value
 
 
@@ -241,8 +242,8 @@ def scaled_mm_kernel(
     stride_scale_a and step_scale_a; [⌈N/128⌉, ⌈K/128⌉], contiguous). bias: [N]. The point:
     zero_point [M] int32, of A, times column_sum [N] int32, of B along K. gate: [1 or R, N], for
     gate_tokens rows of C each. residual: [M, N]. h: [M, RANK], u: [N, RANK], 16 bits, PIECE columns
-    at a time; RANK 0: none. MORE_STEPS: h and u are TMA descriptors like a and b, of so many steps
-    along K more: they are summed with A·Bᵀ, before the scales.
+    at a time, 0 for all; RANK 0: none. MORE_STEPS: h and u are TMA descriptors as a and b are, of
+    so many steps along K more, which are summed with A·Bᵀ, before the scales.
     """
     if PDL:
         # This grid may be set up while the kernel before it in the stream ends. Until the wait

@@ -95,16 +95,16 @@ def parts(tile: Tile, activation: str | None, gate_rows: str | None, has_residua
 def pieces(tile: Tile, integer: bool, tma: bool, rank: int) -> tuple[int, bool]:
     """Return (columns of a 16-bit low-rank term multiplied at a time, whether loops are flattened).
 
-    0 columns for rank 0. FP8 loops are not: between sums that the tensor cores work on ahead,
-    another product has them wait (35% slower). Of INT8, they are where h stands in registers and u
-    [block_n, rank] fits in Hopper's shared memory beside the pipeline.
+    0 columns: all at once, with h in registers, in INT8's flattened loops where u [block_n, rank]
+    fits in Hopper's shared memory beside the pipeline. FP8 loops are not flattened: between sums
+    that the tensor cores work on ahead, another product has them wait (35% slower).
     """
     if not rank:
         return 0, tile.flatten
     pipeline = tile.stages * (tile.block_m + tile.block_n) * tile.block_k
     room = tile.per_sm * (pipeline + 2 * tile.block_n * rank) <= SHARED_BYTES
     if integer and tma and tile.flatten and room and rank in WHOLE:
-        return rank, True
+        return 0, True
     return min(max(1 << (rank - 1).bit_length(), RANK_MIN), RANK_MAX), tile.flatten and integer
 
 

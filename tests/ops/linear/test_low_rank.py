@@ -204,16 +204,25 @@ def test_what_cannot_be_summed_in_fp8_is_added_in_16_bits(layer, summing):
     assert not summing
 
 
-def test_second_matrix_in_fp8_stacks_and_is_added_to_any_result(layer):
+def test_terms_in_fp8_stack_to_one_in_fp8(layer, summing):
+    """Of scales that differ, and with a bias in the second."""
     x, weight, bias, down, up = layer
-    low_rank = in_fp8(down, up)
+    down[2], shift = 0, torch.zeros(R)
+    shift[2] = 3
+    one, two = in_fp8(down, up), in_fp8(down, 20 * up, 0.1, shift=shift)
+    packed = formats.get("fp8_e4m3").quantize(weight)
+    got = linear(x, packed, bias, low_rank=stacked([one, two]))
+    merged = weight.double() + (STRENGTH + 2) * up.double() @ down.double()
+    want = x.double() @ merged.t() + bias.double() + 60 * up[:, 2].double()
+    assert len(summing) == 1 and error(got, want) <= 0.06
+    mixed = linear(x, packed, bias, low_rank=stacked([term(down, up), two]))
+    assert len(summing) == 1 and error(mixed, want) <= 0.06
+
+
+def test_second_matrix_in_fp8_is_added_to_any_result(layer):
+    x, weight, bias, down, up = layer
     out = torch.nn.functional.linear(x, weight, bias)
-    assert error(add_low_rank(out, x, low_rank), wanted(*layer)) <= 0.06
-    got = linear(
-        x, formats.get("fp8_e4m3").quantize(weight), low_rank=stacked([low_rank, low_rank])
-    )
-    want = x.double() @ (weight.double() + 2 * STRENGTH * up.double() @ down.double()).t()
-    assert error(got, want) <= 0.08
+    assert error(add_low_rank(out, x, in_fp8(down, up)), wanted(*layer)) <= 0.06
 
 
 def test_layers_that_share_an_input_project_it_once(layer, monkeypatch):
