@@ -41,11 +41,13 @@ def _fetch(
     left = a
     right = b
     at = step * BLOCK_K
-    # One load of each operand, whichever it is, or Triton would not fetch them ahead.
-    if MORE_STEPS and step >= steps:
-        left = h
-        right = u
-        at -= steps * BLOCK_K
+    if MORE_STEPS:
+        over = step - steps
+        # One load of each operand, whichever it is, or Triton would not fetch them ahead.
+        if over >= 0:
+            left = h
+            right = u
+            at = over * BLOCK_K
     return left.load([start_m, at]), right.load([start_n, at])
 
 
