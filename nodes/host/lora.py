@@ -12,6 +12,7 @@ from collections.abc import Collection, Iterator
 import torch
 from comfy_kitchen.tensor import QuantizedTensor
 
+from ...ops.linear import adds_in_8_bits
 from ...quant import families, formats, lora
 from ...quant.checkpoint import Checkpoint
 from ..attention_override import is_within
@@ -28,6 +29,8 @@ KEY = "lowbit_lora"
 # Rows of `down` have a scale each here, so that strengths are a matter of scales.
 BY_ROW = {"fp8_e4m3": "fp8_e4m3_rowwise", "fp8_e5m2": "fp8_e4m3_rowwise"}
 IN_8_BITS = (*BY_ROW, "fp8_e4m3_rowwise", "int8", "int8_convrot")
+# The format with which a term in the same format is summed.
+ONE_SUM = "fp8_e4m3"
 # The layout of the host's whose layers it may run without calling them.
 UNCALLED = "TensorWiseINT8Layout"
 
@@ -211,7 +214,8 @@ def _terms(source: _Source, patcher) -> tuple[torch.nn.Module, dict[str, Term]]:
         key, first = object() if len(group) > 1 else None, 0
         for name, member in zip(group, members, strict=True):
             rows = None if key is None else (first, first + _size(member))
-            terms[name] = Term(down, _up(member, dtype), scales, constants, rows, key)
+            up = _up(member, source.modules[name], dtype, patcher.load_device)
+            terms[name] = Term(down, up, scales, constants, rows, key)
             first += _size(member)
         bar.update(len(group))
     model.extend(terms.values())
@@ -277,13 +281,18 @@ def _format_beside(module) -> str | None:
     return BY_ROW.get(fmt.name, fmt.name)
 
 
-def _up(member: lora.Layer, dtype: torch.dtype) -> Matrix:
+def _up(member: lora.Layer, module, dtype: torch.dtype, device: torch.device) -> Matrix:
+    """Return the second matrix of a LoRA: in FP8 where it is summed with a product in FP8."""
     rank = member.down.shape[0]
     up = torch.zeros(member.up.shape[0], _size(member), dtype=dtype)
     up[:, :rank] = member.up.to(dtype)
     if member.bias is not None:
         up[:, rank] = member.bias.to(dtype)
-    return Matrix(up)
+    if _format_beside(module) is None or format_of(module).name != ONE_SUM:
+        return Matrix(up)
+    if not adds_in_8_bits(device):
+        return Matrix(up)
+    return Matrix(formats.get(ONE_SUM).quantize(up.to(device)).to(device=up.device))
 
 
 def _add_patches(clone, source: _Source, strength: float, steps: tuple[float, float]) -> None:

@@ -14,6 +14,7 @@ from comfy_kitchen.tensor import QuantizedTensor
 from .. import registry, tuning
 from ..quantize_rows import Prologue
 from ..scaled_mm.check import LOW_RANK
+from ..widen_rows import widen_rows
 from .activation import (
     Kind,
     QuantizedActivation,
@@ -25,7 +26,18 @@ from .activation import (
 )
 from .arithmetic import backend_of, with_arithmetic
 from .four_bit import FEW_ROWS, GROUPS
-from .low_rank import LowRank, add_low_rank, add_product, rescale, scaled, stacked
+from .low_rank import (
+    HEADROOM,
+    LowRank,
+    add_low_rank,
+    add_product,
+    adds_in_8_bits,
+    joins,
+    plain,
+    rescale,
+    scaled,
+    stacked,
+)
 from .sharing import quantized_once, release, share
 
 OP = "linear"
@@ -35,6 +47,7 @@ __all__ = [
     "LowRank",
     "QuantizedActivation",
     "add_low_rank",
+    "adds_in_8_bits",
     "convert_fp4_linear",
     "convert_fp8_linear",
     "fp8_linear_forward",
@@ -85,12 +98,15 @@ def linear(
     _check_act(x, weight, input_act)
     if rows == 0:
         return weight._qdata.new_empty(shape, dtype=dtype, device=x.device)
-    given = x
+    given, one_sum = x, False
     if not isinstance(x, QuantizedActivation):
-        x = _prepared(x, weight, input_act, chosen.quantizes)
+        one_sum = chosen.fuses and dtype in LOW_RANK
+        one_sum = one_sum and joins(low_rank, weight, x.device, rows)
+        x = _prepared(x, weight, input_act, chosen.quantizes, HEADROOM if one_sum else 0)
     term = None
     if low_rank is not None:
-        term = (low_rank.project(x, lambda: _plain(given, input_act)), low_rank.up.to(dtype))
+        h = low_rank.project(x, lambda: _plain(given, input_act))
+        term = _joined(h, x, low_rank.up, weight) if one_sum else (h, plain(low_rank.up).to(dtype))
     if residual is not None:
         residual = residual.reshape(rows, n)
     return _run(chosen, x, weight, bias, term, gate, residual).reshape(shape)
@@ -108,6 +124,12 @@ def _chosen(weight, device: torch.device, rows: int, backend: str) -> registry.B
     few = rows <= FEW_ROWS if scheme in GROUPS else None
     name = backend_of(weight) if backend == "auto" else backend
     return registry.select(OP, registry.Call(scheme, device, n, k, m, few), name)
+
+
+def _joined(h, x: QuantizedActivation, up: QuantizedTensor, weight: QuantizedTensor):
+    """Return (h, up) in 8 bits, in the units of x, which are made to fit, and of the weight."""
+    of_up, of_weight = up._params.scale, weight._params.scale
+    return widen_rows(h, x.stored, x.scale, of_up, of_weight), up._qdata
 
 
 def _run(chosen: registry.Backend, x, weight, bias, term, gate, residual) -> torch.Tensor:
@@ -147,13 +169,20 @@ def _plain(x: torch.Tensor | QuantizedActivation, input_act: str | None) -> torc
     return x if input_act is None else F.gelu(x, approximate="tanh")
 
 
-def _prepared(x: torch.Tensor, weight: QuantizedTensor, input_act: str | None, quantize: bool):
-    """Return act(x), quantized or not; x itself where nothing is to be done."""
+def _prepared(
+    x: torch.Tensor, weight: QuantizedTensor, input_act: str | None, quantize: bool, headroom: int
+):
+    """Return act(x), quantized with so much headroom or not; x itself where nothing is to do."""
     if not quantize:
         return _plain(x, input_act)
     if input_act is not None:
-        return quantize_activation(x, weight, prologue=Prologue(activation=input_act))
-    return quantized_once(x, kind_on(x.device, weight), lambda: quantize_activation(x, weight))
+        act = Prologue(activation=input_act)
+        return quantize_activation(x, weight, prologue=act, headroom=headroom)
+    return quantized_once(
+        x,
+        (kind_on(x.device, weight), headroom),
+        lambda: quantize_activation(x, weight, headroom=headroom),
+    )
 
 
 def _check_act(x, weight: QuantizedTensor, input_act: str | None) -> None:

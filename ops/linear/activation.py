@@ -86,12 +86,13 @@ def quantize_activation(
     kind: Kind | None = None,
     prologue: Prologue = NOTHING,
     input_scale: torch.Tensor | None = None,
+    headroom: int = 0,
     backend: str = "auto",
 ) -> QuantizedActivation:
     """Return x after `prologue`, quantized as `weight` multiplies it, for any number of `linear`.
 
     x: [..., K] bf16, fp16 or fp32, never written to. kind: None, or one of those that a 4-bit
-    weight multiplies. prologue, input_scale, backend: as `quantize_rows` has them. Raises
+    weight multiplies. prologue, input_scale, headroom, backend: as `quantize_rows` has them. Raises
     ValueError when the weight's format takes no 8-bit activation, or none of `kind`.
     """
     if kind is not None and not takes(weight, kind):
@@ -115,6 +116,7 @@ def quantize_activation(
         backend,
         prologue=prologue,
         input_scale=input_scale,
+        headroom=headroom,
     )
     return QuantizedActivation(stored, scale, kind, tuple(x.shape), x.dtype)
 

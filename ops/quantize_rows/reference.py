@@ -6,7 +6,7 @@ from comfy_kitchen.tensor.int8_utils import _build_hadamard
 
 from ..registry import Backend, Needs, register
 from ..rounding import SMALLEST_SCALE
-from . import LIMITS, NOTHING, OP, ROTATION
+from . import NOTHING, OP, ROTATION, limit_of
 from .prologue import Prologue
 
 
@@ -46,13 +46,14 @@ def run(
     rotated: bool,
     prologue: Prologue = NOTHING,
     input_scale: torch.Tensor | None = None,
+    headroom: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return (stored, scale) as `quantize_rows` describes them."""
     # Rows of the result lie one after the other, whatever those of x do.
     value = (x.float() if prologue == NOTHING else prepare(x, prologue)).contiguous()
     if rotated:
         value = rotate(value.to(x.dtype))
-    limit = LIMITS[dtype]
+    limit = limit_of(dtype, headroom)
     if input_scale is not None:
         value = value * (1 / input_scale)
         # Cut off at the limit, Inf would pass for a number.

@@ -7,7 +7,7 @@ import torch
 from ..launch import ALIGNMENT, TRITON_MIN, alignment
 from ..registry import Backend, Needs, capability, register
 from ..replay import empty, launch, replayed
-from . import LIMITS, NOTHING, OP, ROTATION
+from . import NOTHING, OP, ROTATION, limit_of
 from .prologue import Prologue
 
 # Powers of two that a row is cut into at most.
@@ -62,17 +62,18 @@ def run(
     rotated: bool,
     prologue: Prologue = NOTHING,
     input_scale: torch.Tensor | None = None,
+    headroom: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return (stored, scale) as `quantize_rows` describes them."""
     if x.stride(1) != 1:
         x = x.contiguous()
     p = prologue
     steps = (p.norm, p.eps, p.weight, p.bias, p.scale, p.shift, p.activation)
-    return _run(x, dtype, rotated, input_scale, *steps)
+    return _run(x, dtype, rotated, input_scale, headroom, *steps)
 
 
 @replayed
-def _run(x, dtype, rotated, input_scale, *steps) -> tuple[torch.Tensor, torch.Tensor]:
+def _run(x, dtype, rotated, input_scale, headroom, *steps) -> tuple[torch.Tensor, torch.Tensor]:
     """Return what `run` does, for rows that are K-contiguous; steps: the fields of a prologue."""
     from .kernel import quantize_rows_kernel
 
@@ -86,7 +87,7 @@ def _run(x, dtype, rotated, input_scale, *steps) -> tuple[torch.Tensor, torch.Te
     rows = (_rows(p.scale, m), _rows(p.shift, m))
     sizes = (k, x.stride(0), rows[0][0], rows[1][0], rows[0][1], rows[1][1])
     constants = (
-        *(LIMITS[dtype], *cover(k), rotated),
+        *(limit_of(dtype, headroom), *cover(k), rotated),
         *(p != NOTHING, p.norm or "", p.activation == "gelu_tanh"),
     )
     arguments = (x, stored, row_scale, *tensors, *sizes, p.eps, *constants)

@@ -33,7 +33,8 @@ def scaled_mm(
     where each 128 columns of K are summed, scaled and added up in float32.
     zero_point: [M] int32, of a; column_sum: [N] int32, the sums of b along K; INT8 without blocks
     only; the point in the formula is zero_point · column_sum. low_rank: h [M, R] and u [N, R], both
-    bfloat16 or both float16, contiguous rows, R > 0; None: without. bias: [N]. activation: None or
+    bfloat16 or both float16, contiguous rows, R > 0; or in the dtypes of a and b, R % 16 = 0, and
+    then h·uᵀ is summed with a·bᵀ and scaled with it; None: without. bias: [N]. activation: None or
     `gelu_tanh`. gate: [R, N], R divides M: row i takes gate[i // (M / R)]. residual: [M, N], never
     written to. Bias, gate and residual: bfloat16, float16 or float32, as is out_dtype. Everything
     after the sums is float32, in the order of the formula, rounded once at the end.
@@ -43,7 +44,7 @@ def scaled_mm(
     arguments = (a, b, scale_a, scale_b, bias, zero_point, column_sum, activation, gate, residual)
     check(*arguments, out_dtype)
     if low_rank is not None:
-        check_low_rank(a, b, *low_rank)
+        check_low_rank(a, b, scale_a, scale_b, zero_point, *low_rank)
     return _OP(*arguments, *(low_rank or (None, None)), out_dtype, backend)
 
 

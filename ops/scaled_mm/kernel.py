@@ -34,6 +34,24 @@ def _load(x, rows, inside, step, K, stride, BLOCK_K: tl.constexpr):
 
 
 @triton.jit
+def _fetch(
+    a, b, h, u, start_m, start_n, step, steps, MORE_STEPS: tl.constexpr, BLOCK_K: tl.constexpr
+):
+    """Return the blocks of a step along K by TMA: of a and b, from `steps` on of h and u."""
+    left = a
+    right = b
+    at = step * BLOCK_K
+    if MORE_STEPS:
+        over = step - steps
+        # One load of each operand, whichever it is, or Triton would not fetch them ahead.
+        if over >= 0:
+            left = h
+            right = u
+            at = over * BLOCK_K
+    return left.load([start_m, at]), right.load([start_n, at])
+
+
+@triton.jit
 def _scaled(
     acc,
     scale_a,
@@ -90,32 +108,46 @@ def _part(x, INDEX: tl.constexpr, PARTS: tl.constexpr, M: tl.constexpr, N: tl.co
 
 
 @triton.jit
+def _bits(x, rows, inside, stride, COUNT: tl.constexpr):
+    """Return the rows of x [·, COUNT], 16 bits, zero outside.
+
+    Triton puts all that is loaded as it is multiplied in shared memory. Loaded as integers, a left
+    operand goes to the tensor cores from registers, and leaves room for the pipeline.
+    """
+    at = rows.to(tl.int64)[:, None] * stride + tl.arange(0, COUNT)[None, :]
+    bits = tl.load(x.to(tl.pointer_type(tl.int16), bitcast=True) + at, inside[:, None], 0)
+    return bits.to(x.dtype.element_ty, bitcast=True)
+
+
+@triton.jit
 def _with_low_rank(
     value,
     h,
     u,
     rows,
     in_m,
-    start_n,
-    N,
+    columns,
+    in_n,
     stride_h,
     stride_u,
-    WIDTH: tl.constexpr,
     RANK: tl.constexpr,
     PIECE: tl.constexpr,
 ):
-    """Return value + h·uᵀ of a tile, float32, PIECE columns of h and u at a time."""
-    columns = start_n + tl.arange(0, WIDTH)
-    in_n = columns < N
-    # One stage: pieces that are loaded ahead would stand in shared memory beside the pipeline.
-    for first in tl.range(0, RANK, PIECE, num_stages=1):
-        ranks = first + tl.arange(0, PIECE)
-        of_h = h + rows.to(tl.int64)[:, None] * stride_h + ranks[None, :]
-        of_u = u + columns.to(tl.int64)[:, None] * stride_u + ranks[None, :]
-        in_r = (ranks < RANK)[None, :]
-        left = tl.load(of_h, mask=in_m[:, None] & in_r, other=0.0)
-        right = tl.load(of_u, mask=in_n[:, None] & in_r, other=0.0)
-        value = tl.dot(left, right.T, value)
+    """Return value + h·uᵀ of a tile, float32, PIECE columns of h and u at a time; 0: all."""
+    if PIECE == 0:
+        left = _bits(h, rows, in_m, stride_h, RANK)
+        value = tl.dot(left, _bits(u, columns, in_n, stride_u, RANK).T, value)
+    else:
+        # One stage: pieces that are loaded ahead would stand in shared memory beside the pipeline.
+        # A loop beside that over K keeps Triton from flattening the outer one.
+        for first in tl.range(0, RANK, PIECE, num_stages=1):
+            ranks = first + tl.arange(0, PIECE)
+            of_h = h + rows.to(tl.int64)[:, None] * stride_h + ranks[None, :]
+            of_u = u + columns.to(tl.int64)[:, None] * stride_u + ranks[None, :]
+            in_r = (ranks < RANK)[None, :]
+            left = tl.load(of_h, mask=in_m[:, None] & in_r, other=0.0)
+            right = tl.load(of_u, mask=in_n[:, None] & in_r, other=0.0)
+            value = tl.dot(left, right.T, value)
     return value
 
 
@@ -202,6 +234,7 @@ def scaled_mm_kernel(
     PARTS: tl.constexpr,
     RANK: tl.constexpr,
     PIECE: tl.constexpr,
+    MORE_STEPS: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """C = residual + gate · activation(scale_a · scale_b · (A·Bᵀ − point) + H·Uᵀ + bias).
@@ -211,7 +244,8 @@ def scaled_mm_kernel(
     stride_scale_a and step_scale_a; [⌈N/128⌉, ⌈K/128⌉], contiguous). bias: [N]. The point:
     zero_point [M] int32, of A, times column_sum [N] int32, of B along K. gate: [1 or R, N], for
     gate_tokens rows of C each. residual: [M, N]. h: [M, RANK], u: [N, RANK], 16 bits, PIECE columns
-    at a time; RANK 0: none.
+    at a time, 0 for all; RANK 0: none. MORE_STEPS: h and u are TMA descriptors as a and b are, of
+    so many steps along K more, which are summed with A·Bᵀ, before the scales.
     """
     if PDL:
         # This grid may be set up while the kernel before it in the stream ends. Until the wait
@@ -237,10 +271,9 @@ def scaled_mm_kernel(
         in_m = rows < M
         in_n = columns < N
         acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32 if BLOCKS else SUM)
-        for step in range(steps):
+        for step in range(steps + MORE_STEPS):
             if USE_TMA:
-                x = a.load([start_m, step * BLOCK_K])
-                w = b.load([start_n, step * BLOCK_K])
+                x, w = _fetch(a, b, h, u, start_m, start_n, step, steps, MORE_STEPS, BLOCK_K)
             else:
                 x = _load(a, rows, in_m, step, K, stride_a, BLOCK_K)
                 w = _load(b, columns, in_n, step, K, stride_b, BLOCK_K)
@@ -267,7 +300,7 @@ def scaled_mm_kernel(
         )
         if RANK:
             value = _with_low_rank(
-                value, h, u, rows, in_m, start_n, N, stride_h, stride_u, BLOCK_N, RANK, PIECE
+                value, h, u, rows, in_m, columns, in_n, stride_h, stride_u, RANK, PIECE
             )
         for part in tl.static_range(PARTS):
             _finish(

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 
 from ..registry import Backend, Needs, register
 from . import OP
-from .check import BLOCK, granularity
+from .check import BLOCK, granularity, in_8_bits
 
 SCHEMES = frozenset(
     f"{operands}_{scales}"
@@ -37,7 +37,14 @@ def run(
     else:
         total = a.double() @ b.double().t()
         value = scaled(total, scale_a, scale_b, zero_point, column_sum)
-    return finished(with_low_rank(value, low_rank), bias, activation, gate, residual, out_dtype)
+    return finished(
+        with_low_rank(value, low_rank, scale_a, scale_b),
+        bias,
+        activation,
+        gate,
+        residual,
+        out_dtype,
+    )
 
 
 def _blocks(a, b, scale_a, scale_b) -> torch.Tensor:
@@ -60,12 +67,23 @@ def scaled(total, scale_a, scale_b, zero_point, column_sum) -> torch.Tensor:
     return total.float() * scale_a.reshape(-1, 1) * scale_b.reshape(1, -1)
 
 
-def with_low_rank(value: torch.Tensor, low_rank) -> torch.Tensor:
-    """Return value + h·uᵀ, [M, N] float32; low_rank: h and u, or None."""
+def with_low_rank(value, low_rank, scale_a, scale_b) -> torch.Tensor:
+    """Return value plus the low-rank term h·uᵀ, [M, N] float32; low_rank: h and u, or None.
+
+    scale_a, scale_b: of the operands, with which h and u in 8 bits are scaled.
+    """
     if low_rank is None:
         return value
-    h, u = low_rank
+    h, u = in_16_bits(low_rank, scale_a, scale_b, torch.float32)
     return torch.addmm(value, h.float(), u.float().t())
+
+
+def in_16_bits(low_rank, scale_a, scale_b, dtype=torch.bfloat16):
+    """Return h and u as they are added after the scales: in 16 bits, or of 8 bits made `dtype`."""
+    if not in_8_bits(low_rank):
+        return low_rank
+    pairs = zip(low_rank, (scale_a, scale_b), strict=True)
+    return tuple((x.float() * scale.reshape(-1, 1)).to(dtype) for x, scale in pairs)
 
 
 def finished(value, bias, activation, gate, residual, out_dtype) -> torch.Tensor:

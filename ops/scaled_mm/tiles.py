@@ -93,8 +93,10 @@ HOPPER = (
     Row((Tile(32, 32, 256, stages=4, per_sm=3),), m_max=32),
     Row(SHORT, m_max=1024, integer=True),
     Row((Tile(128, 256, 128, 8, 8, 3, tma=True, rate=0.95), *SHORT), m_max=1024, integer=False),
-    Row((Tile(128, 128, 128, 8, 4, 3, True, True, 2),), n_max=8192, k_max=8192, integer=True),
-    Row((Tile(128, 128, 128, 4, 4, 3, True, True, 2),), integer=True),
+    # The first matrices of LoRAs, one or three below each other: reading a is all that they cost.
+    Row((Tile(128, 64, 128, 1, stages=4, tma=True, per_sm=2),), n_max=192),
+    Row((Tile(128, 128, 128, 8, 4, 3, True, True, 2),), m_max=8192, integer=True),
+    Row((Tile(128, 128, 128, 16, 4, 3, True, True, 2),), integer=True),
     Row(
         (
             Tile(128, 256, 128, 16, 8, 3, True, True),

@@ -53,7 +53,14 @@ def run_int8(
     """Return the product of INT8 operands as `scaled_mm` describes it."""
     total = torch._int_mm(aligned(_padded(a, INT8_ROWS)), aligned(b).t())[: a.shape[0]]
     value = scaled(total, scale_a, scale_b, zero_point, column_sum)
-    return finished(with_low_rank(value, low_rank), bias, activation, gate, residual, out_dtype)
+    return finished(
+        with_low_rank(value, low_rank, scale_a, scale_b),
+        bias,
+        activation,
+        gate,
+        residual,
+        out_dtype,
+    )
 
 
 def run_fp8(
@@ -82,7 +89,7 @@ def run_fp8(
         return _product(a, b, scale_a, scale_b, bias, out_dtype)
     one = scale_a.new_ones(())
     value = scaled(_product(a, b, one, one, None, torch.float32), scale_a, scale_b, None, None)
-    return finished(with_low_rank(value, low_rank), *rest)
+    return finished(with_low_rank(value, low_rank, scale_a, scale_b), *rest)
 
 
 def can_fuse(scales: str, bias, activation, gate, residual, out_dtype) -> bool:
@@ -102,7 +109,14 @@ def _run_blocks(a, b, scale_a, scale_b, bias, activation, gate, residual, out_dt
     # In memory, the scales of a column of blocks stand side by side.
     scale_a = scale_a.t().contiguous().t()
     value = _product(_padded(a, rows), b, scale_a, scale_b.t(), None, torch.float32)[:m]
-    return finished(with_low_rank(value, low_rank), bias, activation, gate, residual, out_dtype)
+    return finished(
+        with_low_rank(value, low_rank, scale_a, scale_b),
+        bias,
+        activation,
+        gate,
+        residual,
+        out_dtype,
+    )
 
 
 def _product(a, b, scale_a, scale_b, bias, out_dtype) -> torch.Tensor:

@@ -9,13 +9,17 @@ from ..launch import ALIGNMENT, TRITON_MIN, alignment, dependent
 from ..registry import Backend, Needs, capability, register
 from ..replay import empty, launch, replayed
 from . import OP
-from .check import granularity
+from .check import granularity, in_8_bits
+from .reference import in_16_bits
 from .tiles import Row, Tile, choose
 
 WARP_SIZE = 32
 # Columns of a low-rank term that are multiplied at a time: as few as the tensor cores take, and as
-# many as leave the pipeline its shared memory (64 take 32 KiB more where loops are flattened).
+# many as leave the pipeline its shared memory.
 RANK_MIN, RANK_MAX = 16, 32
+# Ranks that flattened INT8 tiles multiply at once, where the shared memory of one of Hopper's
+# multiprocessors has room.
+WHOLE, SHARED_BYTES = (16, 32, 64), 227 * 1024
 # For one scale per block of 128 x 128: BLOCK_K is 128, BLOCK_N divides it. The sum of a block
 # stands in registers beside the sum of all: large tiles have twice the warps. Compiled and tested,
 # not measured.
@@ -70,6 +74,8 @@ def run(
         # A gate and a residual take registers with which tiles are not tuned.
         known = tuning.gpu(a.device) if gate is None and residual is None else None
         tile = choose(has, processors, m, n, k, integer, out_dtype == torch.float32, known)
+    if low_rank and in_8_bits(low_rank) and not (tile.tma and all(alignment(a, b, *low_rank))):
+        low_rank = in_16_bits(low_rank, scale_a, scale_b)
     out = empty((m, n), out_dtype, a.device)
     operands = (a, b, scale_a, scale_b, bias, zero_point, column_sum)
     run_tile(out, *operands, tile, processors, activation, gate, residual, low_rank)
@@ -88,12 +94,20 @@ def parts(tile: Tile, activation: str | None, gate_rows: str | None, has_residua
     return (4 if activation else 1, 4, 8)[loaded]
 
 
-def pieces(low_rank: tuple[torch.Tensor, torch.Tensor] | None) -> tuple[int, int]:
-    """Return (rank, columns of it that are multiplied at a time), zeros for None."""
-    if low_rank is None:
-        return 0, 0
-    rank = low_rank[0].shape[1]
-    return rank, min(max(1 << (rank - 1).bit_length(), RANK_MIN), RANK_MAX)
+def pieces(tile: Tile, integer: bool, tma: bool, rank: int) -> tuple[int, bool]:
+    """Return (columns of a 16-bit low-rank term multiplied at a time, whether loops are flattened).
+
+    0 columns: all at once, with h in registers, in INT8's flattened loops where u [block_n, rank]
+    fits in Hopper's shared memory beside the pipeline. FP8 loops are not flattened: between sums
+    that the tensor cores work on ahead, another product has them wait (35% slower).
+    """
+    if not rank:
+        return 0, tile.flatten
+    pipeline = tile.stages * (tile.block_m + tile.block_n) * tile.block_k
+    room = tile.per_sm * (pipeline + 2 * tile.block_n * rank) <= SHARED_BYTES
+    if integer and tma and tile.flatten and room and rank in WHOLE:
+        return 0, True
+    return min(max(1 << (rank - 1).bit_length(), RANK_MIN), RANK_MAX), tile.flatten and integer
 
 
 @functools.cache
@@ -131,7 +145,10 @@ def run_tile(
     residual: torch.Tensor | None = None,
     low_rank: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> None:
-    """Write the product to `out` [M, N], contiguous, cut into `tile` on so many processors."""
+    """Write the product to `out` [M, N], contiguous, cut into `tile` on so many processors.
+
+    A low-rank term in 8 bits needs a tile with TMA, and operands that are aligned for it.
+    """
     kernel, describe = _imports()
     (m, k), n = a.shape, b.shape[0]
     # The stride of one row may be anything, which a descriptor does not take.
@@ -141,17 +158,25 @@ def run_tile(
     aligned = alignment(a, b, *tensors)
     # A weight that is mapped from a file may start anywhere.
     tma = tile.tma and aligned[0] and aligned[1]
+    blocks_a, blocks_b = (tile.block_m, tile.block_k), (tile.block_n, tile.block_k)
+    integer, rank, more = a.dtype == torch.int8, 0, 0
+    if low_rank and in_8_bits(low_rank):
+        more = -(-h.shape[1] // tile.block_k)
+        tensors = (*tensors[:-2], describe(h, blocks_a), describe(u, blocks_b))
+    elif low_rank:
+        rank = h.shape[1]
+    piece, flatten = pieces(tile, integer, tma, rank)
     early = dependent(a.device)
     blocks = granularity(a, b, scale_a, scale_b) == "block"
     gate_rows = None if gate is None else "one" if gate.shape[0] == 1 else "many"
     stride_scale = scale_a.stride(0) if blocks else None
     stride_gate = None if gate is None else gate.stride(0)
     stride_residual = None if residual is None else residual.stride(0)
-    stride_h, stride_u = (None if x is None else x.stride(0) for x in (h, u))
+    stride_h, stride_u = (x.stride(0) if rank else None for x in (h, u))
     constants = (
         *(tile.block_m, tile.block_n, tile.block_k, tile.group_m),
         tma,
-        a.dtype == torch.int8,
+        integer,
         "block" if blocks else "one" if scale_a.numel() == 1 else "row",
         "block" if blocks else "one" if scale_b.numel() == 1 else "row",
         bias is not None,
@@ -159,14 +184,14 @@ def run_tile(
         activation,
         gate_rows,
         residual is not None,
-        tile.flatten,
+        flatten,
         parts(tile, activation, gate_rows, residual is not None),
-        *pieces(low_rank),
+        *(rank, piece, more),
         bool(early),
     )
     arguments = (
-        describe(a, [tile.block_m, tile.block_k]) if tma else a,
-        describe(b, [tile.block_n, tile.block_k]) if tma else b,
+        describe(a, blocks_a) if tma else a,
+        describe(b, blocks_b) if tma else b,
         *(out, *tensors),
         *(m, n, k, a.stride(0), b.stride(0)),
         scale_a.stride(1) if blocks else None,

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from lowbit.ops.linear import LowRank, add_low_rank, linear, release, share
+from lowbit.ops.linear import LowRank, add_low_rank, linear, release, scaled, share
 from lowbit.quant import families, formats
 from tests.bench import runner
 
@@ -57,20 +57,25 @@ def ways(x, weight, name: str, rank: int) -> dict[str, Callable[[], torch.Tensor
     shift = torch.zeros_like(factor)
     # Alone, a layer has a matrix of its own.
     alone, small = down[:rank].contiguous(), factor[:rank]
-    in_8_bits, all_in_8_bits = beside.quantize(alone), beside.quantize(down)
-    term = LowRank(in_8_bits, up, small, shift[:rank])
+    # As the nodes have them: the strength is in the scales.
+    in_8_bits, all_in_8_bits = scaled(beside.quantize(alone), small), beside.quantize(down)
+    all_in_8_bits = scaled(all_in_8_bits, factor)
+    # A weight with one scale has the second matrix in its own format, too.
+    stored = fmt.quantize(up) if name in BESIDE else up
     in_16_bits = LowRank(alone, up, small, shift[:rank])
+
+    def alone_with(term):
+        return lambda: linear(x, packed, backend="triton", low_rank=term)
 
     def shared(key, i):
         rows = (i * rank, (i + 1) * rank)
-        return linear(x, packed, low_rank=LowRank(all_in_8_bits, up, factor, shift, rows, key))
+        return linear(x, packed, low_rank=LowRank(all_in_8_bits, stored, None, shift, rows, key))
 
     return {
-        "without": lambda: linear(x, packed, backend="triton"),
-        "in the product": lambda: linear(x, packed, backend="triton", low_rank=term),
-        "in the product, A in 16 bits": lambda: linear(
-            x, packed, backend="triton", low_rank=in_16_bits
-        ),
+        "without": alone_with(None),
+        "in the product": alone_with(LowRank(in_8_bits, stored, None, shift[:rank])),
+        "in the product, B in 16 bits": alone_with(LowRank(in_8_bits, up, None, shift[:rank])),
+        "in the product, A in 16 bits": alone_with(in_16_bits),
         "after it": lambda: add_low_rank(linear(x, packed, backend="triton"), x, in_16_bits),
         "three without": lambda: readers(lambda *_: linear(x, packed, backend="triton"), x, None),
         "three in the product": lambda: readers(shared, x, key),

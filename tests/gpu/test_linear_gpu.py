@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from lowbit.ops.linear import linear
+from lowbit.ops.linear import LowRank, linear
 from lowbit.ops.quantize_rows import quantize_rows
 from lowbit.ops.scaled_mm import scaled_mm
 from lowbit.quant import formats
@@ -199,3 +199,24 @@ def test_compiled_operations_are_one_graph():
     got = torch.compile(run, fullgraph=True)(x)
     # The compiler computes silu in float32 throughout.
     assert error(got, run(x).double()) <= 2**-7
+
+
+@pytest.mark.parametrize("gates", [1, 2, 700])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rank", [0, 32])
+def test_gate_and_residual_join_the_product(weight, gates, dtype, rank):
+    x, residual = make(2, 350, K, seed=1).to(dtype), make(2, 350, N, seed=2).to(dtype)
+    gate, bias = make(gates, N, seed=3).to(dtype), make(N, seed=4).to(dtype)
+    term = None
+    plain = want_of(x.view(-1, K), weight, bias)
+    if rank:
+        down, up = make(rank, K, seed=5) * K**-0.5, make(N, rank, seed=6) * 0.1
+        factor = torch.ones(rank, device="cuda")
+        term = LowRank(down.to(dtype), up.to(dtype), factor)
+        plain += x.view(-1, K).double() @ (up.to(dtype).double() @ down.to(dtype).double()).t()
+    got = linear(x, weight, bias, low_rank=term, gate=gate, residual=residual)
+    gated = plain * gate.double().repeat_interleave(700 // gates, 0)
+    want = (residual.view(-1, N).double() + gated).view(2, 350, N)
+    # Of what is gated; the residual is exact.
+    scale = (gated.norm() / want.norm()).item()
+    assert error(got, want) <= bound(weight, dtype) * scale + torch.finfo(dtype).eps

@@ -162,7 +162,18 @@ def quantized_term(n: int, k: int, seed: int) -> Term:
     return Term(down, one.up, one.scales, one.constants)
 
 
-@pytest.mark.parametrize("make", [lambda n, k, s: term(n, (k,), s), quantized_term])
+def term_in_fp8(n: int, k: int, seed: int) -> Term:
+    """The same LoRA with both matrices in FP8, as they stand beside a layer in FP8 on Hopper."""
+    one = term(n, (k,), seed)
+    down = Matrix(formats.get("fp8_e4m3_rowwise").quantize(one.down.weight))
+    up = Matrix(formats.get("fp8_e4m3").quantize(one.up.weight))
+    return Term(down, up, one.scales, one.constants)
+
+
+MAKERS = [lambda n, k, s: term(n, (k,), s), quantized_term, term_in_fp8]
+
+
+@pytest.mark.parametrize("make", MAKERS)
 def test_schedule_of_strengths_compiles_a_graph_for_each_set_of_loras(model, make):
     torch.compiler.reset()
     torch._dynamo.utils.counters.clear()
@@ -185,7 +196,7 @@ def test_schedule_of_strengths_compiles_a_graph_for_each_set_of_loras(model, mak
     assert not torch._dynamo.utils.counters["graph_break"]
 
 
-@pytest.mark.parametrize("make", [lambda n, k, s: term(n, (k,), s), quantized_term])
+@pytest.mark.parametrize("make", MAKERS)
 def test_strength_is_written_in_place_and_follows_a_matrix_that_was_moved(model, make):
     one, x = make(DIM, DIM, 0), torch.randn(5, DIM)
     stack = Stack((Lora({"0.ffn.0": one}, 1.0, (0.0, 1.0)),))

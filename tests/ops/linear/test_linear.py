@@ -227,3 +227,21 @@ def test_named_backend_without_its_device_raises():
     weight = weight_of("fp8_e4m3", (256, 256))
     with pytest.raises(registry.NoBackendError, match="kitchen: needs a device of"):
         linear(torch.ones(2, 256), weight, backend="kitchen")
+
+
+@pytest.mark.parametrize("gates", [None, 1, 2, 6])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gate_and_residual_come_after_the_product(fmt, gates, dtype):
+    weight = weight_of(fmt.name, SHAPES[1])
+    x, residual = make(2, 3, 256, dtype=dtype), make(2, 3, 33, dtype=dtype, seed=2)
+    gate = None if gates is None else make(gates, 33, dtype=dtype, seed=3)
+    before = residual.clone()
+    got = linear(x, weight, gate=gate, residual=residual)
+    rows = 1.0 if gate is None else gate.double().repeat_interleave(6 // gates, 0).view(-1, 33)
+    out = linear(x, weight).double().view(6, 33) * rows
+    want = (residual.double().view(6, 33) + out).view(2, 3, 33)
+    assert (got.dtype, got.shape) == (dtype, want.shape)
+    assert error(got, want) <= 2 * torch.finfo(dtype).eps
+    assert torch.equal(residual, before)
+    if gate is not None:
+        assert error(linear(x, weight, gate=gate), out.view(2, 3, 33)) <= 2 * torch.finfo(dtype).eps

@@ -1,8 +1,12 @@
 """The low-rank term of linear layers, in every format: against float64, and against merging."""
 
+import math
+
 import pytest
 import torch
 
+from lowbit.ops import linear as package
+from lowbit.ops import registry
 from lowbit.ops.linear import (
     LowRank,
     add_low_rank,
@@ -13,6 +17,8 @@ from lowbit.ops.linear import (
     stacked,
 )
 from lowbit.ops.linear import activation as activations
+from lowbit.ops.linear import low_rank as terms_module
+from lowbit.ops.linear import triton as backend
 from lowbit.ops.scaled_mm import scaled_mm
 from lowbit.quant import formats
 
@@ -119,6 +125,106 @@ def test_stacked_terms_are_their_sum(layer, in_8_bits):
     assert error(got, want) <= 8 * BF16
 
 
+@pytest.fixture
+def summing(monkeypatch):
+    """Let the backend of Hopper run here; return the terms that are summed in 8 bits."""
+    seen, widen = [], package.widen_rows
+
+    def run(x, weight, bias, **epilogue):
+        return backend.run_quantized(x, weight, bias, "reference", **epilogue)
+
+    needs = registry.Needs(frozenset())
+    ours = registry.Backend("linear", "ours", 0, needs, run, run, True, True)
+    select = registry.select
+    monkeypatch.setattr(
+        registry, "select", lambda op, *rest: ours if op == "linear" else select(op, *rest)
+    )
+    monkeypatch.setattr(terms_module, "capability", lambda device: (9, 0))
+    monkeypatch.setattr(terms_module, "JOINS_ROWS", 8)
+    monkeypatch.setattr(package, "widen_rows", lambda *a: seen.append(1) or widen(*a))
+    return seen
+
+
+def in_fp8(down, up, strength=STRENGTH, **given) -> LowRank:
+    row, one = formats.get("fp8_e4m3_rowwise"), formats.get("fp8_e4m3")
+    return term(row.quantize(down), one.quantize(up), strength, **given)
+
+
+@pytest.mark.parametrize("strength", [0.0, 1e-3, STRENGTH, 50.0, 1e6])
+def test_term_in_fp8_is_summed_with_a_weight_in_fp8(layer, summing, strength):
+    """However large it is: beyond some size, rows of x give way."""
+    x, weight, bias, down, up = layer
+    x[3], x[4, 5] = 0, 100
+    fmt = formats.get("fp8_e4m3")
+    got = linear(x, fmt.quantize(weight), bias, low_rank=in_fp8(down, up, strength))
+    want = x.double() @ (weight.double() + strength * up.double() @ down.double()).t()
+    assert len(summing) == 1
+    # Three factors are rounded in the term, two in the layer's own.
+    assert error(got, want + bias.double()) <= 1.5 * 2**0.5 * fmt.max_error
+    assert torch.equal(got[3], bias)
+
+
+def test_bias_of_a_term_reaches_a_token_of_zeros(layer, summing):
+    x, weight, bias, down, up = layer
+    x[3], down[2] = 0, 0
+    shift = torch.zeros(R)
+    shift[2] = 3
+    packed = formats.get("fp8_e4m3").quantize(weight)
+    got = linear(x, packed, bias, low_rank=in_fp8(down, up, shift=shift))
+    assert summing and error(got[3], bias.double() + 3 * up[:, 2].double()) <= 0.05
+
+
+def test_input_act_is_summed_too(layer, summing):
+    x, weight, bias, down, up = layer
+    packed = formats.get("fp8_e4m3").quantize(weight)
+    got = linear(x, packed, bias, input_act="gelu_tanh", low_rank=in_fp8(down, up))
+    active = torch.nn.functional.gelu(x, approximate="tanh")
+    assert summing and error(got, wanted(active, weight, bias, down, up)) <= 0.08
+
+
+def test_what_cannot_be_summed_in_fp8_is_added_in_16_bits(layer, summing):
+    x, weight, bias, down, up = layer
+    fmt, low_rank = formats.get("fp8_e4m3"), in_fp8(down, up)
+    packed = fmt.quantize(weight)
+    cases = [
+        (x[:7], packed, "few rows"),
+        (x, formats.get("fp8_e4m3_rowwise").quantize(weight), "a scale per channel"),
+        (x, formats.get("int8_convrot").quantize(weight), "another format"),
+        (x.float(), packed, "float32"),
+        # Its owner's, not to be written to.
+        (quantize_activation(x, packed), packed, "quantized before"),
+    ]
+    for given, w, what in cases:
+        got = linear(given, w, bias, low_rank=low_rank)
+        rows = x[: math.prod(got.shape[:-1])]
+        assert error(got, wanted(rows, weight, bias, down, up)) <= 0.08, what
+    assert not summing
+    in_16_bits = term(formats.get("fp8_e4m3_rowwise").quantize(down), up)
+    linear(x, packed, bias, low_rank=in_16_bits)
+    assert not summing
+
+
+def test_terms_in_fp8_stack_to_one_in_fp8(layer, summing):
+    """Of scales that differ, and with a bias in the second."""
+    x, weight, bias, down, up = layer
+    down[2], shift = 0, torch.zeros(R)
+    shift[2] = 3
+    one, two = in_fp8(down, up), in_fp8(down, 20 * up, 0.1, shift=shift)
+    packed = formats.get("fp8_e4m3").quantize(weight)
+    got = linear(x, packed, bias, low_rank=stacked([one, two]))
+    merged = weight.double() + (STRENGTH + 2) * up.double() @ down.double()
+    want = x.double() @ merged.t() + bias.double() + 60 * up[:, 2].double()
+    assert len(summing) == 1 and error(got, want) <= 0.06
+    mixed = linear(x, packed, bias, low_rank=stacked([term(down, up), two]))
+    assert len(summing) == 1 and error(mixed, want) <= 0.06
+
+
+def test_second_matrix_in_fp8_is_added_to_any_result(layer):
+    x, weight, bias, down, up = layer
+    out = torch.nn.functional.linear(x, weight, bias)
+    assert error(add_low_rank(out, x, in_fp8(down, up)), wanted(*layer)) <= 0.06
+
+
 def test_layers_that_share_an_input_project_it_once(layer, monkeypatch):
     x, weight, _, down, up = layer
     fmt = formats.get("int8_convrot")
@@ -200,7 +306,8 @@ def test_kinds_stay_those_of_the_weight(layer):
     ("h", "u", "kind", "message"),
     [
         (torch.ones(3, 16), torch.ones(8, 16), TypeError, "h is torch.float32"),
-        (torch.ones(3, 16).half(), torch.ones(8, 16).bfloat16(), TypeError, "u is"),
+        (torch.ones(3, 16).half(), torch.ones(8, 16).bfloat16(), TypeError, "u torch.bfloat16"),
+        (torch.ones(3, 8).char(), torch.ones(8, 8).char(), ValueError, "multiples of 16"),
         (torch.ones(4, 16).half(), torch.ones(8, 16).half(), ValueError, r"\[3, R\]"),
         (torch.ones(3, 16).half(), torch.ones(8, 8).half(), ValueError, r"\[8, R\]"),
         (torch.ones(16, 3).half().t(), torch.ones(8, 16).half(), ValueError, "strides"),
