@@ -29,10 +29,10 @@ INTERPRETED := tests/ops/test_interpreted.py
 PARTS := test-compiled test-host test-quant test-rest test-interpreted test-browser
 .PHONY: $(PARTS)
 
-test: lint tritons
+test: lint
 	$(MAKE) --keep-going --output-sync=target --jobs=2 $(PARTS)
 
-test-compiled:
+test-compiled: tritons
 	$(PYTEST) $(COMPILED)
 
 test-interpreted:
