@@ -3,7 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 OUT ?= demo
-PYTEST := $(BIN)/python -m pytest -m "not gpu and not slow"
+# Parts run side by side, ComfyUI within them: more threads only wait for each other.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu and not slow"
 # Without byte code: of the many modules that torch and diffusers bring, tests import few.
 PIP := $(BIN)/python -m pip install --quiet --no-compile
 
