@@ -3,37 +3,48 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 OUT ?= demo
-PYTEST := $(BIN)/python -m pytest -m "not gpu and not slow"
-KERNEL_TESTS := tests/ops/test_aot.py tests/ops/test_aot_fp4.py tests/ops/attention/test_aot.py \
-	tests/ops/attention/test_interpreted.py tests/ops/test_interpreted.py \
-	tests/ops/test_triton_versions.py tests/ops/attention_fp4
+# Parts run side by side, ComfyUI within them: more threads only wait for each other.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu and not slow"
+# Without byte code: of the many modules that torch and diffusers bring, tests import few.
+PIP := $(BIN)/python -m pip install --quiet --no-compile
 
-.PHONY: demo test test-kernels test-rest tritons aot lint format clean
+.PHONY: demo test tritons aot lint format clean
 
 $(VENV)/.ready: pyproject.toml requirements.txt constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet -c constraints.txt torch==2.13.0
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[demo]"
+	$(PIP) -c constraints.txt torch==2.13.0 -e ".[demo]"
 	touch $@
 
-$(VENV)/.ready-test: $(VENV)/.ready
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[test]"
-	touch $@
+$(VENV)/.ready-test: pyproject.toml requirements.txt constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) -c constraints.txt torch==2.13.0 -e ".[demo,test]"
+	touch $(VENV)/.ready $@
 
 demo: $(VENV)/.ready
 	$(BIN)/lowbit demo --out $(OUT)
 
-# Two processes on two cores, of about the same length where there is a ComfyUI: what compiles and
-# interprets kernels, with the quantizer's tests; and all the rest.
-FIRST_TESTS := $(KERNEL_TESTS) tests/quant
-test: lint tritons
-	$(MAKE) --output-sync=target -j 2 test-kernels test-rest
+# In parts, two at a time, the longest first: one core each, and neither waits for the other.
+COMPILED := tests/ops/test_aot.py tests/ops/test_aot_fp4.py tests/ops/attention/test_aot.py \
+	tests/ops/test_triton_versions.py tests/ops/attention_fp4
+INTERPRETED := tests/ops/test_interpreted.py
+PARTS := test-compiled test-host test-quant test-rest test-interpreted test-browser
+.PHONY: $(PARTS)
 
-test-kernels:
-	$(PYTEST) $(FIRST_TESTS)
+test: lint
+	$(MAKE) --keep-going --output-sync=target --jobs=2 $(PARTS)
 
+test-compiled: tritons
+	$(PYTEST) $(COMPILED)
+
+test-interpreted:
+	$(PYTEST) $(INTERPRETED)
+
+test-host test-quant test-browser:
+	$(PYTEST) tests/$(@:test-%=%)
+
+APART := $(COMPILED) $(INTERPRETED) tests/host tests/quant tests/browser
 test-rest:
-	$(PYTEST) $(FIRST_TESTS:%=--ignore=%)
+	$(PYTEST) $(APART:%=--ignore=%)
 
 # The oldest and the newest Triton, with which the kernels are compiled too.
 tritons: $(VENV)/.ready-test
@@ -41,7 +52,7 @@ tritons: $(VENV)/.ready-test
 
 build/triton-%/.ready:
 	rm -rf $(@D)
-	$(BIN)/python -m pip install --quiet --no-deps --target $(@D) triton==$*
+	$(PIP) --no-deps --target $(@D) triton==$*
 	touch $@
 
 # make aot TRITON=3.7.1: all kernels with one more.

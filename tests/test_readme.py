@@ -1,5 +1,6 @@
 """The README: its generated tables are current, and its commands run."""
 
+import json
 import re
 import shlex
 import subprocess
@@ -92,17 +93,48 @@ def commands() -> list[str]:
 APART = ("lowbit demo", "lowbit tune")
 
 
-@pytest.mark.parametrize("line", [c for c in commands() if not c.startswith(APART)])
-def test_command_runs(line, tmp_path):
-    files = {name: tmp_path / f"{name}.safetensors" for name in ("SRC", "FILE", "A", "B")}
+LINES = [c for c in commands() if not c.startswith(APART)]
+# Each command in a process of its own, forked before anything of ours is imported: what takes long
+# is to import torch. Writes a file of what each printed, and prints their exit codes.
+EACH_APART = """
+import json, os, runpy, sys
+import comfy_kitchen, torch
+codes = []
+for number, words in enumerate(json.loads(sys.argv[1])):
+    child = os.fork()
+    if not child:
+        for stream, name in ((1, "out"), (2, "err")):
+            os.dup2(os.open(f"{number}.{name}", os.O_WRONLY | os.O_CREAT), stream)
+        sys.argv = ["lowbit", *words]
+        runpy.run_module("lowbit", run_name="__main__")
+    codes.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+print(json.dumps(codes))
+"""
+
+
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory):
+    """What became of each line: (exit code, stdout, stderr)."""
+    folder = tmp_path_factory.mktemp("readme")
+    files = {name: folder / f"{name}.safetensors" for name in ("SRC", "FILE", "A", "B")}
     for path in files.values():
         write_wan(path)
-    files["QUANTIZED"] = tmp_path / "QUANTIZED.safetensors"
+    files["QUANTIZED"] = folder / "QUANTIZED.safetensors"
     quantize_file(files["SRC"], files["QUANTIZED"], "fp8_e4m3")
-    files["DST"] = tmp_path / "DST.safetensors"
-    words = [str(files.get(word, word)) for word in shlex.split(line)[1:]]
-    run = subprocess.run(
-        [sys.executable, "-m", "lowbit", *words], capture_output=True, text=True, check=False
-    )
-    assert run.returncode == 0, run.stderr
-    assert run.stdout.strip()
+    found = []
+    for number, line in enumerate(LINES):
+        files["DST"] = folder / f"DST{number}.safetensors"
+        found.append([str(files.get(word, word)) for word in shlex.split(line)[1:]])
+    command = [sys.executable, "-c", EACH_APART, json.dumps(found)]
+    run = subprocess.run(command, capture_output=True, text=True, check=True, cwd=folder)
+    return {
+        line: (code, *((folder / f"{number}.{end}").read_text() for end in ("out", "err")))
+        for number, (line, code) in enumerate(zip(LINES, json.loads(run.stdout), strict=True))
+    }
+
+
+@pytest.mark.parametrize("line", LINES)
+def test_command_runs(ran, line):
+    code, out, err = ran[line]
+    assert code == 0, err
+    assert out.strip()

@@ -1,8 +1,8 @@
 import json
+import os
 import resource
 import signal
-import subprocess
-import sys
+import time
 
 import pytest
 import torch
@@ -10,31 +10,29 @@ from safetensors.torch import load_file
 
 from lowbit.cli import quantize
 from lowbit.quant import formats
-from tests.cli import files
-
-# Runs the command line, tells on stdout when it is in the middle of writing, and waits.
-HANGS_WHILE_WRITING = """
-import sys, time
-from lowbit.cli import main
 from lowbit.quant.checkpoint import CheckpointWriter
+from tests.cli import files
+from tests.cli.forked import forked
 
-add = CheckpointWriter.add
-
-def add_and_wait(self, name, tensor):
-    add(self, name, tensor)
-    if name.endswith("ffn.0.weight"):
-        print("writing", flush=True)
-        time.sleep(60)
-
-CheckpointWriter.add = add_and_wait
-sys.exit(main(sys.argv[1:]))
-"""
 OLD = b"what was there before"
 SMALL_FILE_BYTES = 1 << 20
 
 
 def quantize_command(source, target, *more):
     return ["quantize", str(source), str(target), "--format", "fp8_e4m3", *more]
+
+
+def hang_while_writing():
+    """Have this process tell on stdout when it is in the middle of writing, and wait."""
+    add = CheckpointWriter.add
+
+    def add_and_wait(self, name, tensor):
+        add(self, name, tensor)
+        if name.endswith("ffn.0.weight"):
+            print("writing", flush=True)
+            time.sleep(60)
+
+    CheckpointWriter.add = add_and_wait
 
 
 def only(folder):
@@ -196,13 +194,12 @@ def test_killed_while_writing_leaves_the_target_as_it_was(wan, tmp_path, number,
     target = tmp_path / "o.safetensors"
     if before:
         target.write_bytes(before)
-    command = [sys.executable, "-c", HANGS_WHILE_WRITING]
-    command += quantize_command(wan, target, "--overwrite", "--json")
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
-        assert process.stdout.readline() == b"writing\n"
-        process.send_signal(number)
-        out, err = process.communicate(timeout=60)
-    assert process.returncode == code
+    command = quantize_command(wan, target, "--overwrite", "--json")
+    with forked(command, hang_while_writing) as (process, stdout, stderr):
+        assert stdout.readline() == b"writing\n"
+        os.kill(process.pid, number)
+        out, err = stdout.read(), stderr.read()
+    assert process.exitcode == code
     assert (target.read_bytes() if target.exists() else None) == before
     if number != signal.SIGKILL:
         assert only(tmp_path) == (["o.safetensors"] if before else [])
@@ -218,11 +215,11 @@ def test_full_disk_is_told_and_leaves_the_target(wan, tmp_path, limit):
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
 
-    command = [sys.executable, "-B", "-m", "lowbit"]
-    command += quantize_command(wan, target, "--overwrite", "--json")
-    done = subprocess.run(command, capture_output=True, preexec_fn=limit_files, timeout=120)
-    assert done.returncode == 2
-    assert done.stderr.decode() == f"lowbit: {target}: File too large\n" and not done.stdout
+    command = quantize_command(wan, target, "--overwrite", "--json")
+    with forked(command, limit_files) as (process, stdout, stderr):
+        out, err = stdout.read(), stderr.read()
+    assert process.exitcode == 2
+    assert err.decode() == f"lowbit: {target}: File too large\n" and not out
     assert target.read_bytes() == OLD
     assert only(tmp_path) == ["o.safetensors"]
 

@@ -98,12 +98,22 @@ def test_product_with_scales_of_blocks_is_that_of_the_reference(tile, shape, dty
     torch.testing.assert_close(got, want, rtol=0, atol=2**-21 * want.abs().max().item())
 
 
-@pytest.mark.parametrize("parts", [1, 8])
-@pytest.mark.parametrize("activation", [None, "gelu_tanh"])
-@pytest.mark.parametrize("gates", [0, 1, 2, 18])
-@pytest.mark.parametrize("kept", [None, torch.float16])
+# Each of these with each of the others.
+PAIRS = [
+    (0, 1, None, None),
+    (0, 8, "gelu_tanh", torch.float16),
+    (1, 8, None, torch.float16),
+    (1, 1, "gelu_tanh", None),
+    (2, 1, "gelu_tanh", torch.float16),
+    (2, 8, None, None),
+    (18, 8, "gelu_tanh", None),
+    (18, 1, None, torch.float16),
+]
+
+
+@pytest.mark.parametrize(("gates", "parts", "activation", "kept"), PAIRS)
 def test_what_follows_the_sums_is_that_of_the_reference(
-    parts, activation, gates, kept, monkeypatch
+    gates, parts, activation, kept, monkeypatch
 ):
     """However many parts a tile is cut into; gate and residual lie apart, and stay as they are."""
     monkeypatch.setattr(mm_triton, "parts", lambda *_: parts)
@@ -121,8 +131,16 @@ def test_what_follows_the_sums_is_that_of_the_reference(
 
 
 # The last of the tiles flattens its loops, and has room for some ranks as a whole.
-@pytest.mark.parametrize("rank", [1, 16, 40, 64, 96])
-@pytest.mark.parametrize("out", [torch.float32, torch.float16])
+@pytest.mark.parametrize(
+    ("rank", "out"),
+    [
+        (1, torch.float16),
+        (16, torch.float32),
+        (40, torch.float16),
+        (64, torch.float16),
+        (96, torch.float32),
+    ],
+)
 def test_low_rank_term_is_that_of_the_reference(rank, out):
     """Before the bias and the activation; h lies apart, as a part of what layers share."""
     m, n, k = 37, 50, 96
@@ -191,9 +209,16 @@ def test_what_is_not_finite_shows_in_its_row_and_no_other(bad):
     assert torch.equal(got, clean)
 
 
-@pytest.mark.parametrize("source", [torch.float16, torch.float32])
-@pytest.mark.parametrize(("k", "rotate"), [(256, True), (1792, True), (16, False), (1000, False)])
-def test_int8_rows_are_those_of_the_reference(source, k, rotate):
+@pytest.mark.parametrize(
+    ("k", "rotate", "source"),
+    [
+        *((256, True, source) for source in (torch.float16, torch.float32)),
+        *((16, False, source) for source in (torch.float16, torch.float32)),
+        (1792, True, torch.float16),
+        (1000, False, torch.float32),
+    ],
+)
+def test_int8_rows_are_those_of_the_reference(k, rotate, source):
     x = make(5, k, dtype=source)
     x[1] = 0
     stored, scale = rows_triton.run(x, torch.int8, rotate)

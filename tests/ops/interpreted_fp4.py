@@ -12,7 +12,6 @@ from lowbit.ops.fp4_mm import reference as mm_reference
 from lowbit.ops.fp4_mm import triton as mm_triton
 
 E4M3 = torch.float8_e4m3fn
-SHAPES = [(1, 64), (130, 1088)]
 
 
 def weight(n: int, k: int, group: int, seed: int = 0):
@@ -26,12 +25,16 @@ def weight(n: int, k: int, group: int, seed: int = 0):
     return packed, scale.to(torch.uint8), torch.tensor(0.37)
 
 
-@pytest.mark.parametrize("group", [16, 32])
-@pytest.mark.parametrize(("n", "k"), SHAPES)
 @pytest.mark.parametrize(
-    ("dtype", "short"), [(torch.float32, 0), (torch.float16, 5), (torch.bfloat16, 0), (E4M3, 5)]
+    ("group", "dtype", "short", "n", "k"),
+    [
+        *((16, d, s, 1, 64) for d, s in ((torch.float32, 0), (torch.float16, 5), (E4M3, 5))),
+        *((32, d, s, 1, 64) for d, s in ((torch.bfloat16, 0), (torch.float16, 5), (E4M3, 5))),
+        *((16, d, s, 130, 1088) for d, s in ((torch.float16, 5), (torch.bfloat16, 0), (E4M3, 5))),
+        *((32, d, s, 130, 1088) for d, s in ((torch.float32, 0), (E4M3, 5))),
+    ],
 )
-def test_decoded_weight_is_that_of_the_reference(group, n, k, dtype, short):
+def test_decoded_weight_is_that_of_the_reference(group, dtype, short, n, k):
     """short: columns that are padding."""
     arguments = (*weight(n, k, group), n, k - short, group, dtype)
     got, rows = decode_triton.run(*arguments)
@@ -67,12 +70,16 @@ TILES = [
 ]
 
 
-@pytest.mark.parametrize("group", [16, 32])
-@pytest.mark.parametrize("tile", TILES, ids=str)
+PRODUCTS = [(1, 48, 64, True), (37, 20, 448, False), (16, 130, 320, True)]
+
+
 @pytest.mark.parametrize(
-    ("m", "n", "k", "biased"), [(1, 48, 64, True), (37, 20, 448, False), (16, 130, 320, True)]
+    ("tile", "product", "group"),
+    [(t, p, (16, 32)[(t + p) % 2]) for t in range(len(TILES)) for p in range(len(PRODUCTS))],
 )
-def test_product_is_that_of_the_reference(group, tile, m, n, k, biased):
+def test_product_is_that_of_the_reference(tile, product, group):
+    """Each tile with each product, and both groups with each of either."""
+    tile, (m, n, k, biased) = TILES[tile], PRODUCTS[product]
     packed, scale, tensor_scale = weight(n, k, group)
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(m, k, generator=generator).half()

@@ -80,13 +80,16 @@ def attend(mode, arch: int, width: int, mask: int = NO_MASK, causal: bool = Fals
 
 
 def cases() -> list:
-    """Every mode where its instructions are; every head size on two architectures."""
+    """Every mode where its instructions are; every head size on one architecture, the largest on
+    one with little shared memory too.
+    """
     return [
         pytest.param(mode, arch, width, id=f"{arch}-{mode.name}-{width}")
         for mode in MODES.values()
         for arch in ARCHITECTURES
         for width in (64, 128, 256)
-        if mode.capability <= (arch // 10, arch % 10) and (width == 128 or arch in (86, HOPPER))
+        if mode.capability <= (arch // 10, arch % 10)
+        and (width == 128 or arch == HOPPER or (width == 256 and arch == 86))
     ]
 
 
@@ -155,14 +158,16 @@ def quantizers(steps: dict, arch: int, rotate: bool) -> list:
 @pytest.mark.parametrize(
     ("arch", "name", "rotate"),
     [
-        *((arch, "none", False) for arch in (80, 89, HOPPER, 100, 120)),
+        # Of V, which has no prologue, everywhere; of the rest, what does more is below.
+        *((arch, "none", False) for arch in ARCHITECTURES),
         *((arch, "token", True) for arch in ARCHITECTURES),
         *((arch, "head", False) for arch in (86, HOPPER)),
     ],
 )
 def test_quantizers_keep_a_tile_in_registers(arch, name, rotate, tmp_path):
     for kernel, constants, warps, stored in quantizers(PROLOGUES[name], arch, rotate):
-        if kernel is prepare.quantize_v_kernel and name != "none":
+        of_v = kernel is prepare.quantize_v_kernel
+        if of_v != (name == "none") and not (name == "none" and arch in (80, HOPPER)):
             continue
         options = {"types": {"stored": f"*{stored}"}, **prepare_module.options(warps)}
         done = compiled(kernel, constants, arch, **options)
