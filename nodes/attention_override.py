@@ -220,7 +220,8 @@ class Override:
         if forward is None or not forward.active or not self._in_blocks(transformer):
             return None
         call = read_call(q, k, v, **options)
-        meant = call is not None and self.layers in (ALL, layer_of(call, forward))
+        # Not asked where it does not matter: a compiled graph would be one for each length of text.
+        meant = call is not None and (self.layers == ALL or self.layers == layer_of(call, forward))
         return call if meant else None
 
     def _in_blocks(self, transformer: dict) -> bool:

@@ -249,6 +249,13 @@ def _takes(module: torch.nn.Module, weight: torch.Tensor) -> bool:
     return ours and getattr(module, "pre_quant_scale", None) is None
 
 
+def has_terms(module: torch.nn.Module) -> bool:
+    """Return whether a layer has terms that act in this run."""
+    if not isinstance(module, WithTerms):
+        return False
+    return any(module._stack.acting[index] for index, _ in module._terms)
+
+
 def low_ranks_of(module: torch.nn.Module, x: torch.Tensor) -> list[LowRank]:
     """Return a layer's terms for the input x, those that act in this run, as one sum.
 

@@ -102,7 +102,7 @@ def fused(plain: torch.nn.Module, record: FeedForward, run: Callable) -> torch.n
     Returns `plain` itself where it is such a copy, or has another activation.
     """
     activations = [m.approximate for m in plain.modules() if hasattr(m, "approximate")]
-    if isinstance(plain, Fused) or activations != ["tanh"]:
+    if isinstance(plain, Fused) or activations != ["tanh"] or not has_own_forward(plain):
         return plain
     return copied(plain, FusedFeedForward, (record.first, record.second, run))
 
@@ -114,11 +114,21 @@ def moved(other: Fused, plain: torch.nn.Module) -> torch.nn.Module:
 
 
 def copied(plain: torch.nn.Module, mixin: type[Fused], fusion: object) -> torch.nn.Module:
-    """Return a copy of a module, with the same children, with `mixin` before its class."""
+    """Return a copy of a module, with the same children, with `mixin` before its class.
+
+    A `forward` of the module's own, put there by others, is left behind.
+    """
     copy = object.__new__(_fused_class(mixin, type(plain)))
-    copy.__dict__ = dict(plain.__dict__)
+    copy.__dict__ = {name: value for name, value in vars(plain).items() if name != "forward"}
     copy.__dict__["_fusion"] = fusion
     return copy
+
+
+def has_own_forward(module: torch.nn.Module) -> bool:
+    """Return whether a module's `forward` is that of its class; others assign to it."""
+    assigned = vars(module).get("forward")
+    # ComfyUI gives back what it replaced as an attribute: the method of the class, bound.
+    return assigned is None or getattr(assigned, "__func__", None) is type(module).forward
 
 
 @functools.cache

@@ -1,10 +1,13 @@
 """Layers of the host whose steps join our kernels: norm, modulation, rotary embedding, gate.
 
 A layer is replaced by a copy of the same children below its own class. Where ours take no call,
-or another patch wants what lies between, the host's own code runs.
+where another patch or hook wants what lies between, and in training, the host's own code runs.
+Attention: of all Wans and of Qwen-Image, without a mask. Blocks: of Wan but VACE's own and those of
+other classes, of Qwen-Image but with a mask or references at a time of their own.
 Source: ComfyUI 0.33 comfy/ldm/wan/model.py, comfy/ldm/qwen_image/model.py.
 """
 
+import functools
 import logging
 from types import CodeType
 
@@ -17,15 +20,18 @@ from .wan import WanBlock, WanSelfAttention
 
 logger = logging.getLogger(__name__)
 
-# The host's classes -> what is mixed into them, and the names that the host's own forward uses.
-# Another version of it may do more, and then stays as it is.
+# The host's classes -> what is mixed into them, and the names that the host's own forward uses, its
+# arguments first. Another version of it, or another pack's, may do more, and then stays as it is.
 ATTENTION = {
     "comfy.ldm.wan.model.WanSelfAttention": (
         WanSelfAttention,
+        "x freqs transformer_options",
         "apply_rope1 get head_dim k norm_k norm_q num_heads o optimized_attention q shape v view",
     ),
     "comfy.ldm.qwen_image.model.Attention": (
         QwenAttention,
+        "hidden_states encoder_hidden_states encoder_hidden_states_mask attention_mask "
+        "image_rotary_emb transformer_options",
         "add_k_proj add_q_proj add_v_proj apply_rope1 cat contiguous copy device dtype get heads "
         "norm_added_k norm_added_q norm_k norm_q optimized_attention_masked shape to_add_out to_k "
         "to_out to_q to_v torch transpose view zeros",
@@ -34,11 +40,14 @@ ATTENTION = {
 BLOCKS = {
     "comfy.ldm.wan.model.WanAttentionBlock": (
         WanBlock,
+        "x e freqs context context_img_len transformer_options",
         "addcmul cast_to chunk comfy contiguous cross_attn device dtype ffn get model_management "
         "modulation ndim norm1 norm2 norm3 repeat_e self_attn torch unbind unsqueeze",
     ),
     "comfy.ldm.qwen_image.model.QwenImageTransformerBlock": (
         QwenBlock,
+        "hidden_states encoder_hidden_states encoder_hidden_states_mask temb image_rotary_emb "
+        "timestep_zero_index transformer_options",
         "_apply_gate _modulate addcmul attn chunk img_mlp img_mod img_norm1 img_norm2 torch "
         "txt_mlp txt_mod txt_norm1 txt_norm2",
     ),
@@ -52,16 +61,28 @@ def fused(plain: torch.nn.Module, known: dict, host: Host) -> torch.nn.Module:
     version of it, or computes something else than the copy would.
     """
     kind = type(plain)
-    mixin, names = known.get(f"{kind.__module__}.{kind.__qualname__}", (None, ""))
+    mixin, arguments, names = known.get(f"{kind.__module__}.{kind.__qualname__}", (None, "", ""))
     if mixin is None or not mixin.fits(plain):
         return plain
-    if unknown := _names(kind.forward.__code__) - set(names.split()):
-        logger.info(
-            "LowBit: this ComfyUI's %s also uses %s; it runs as ComfyUI has it",
-            *(kind.__qualname__, ", ".join(sorted(unknown))),
-        )
+    if not _is_known(kind, tuple(arguments.split()), frozenset(names.split())):
         return plain
     return fusion.copied(plain, mixin, host)
+
+
+@functools.cache
+def _is_known(kind: type, arguments: tuple[str, ...], names: frozenset[str]) -> bool:
+    """Return whether a class computes what it did when ours was written; says so where not."""
+    method, code = kind.forward, getattr(kind.forward, "__code__", None)
+    same = code is not None and method.__module__ == kind.__module__ and not code.co_freevars
+    # The first one is self.
+    same = same and code.co_varnames[1 : code.co_argcount] == arguments and _names(code) == names
+    if not same:
+        logger.warning(
+            "LowBit: %s is another one than in ComfyUI 0.33, or changed by another pack: its steps "
+            "run as they are there, outside of our kernels",
+            kind.__qualname__,
+        )
+    return same
 
 
 def _names(code: CodeType) -> set[str]:

@@ -16,7 +16,8 @@ def override_for(like: torch.Tensor, heads: int, transformer_options: dict) -> O
 
     like: as q, k and v are to be, [B, L, H·D].
     """
-    if "attn1_patch" in transformer_options.get("patches", {}):
+    # There are no gradients, and patches get q and k as the host has them.
+    if torch.is_grad_enabled() or "attn1_patch" in transformer_options.get("patches", {}):
         return None
     return with_prologue(like, heads, transformer_options)
 

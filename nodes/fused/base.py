@@ -13,7 +13,7 @@ from ...quant import fusion
 class Host:
     """What the host does for its layers, wherever their weights are.
 
-    norm_weight: (norm, like) -> context with (its weight, None) on the device of `like`.
+    norm_weight: (norm, like) -> its weight on the device of `like`, to be kept.
     cast: (parameter, like) -> it in the dtype and on the device of `like`.
     run: (linear, x, act, gate, residual) -> residual + gate · linear(act(x)); act: "gelu_tanh" or
     None; gate [B, T, N], one for L / T tokens each, and residual [B, L, N], or neither.
@@ -87,26 +87,31 @@ def have_one_eps(norms: Sequence[torch.nn.Module]) -> bool:
     return alike and norms[0].eps is not None and len({norm.eps for norm in norms}) == 1
 
 
-def is_untouched(module: torch.nn.Module) -> bool:
-    """Return whether a layer does what its class does, and the class is the host's or ours."""
-    known = isinstance(module, fusion.Fused) or type(module).__module__.startswith("comfy.")
+def are_untouched(*modules: torch.nn.Module) -> bool:
+    """Return whether layers do what their classes do, and these are the host's, torch's or ours."""
+    return all(_is_untouched(module) for module in modules)
+
+
+def _is_untouched(module: torch.nn.Module) -> bool:
+    known = isinstance(module, fusion.Fused)
+    known = known or type(module).__module__.startswith(("comfy.", "torch.nn."))
     hooks = module._forward_hooks or module._forward_pre_hooks
-    return known and not hooks and "forward" not in vars(module)
+    return known and not hooks and fusion.has_own_forward(module)
 
 
 def run_feed_forward(
     host: Host,
     whole: torch.nn.Module,
-    layers: Sequence[torch.nn.Module],
+    layers: Callable[[torch.nn.Module], Sequence[torch.nn.Module]],
     given: Modulated,
     gate: torch.Tensor,
 ) -> torch.Tensor:
     """Return x + gate · second(gelu(first(norm(x) modulated))).
 
-    whole: the feed-forward of `layers`, the first and the second.
+    whole: the feed-forward; layers: gives its first and second layer.
     """
-    if not is_untouched(whole):
+    if not are_untouched(whole, given.norm):
         return gated(given.x, whole(given.plain()), gate)
-    first, second = layers
+    first, second = layers(whole)
     (h,) = host.run_after((first,), given)
     return host.run(second, h, "gelu_tanh", gate, given.x)

@@ -9,9 +9,9 @@ from .attention import Projections, attend, override_for, tables
 from .base import (
     Layer,
     Modulated,
+    are_untouched,
     have_one_eps,
     is_plain_norm,
-    is_untouched,
     run_feed_forward,
 )
 
@@ -22,8 +22,11 @@ class QwenAttention(Layer):
     @classmethod
     def fits(cls, plain) -> bool:
         """Return whether the four norms are RMS norms alike."""
-        norms = (plain.norm_q, plain.norm_k, plain.norm_added_q, plain.norm_added_k)
-        return have_one_eps(norms)
+        return have_one_eps(cls.norms(plain))
+
+    def norms(self) -> tuple[torch.nn.Module, ...]:
+        """Return the norms of q and k, the image's and the text's."""
+        return self.norm_q, self.norm_k, self.norm_added_q, self.norm_added_k
 
     @property
     def of_image(self) -> tuple[torch.nn.Module, ...]:
@@ -73,9 +76,10 @@ class QwenAttention(Layer):
         """
         first = text.shape[1]
         tokens = first + image.shape[1]
-        # The model gives every item of a batch the same places.
-        freqs = freqs[:1] if torch.is_tensor(freqs) else freqs
-        found, override = tables(freqs, tokens, self.dim_head), None
+        found, override = None, None
+        if are_untouched(*self.norms()):
+            freqs = _of_one_item(freqs, transformer_options)
+            found = tables(freqs, tokens, self.dim_head)
         if found:
             like = image[:, :1].expand(-1, tokens, -1)
             override = override_for(like, self.heads, transformer_options)
@@ -92,14 +96,21 @@ class QwenAttention(Layer):
         return run
 
     def _weights(self, name: str, like: torch.Tensor) -> torch.Tensor:
-        """Return the norms' weights of q or k, [2, D]: the text's, which stands first, the image's.
+        """Return the norms' weights of q or k, [2, D]: the text's, as its tokens, stand first."""
+        norms = getattr(self, f"norm_added_{name}"), getattr(self, f"norm_{name}")
+        return torch.stack([self._fusion.norm_weight(norm, like) for norm in norms])
 
-        A copy, since what the host lends ends with the context.
-        """
-        weight = self._fusion.norm_weight
-        of_text, of_image = getattr(self, f"norm_added_{name}"), getattr(self, f"norm_{name}")
-        with weight(of_text, like) as (first, _), weight(of_image, like) as (second, _):
-            return torch.stack((first, second))
+
+def _of_one_item(freqs, transformer_options: dict):
+    """Return the rotary embedding that all items of a batch share, or None.
+
+    The model gives every item the same places; patches may give others.
+    """
+    if not torch.is_tensor(freqs) or freqs.shape[0] == 1:
+        return freqs
+    places = transformer_options.get("patches", {}).get("post_input")
+    blocks = transformer_options.get("patches_replace", {}).get("dit")
+    return None if places or blocks else freqs[:1]
 
 
 class QwenBlock(Layer):
@@ -108,12 +119,18 @@ class QwenBlock(Layer):
     @classmethod
     def fits(cls, plain) -> bool:
         """Return whether its norms have no weights and its GELUs are the tanh ones."""
-        norms = (plain.img_norm1, plain.img_norm2, plain.txt_norm1, plain.txt_norm2)
+        norms, mlps = cls.norms(plain), (plain.img_mlp, plain.txt_mlp)
+        if not all(map(is_plain_norm, norms)) or not are_untouched(plain.attn, *mlps):
+            return False
         gelus = [m.net[0].approximate for m in (plain.img_mlp, plain.txt_mlp)]
         # `to_out[1]` drops what its probability says.
         dropouts = (plain.attn.to_out[1], plain.img_mlp.net[1], plain.txt_mlp.net[1])
         drops = any(dropout.p for dropout in dropouts)
-        return all(map(is_plain_norm, norms)) and gelus == ["tanh", "tanh"] and not drops
+        return gelus == ["tanh", "tanh"] and not drops
+
+    def norms(self) -> tuple[torch.nn.Module, ...]:
+        """Return the norms before attention and before the MLP, the image's and the text's."""
+        return self.img_norm1, self.img_norm2, self.txt_norm1, self.txt_norm2
 
     def forward(
         self,
@@ -129,7 +146,8 @@ class QwenBlock(Layer):
         image, text, layer = hidden_states, encoder_hidden_states, self.attn
         attend = None
         known = timestep_zero_index is None and encoder_hidden_states_mask is None
-        if known and isinstance(layer, QwenAttention) and is_untouched(layer):
+        known = known and isinstance(layer, QwenAttention) and not torch.is_grad_enabled()
+        if known and are_untouched(layer, layer.to_out[1], *self.norms()):
             attend = layer.attention(image, text, image_rotary_emb, transformer_options)
         if attend is None:
             return super().forward(
@@ -152,9 +170,9 @@ class QwenBlock(Layer):
         image = host.run(layer.to_out[0], out, None, of_image[2], image)
         text = host.run(layer.to_add_out, out_text, None, of_text[2], text)
         given = Modulated(image, self.img_norm2, *of_image[3:5])
-        image = run_feed_forward(host, self.img_mlp, _layers(self.img_mlp), given, of_image[5])
+        image = run_feed_forward(host, self.img_mlp, _layers, given, of_image[5])
         given = Modulated(text, self.txt_norm2, *of_text[3:5])
-        text = run_feed_forward(host, self.txt_mlp, _layers(self.txt_mlp), given, of_text[5])
+        text = run_feed_forward(host, self.txt_mlp, _layers, given, of_text[5])
         return text, image
 
 

@@ -9,10 +9,10 @@ from .attention import Projections, attend, override_for, tables
 from .base import (
     Layer,
     Modulated,
+    are_untouched,
     gated,
     have_one_eps,
     is_plain_norm,
-    is_untouched,
     run_feed_forward,
 )
 
@@ -39,15 +39,16 @@ class WanSelfAttention(Layer):
 
         like: [B, L, C], as q, k and v that `project` gives.
         """
-        found = tables(freqs, like.shape[1], self.head_dim)
+        norms, found = (self.norm_q, self.norm_k), None
+        if are_untouched(*norms):
+            found = tables(freqs, like.shape[1], self.head_dim)
         override = override_for(like, self.num_heads, transformer_options) if found else None
         if override is None:
             return None
         projections = project()
-        weight, eps = self._fusion.norm_weight, self.norm_q.eps
-        with weight(self.norm_q, like) as (of_q, _), weight(self.norm_k, like) as (of_k, _):
-            prologue = Prologue(TOKEN, eps, of_q, of_k, 0, *found)
-            return attend(override, projections, self.num_heads, transformer_options, prologue)
+        weights = (self._fusion.norm_weight(norm, like) for norm in norms)
+        prologue = Prologue(TOKEN, self.norm_q.eps, *weights, 0, *found)
+        return attend(override, projections, self.num_heads, transformer_options, prologue)
 
 
 class WanBlock(Layer):
@@ -56,10 +57,11 @@ class WanBlock(Layer):
     @classmethod
     def fits(cls, plain) -> bool:
         """Return whether its norms have no weights and its GELU is the tanh one."""
-        first, act, second = plain.ffn
-        gelu = getattr(act, "approximate", None) == "tanh"
-        layers = all(hasattr(layer, "in_features") for layer in (first, second))
-        return is_plain_norm(plain.norm1) and is_plain_norm(plain.norm2) and gelu and layers
+        norms = is_plain_norm(plain.norm1) and is_plain_norm(plain.norm2)
+        if not norms or not are_untouched(plain.ffn) or len(plain.ffn) != 3:
+            return False
+        linear = all(hasattr(layer, "in_features") for layer in _layers(plain.ffn))
+        return linear and getattr(plain.ffn[1], "approximate", None) == "tanh"
 
     def forward(
         self,
@@ -72,7 +74,7 @@ class WanBlock(Layer):
     ):
         """Return the block of x [B, L, C]; e: [B, 6, C], or [B, T, 6, C], each for L / T tokens."""
         e = e.unsqueeze(1) if e.ndim == 3 else e
-        if e.shape[0] != x.shape[0] or x.shape[1] % e.shape[1]:
+        if e.shape[0] != x.shape[0] or x.shape[1] % e.shape[1] or torch.is_grad_enabled():
             return super().forward(
                 x, e, freqs, context, context_img_len, transformer_options=transformer_options
             )
@@ -89,14 +91,13 @@ class WanBlock(Layer):
             x = patch({"x": x, "transformer_options": transformer_options})
         shift, scale, gate = modulation[3:]
         given = Modulated(x.contiguous(), self.norm2, shift, scale)
-        ffn = self.ffn
-        return run_feed_forward(host, ffn, (ffn[0], ffn[2]), given, gate)
+        return run_feed_forward(host, self.ffn, _layers, given, gate)
 
     def _attend(self, x, shift, scale, gate, freqs, transformer_options: dict) -> torch.Tensor:
         """Return x + gate · self-attention of the modulated norm of x."""
         given, layer, out = Modulated(x, self.norm1, shift, scale), self.self_attn, None
         host = self._fusion
-        if isinstance(layer, WanSelfAttention) and is_untouched(layer):
+        if isinstance(layer, WanSelfAttention) and are_untouched(layer, self.norm1):
             readers = (layer.q, layer.k, layer.v)
             out = layer.attend(
                 x, freqs, transformer_options, lambda: host.run_after(readers, given)
@@ -105,3 +106,7 @@ class WanBlock(Layer):
             y = layer(given.plain(), freqs, transformer_options=transformer_options)
             return gated(x, y, gate)
         return host.run(layer.o, out, None, gate, x)
+
+
+def _layers(ffn: torch.nn.Module) -> tuple[torch.nn.Module, torch.nn.Module]:
+    return ffn[0], ffn[2]

@@ -1,5 +1,8 @@
 """Layers of ours that share work in the host: one quantized input, steps in the same pass."""
 
+import logging
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 from comfy_kitchen.tensor import QuantizedTensor
@@ -8,11 +11,13 @@ from ...ops.linear import QuantizedActivation, add_low_rank, input_kind, linear,
 from ...quant import families, formats, fusion
 from .. import fused
 from ..fused.base import Host, Modulated, gated
-from ..lora_terms import low_ranks_of
+from ..lora_terms import has_terms, low_ranks_of
 from . import clones
 from .layers import ROOT
 from .linear import is_static, replacement
 from .norms import norm_weight
+
+logger = logging.getLogger(__name__)
 
 
 def fuse(patcher, clone, layers: dict[str, torch.nn.Module]) -> None:
@@ -22,23 +27,76 @@ def fuse(patcher, clone, layers: dict[str, torch.nn.Module]) -> None:
     family = families.recognise({n: tuple(v.shape) for n, v in state.items()}).family
     fusion.share_inputs(layers, family)
     for name, record in fusion.feed_forwards(layers, family):
-        plain = patcher.get_model_object(f"{ROOT}.{name}")
+        key = f"{ROOT}.{name}"
+        plain = patcher.get_model_object(key)
         joined = fusion.fused(plain, record, _run_after_gelu)
-        if joined is not plain:
-            clone.add_object_patch(f"{ROOT}.{name}", joined)
+        if joined is not plain and not _others_on(patcher, key):
+            clone.add_object_patch(key, joined)
+    _warn_of_compiled(clone)
     replace(patcher, clone, fused.BLOCKS)
 
 
 def replace(patcher, clone, known: dict) -> None:
-    """Give `clone`, of `patcher`, copies of the layers that are known, by object patches."""
-    for name, _ in patcher.get_model_object(ROOT).named_modules():
-        if not name:
-            continue
-        plain = patcher.get_model_object(f"{ROOT}.{name}")
+    """Give `clone`, of `patcher`, copies of the layers that are known, by object patches.
+
+    A layer that another node patches stays, as the host would give both back in the wrong order.
+    """
+    left = []
+    for key, plain in _modules(patcher, ROOT, patcher.model.diffusion_model):
         joined = fused.fused(plain, known, HOST)
-        if joined is not plain:
-            clone.add_object_patch(f"{ROOT}.{name}", joined)
+        if joined is plain:
+            continue
+        if _others_on(patcher, key) or not _has_own_forward(patcher, key, plain):
+            left.append(key)
+        else:
+            clone.add_object_patch(key, joined)
+    if left:
+        logger.warning(
+            "LowBit: another node changes %s%s: steps beside attention and products run there as "
+            "ComfyUI has them. Put that node after LowBit's to have both",
+            *(left[0], f" and {len(left) - 1} layers like it" if left[1:] else ""),
+        )
     clones.watch(clone, _again)
+
+
+def _modules(patcher, above: str, module) -> Iterator[tuple[str, torch.nn.Module]]:
+    """Yield (key, module) of all below `module` as `patcher` has them.
+
+    Whatever other clones have put there meanwhile, and nothing within what other nodes have.
+    """
+    for name, child in module._modules.items():
+        key = f"{above}.{name}"
+        child = patcher.object_patches_backup.get(key, child)
+        child = patcher.object_patches.get(key, child)
+        if isinstance(child, torch.nn.Module):
+            yield key, child
+            if isinstance(child, fusion.Fused) or key not in patcher.object_patches:
+                yield from _modules(patcher, key, child)
+
+
+def _others_on(patcher, key: str) -> bool:
+    """Return whether a node patches an attribute, such as `forward`, of the layer at `key`."""
+    return any(
+        place.rpartition(".")[0] == key and not isinstance(value, torch.nn.Module)
+        for place, value in patcher.object_patches.items()
+    )
+
+
+def _has_own_forward(patcher, key: str, plain: torch.nn.Module) -> bool:
+    """Return whether nobody assigned to a layer's `forward` for good."""
+    # That of a clone which is loaded now goes with it.
+    lent = f"{key}.forward" in patcher.object_patches_backup
+    return lent or fusion.has_own_forward(plain)
+
+
+def _warn_of_compiled(patcher) -> None:
+    from comfy.patcher_extension import WrappersMP
+
+    if patcher.wrappers.get(WrappersMP.APPLY_MODEL, {}).get("torch.compile"):
+        logger.warning(
+            "LowBit: the model is compiled already, and its blocks stay as they were then: put the "
+            "compiling node after LowBit's"
+        )
 
 
 def _again(module) -> torch.nn.Module:
@@ -111,7 +169,7 @@ def _gated(out: torch.Tensor, gate, residual) -> torch.Tensor:
 def run_after(modules, given: Modulated) -> tuple[torch.Tensor, ...]:
     """Return each linear layer's result for the same input, quantized once where all are ours."""
     x = given.x
-    if all(_is_direct(module) and not low_ranks_of(module, x) for module in modules):
+    if all(_is_direct(module) and not _adds_to_weight(module) for module in modules):
         rows = x.shape[0] * x.shape[1]
         kinds = {input_kind(module.weight, x.device, rows) for module in modules}
         if len(kinds) == 1 and None not in kinds:
@@ -119,6 +177,14 @@ def run_after(modules, given: Modulated) -> tuple[torch.Tensor, ...]:
             return tuple(run(module, rounded, None, None, None) for module in modules)
     plain = given.plain()
     return tuple(module(plain) for module in modules)
+
+
+def _adds_to_weight(module) -> bool:
+    """Return whether a LoRA acts on a layer: ours, or one of the host's under dynamic VRAM.
+
+    It may have the input as it is, or the weight as floats.
+    """
+    return has_terms(module) or getattr(module, "weight_lowvram_function", None) is not None
 
 
 def _is_direct(module) -> bool:
@@ -129,7 +195,7 @@ def _is_direct(module) -> bool:
     hooks = {*module._forward_hooks, *module._forward_pre_hooks} - {fusion.HOOK}
     functions = module.weight_function or module.bias_function
     # ComfyUI's bypass LoRAs assign to it.
-    forward = "forward" in vars(module)
+    forward = not fusion.has_own_forward(module)
     forced = getattr(module, "comfy_force_cast_weights", False)
     smoothed = getattr(module, "pre_quant_scale", None) is not None
     return not (functions or hooks or forward or forced or smoothed or is_static(module))

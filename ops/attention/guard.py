@@ -56,24 +56,25 @@ def run(
     if guard == OFF:
         return compute(*arguments)
 
-    def plain() -> tuple:
+    def plain() -> torch.Tensor:
         if prologue is NOTHING:
-            return arguments
-        return (*applied(prologue, q, k), *arguments[2:])
+            return ways.sdpa(*arguments)
+        steps = (applied(prologue, x, prologue.weight(name)) for x, name in ((q, "q"), (k, "k")))
+        return ways.sdpa(*steps, *arguments[2:])
 
     key = (way, q.device, q.dtype, q.shape, k.shape, q.stride(1) < q.stride(2), causal, scale)
     key += (None if mask is None else (mask.dtype, mask.shape), _kind(prologue))
     if _verdicts.get(key):
-        return ways.sdpa(*plain())
+        return plain()
     out = compute(*arguments)
     if _is_recording(q):
         # What looks at numbers cannot be recorded.
         return out
-    if key not in _verdicts and not _proven(key, out, *plain()):
-        return ways.sdpa(*plain())
+    if key not in _verdicts and not _proven(key, out, *arguments, prologue):
+        return plain()
     if guard == EVERY_CALL and not _is_finite(out):
         _warn(f"{way} gave NaN or infinity; such calls are computed again by torch's attention")
-        return ways.sdpa(*plain())
+        return plain()
     return out
 
 
@@ -97,7 +98,7 @@ def _is_finite(out: torch.Tensor) -> bool:
     return bool(out.sum(dtype=torch.float32).isfinite())
 
 
-def _proven(key: tuple, out, q, k, v, mask, causal, scale) -> bool:
+def _proven(key: tuple, out, q, k, v, mask, causal, scale, prologue) -> bool:
     """Return whether some rows of a result are right, and keep the verdict.
 
     Rows of the last item of the batch, the last row of the last head among them. Where torch's own
@@ -109,8 +110,12 @@ def _proven(key: tuple, out, q, k, v, mask, causal, scale) -> bool:
     heads, rows = (_spread(size, count).to(q.device) for size, count in sizes)
     of_keys = heads // (q.shape[1] // k.shape[1])
     kept = _kept(mask, causal, heads, rows, (*q.shape[:3], k.shape[2]), q.dtype)
-    few = q[-1][heads[:, None], rows][None]
-    want = ways.sdpa(few, k[-1:, of_keys], v[-1:, of_keys], kept, False, scale)
+    if prologue is NOTHING:
+        few, keys = q[-1][heads[:, None], rows][None], k[-1:, of_keys]
+    else:
+        few = applied(prologue, q[-1:, :, rows], prologue.q_weight, heads, rows)
+        keys = applied(prologue, k[-1:], prologue.k_weight, of_keys)
+    want = ways.sdpa(few, keys, v[-1:, of_keys], kept, False, scale)
     got = out[-1][heads[:, None], rows][None]
     seen = _rows_with_keys(kept)
     if seen is not None:

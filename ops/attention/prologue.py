@@ -1,6 +1,6 @@
 """What is done to Q and K before they are quantized, in the same pass over memory."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
@@ -10,7 +10,7 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 DEFAULT_EPS = 1e-6
 # Of a custom operation's schema.
 ARGUMENTS = (
-    "str norm='', float eps=0.0, Tensor? q_weight=None, Tensor? k_weight=None, int first=0, "
+    "str norm='', float eps=0.0, Tensor? q_weight=None, Tensor? k_weight=None, SymInt first=0, "
     "Tensor? cos=None, Tensor? sin=None"
 )
 
@@ -52,11 +52,6 @@ class Prologue:
             return ()
         weights = (self.q_weight, self.k_weight)
         return (self.norm or "", float(self.eps), *weights, self.first, self.cos, self.sin)
-
-    def from_token(self, start: int) -> "Prologue":
-        """Return the steps for tokens from `start` on."""
-        cos, sin = (None if x is None else x[start:] for x in (self.cos, self.sin))
-        return replace(self, first=max(self.first - start, 0), cos=cos, sin=sin)
 
     def check(self, q: torch.Tensor, k: torch.Tensor) -> None:
         """Raise ValueError or TypeError when the steps do not fit q and k."""

@@ -11,24 +11,39 @@ from .prologue import NOTHING, TOKEN, Prologue
 CHUNK = 4096
 
 
-def applied(p: Prologue, q: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return q and k after the steps of p, computed in float32, in their own dtype."""
-    made = []
-    for x, weight in ((q, p.q_weight), (k, p.k_weight)):
-        out = torch.empty_like(x)
-        for start in range(0, x.shape[2], CHUNK):
-            part = slice(start, start + CHUNK)
-            steps = p.from_token(start)
-            out[:, :, part] = prepared(x[:, :, part], weight, steps, torch.float32)
-        made.append(out)
-    return tuple(made)
+def applied(
+    p: Prologue,
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    heads: torch.Tensor | None = None,
+    tokens: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Return x [B, H, L, D] after the steps of p, computed in float32, in its own dtype.
+
+    weight: of x's norm. heads: those that are wanted, None: all. tokens: which these are, [L].
+    """
+    length, made = x.shape[2], []
+    tokens = torch.arange(length, device=x.device) if tokens is None else tokens
+    for start in range(0, length, CHUNK):
+        part = slice(start, start + CHUNK)
+        chunk = prepared(x[:, :, part], weight, p, torch.float32, tokens[part]).to(x.dtype)
+        made.append(chunk if heads is None else chunk[:, heads])
+    return torch.cat(made, dim=2)
 
 
 def prepared(
-    x: torch.Tensor, weight: torch.Tensor | None, p: Prologue, dtype: torch.dtype = torch.float64
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    p: Prologue,
+    dtype: torch.dtype = torch.float64,
+    tokens: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Return x [B, H, L, D] after the steps of p, in `dtype`. weight: of x's norm."""
+    """Return x [B, H, L, D] after the steps of p, in `dtype`.
+
+    weight: of x's norm. tokens: which these are, [L]; None: the first ones.
+    """
     length, d = x.shape[2:]
+    tokens = torch.arange(length, device=x.device) if tokens is None else tokens
     x = x.to(dtype)
     if p.norm is not None:
         over = (1, 3) if p.norm == TOKEN else (3,)
@@ -36,11 +51,11 @@ def prepared(
     if weight is not None:
         rows = weight.to(dtype)
         rows = rows.expand(2, -1) if weight.dim() == 1 else rows
-        second = (torch.arange(length, device=x.device) >= p.first).long()
+        second = (tokens >= p.first).long()
         # [L, heads or 1, D] -> [heads or 1, L, D].
         x = x * rows[second].view(length, -1, d).transpose(0, 1)
     if p.cos is not None:
-        cos, sin = p.cos[:length].to(dtype), p.sin[:length].to(dtype)
+        cos, sin = p.cos[tokens].to(dtype), p.sin[tokens].to(dtype)
         even, odd = x[..., ::2], x[..., 1::2]
         x = torch.stack((even * cos - odd * sin, even * sin + odd * cos), -1).flatten(-2)
     return x

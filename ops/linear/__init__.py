@@ -96,6 +96,7 @@ def linear(
         x = from_host(x, weight)
     shape, dtype = (*x.shape[:-1], n), x.dtype
     _check_act(x, weight, input_act)
+    _check_gated(gate, residual, shape)
     if rows == 0:
         return weight._qdata.new_empty(shape, dtype=dtype, device=x.device)
     given, one_sum = x, False
@@ -147,19 +148,30 @@ def _run(chosen: registry.Backend, x, weight, bias, term, gate, residual) -> tor
     else:
         out = chosen.run(_plain(x, None).reshape(-1, weight.shape[1]), weight, bias)
     out = add_product(out.to(dtype), *term) if term else out.to(dtype)
-    return gated(out, gate, residual)
+    return _gated(out, gate, residual).to(dtype)
 
 
-def gated(
+def _gated(
     out: torch.Tensor, gate: torch.Tensor | None, residual: torch.Tensor | None
 ) -> torch.Tensor:
     """Return residual + gate · out [M, N], by torch; gate [R, N] and residual [M, N], or None."""
-    if gate is not None:
-        gate = gate.repeat_interleave(out.shape[0] // gate.shape[0], dim=0)
-        out = out * gate if residual is None else residual.addcmul(out, gate)
-    elif residual is not None:
-        out = out + residual
-    return out
+    if gate is None:
+        return out if residual is None else out + residual
+    groups, gate = out.unflatten(0, (gate.shape[0], -1)), gate.unsqueeze(1)
+    if residual is None:
+        return (groups * gate).flatten(0, 1)
+    return residual.unflatten(0, (gate.shape[0], -1)).addcmul(groups, gate).flatten(0, 1)
+
+
+def _check_gated(gate, residual, shape: tuple[int, ...]) -> None:
+    """Raise ValueError when gate and residual do not fit a result of `shape`."""
+    rows = math.prod(shape[:-1])
+    if gate is not None and (gate.dim() != 2 or gate.shape[1] != shape[-1]):
+        raise ValueError(f"linear: gate is {list(gate.shape)}; [rows, {shape[-1]}] is wanted")
+    if gate is not None and rows and (not gate.shape[0] or rows % gate.shape[0]):
+        raise ValueError(f"linear: gate has {gate.shape[0]} rows, which do not divide {rows}")
+    if residual is not None and tuple(residual.shape) != shape:
+        raise ValueError(f"linear: residual is {list(residual.shape)}; {list(shape)} is wanted")
 
 
 def _plain(x: torch.Tensor | QuantizedActivation, input_act: str | None) -> torch.Tensor:

@@ -86,28 +86,71 @@ def seen_of(model, attend, sample, quantize) -> dict:
     }
 
 
+def strangers_of(model, attend, sample, quantize) -> dict:
+    """Return what becomes of another node's patch of a `forward`, and of the plain model."""
+    plain = sample(model)
+    layer = first_layer(model)
+    root = model.model.diffusion_model
+    name = next(n for n, m in root.named_modules() if m is layer)
+    seen = {}
+
+    def theirs(model):
+        hits = []
+
+        def forward(*args, **kwargs):
+            hits.append(1)
+            out = type(layer).forward(layer, *args, **kwargs)
+            return tuple(1.5 * x for x in out) if isinstance(out, tuple) else 1.5 * out
+
+        clone = model.clone()
+        clone.add_object_patch(f"diffusion_model.{name}.forward", forward)
+        return clone, hits
+
+    alone, _ = theirs(model)
+    want = sample(alone)
+    seen["theirs changes"] = difference(want, plain)
+    for order in ("theirs first", "ours first"):
+        if order == "theirs first":
+            patched, hits = theirs(model)
+            both = quantize(attend(patched))
+        else:
+            both, hits = theirs(quantize(attend(model)))
+        latent = sample(both)
+        seen[order] = {"hits": len(hits), "difference": difference(latent, want)}
+        # Made while the other branch is loaded, and sampled after it.
+        ours = attend(model)
+        hits.clear()
+        seen[order]["ours beside"] = difference(sample(ours), plain)
+        seen[order]["hits beside"] = len(hits)
+        seen[order]["plain after"] = bool((sample(model) == plain).all())
+    return seen
+
+
 def blocks_of(model, attend, sample, quantize, add_lora) -> dict:
     """Return how blocks of a quantized model differ from those of the host, and what they ran.
 
     With guidance, so that every batch has two items. The activation is quantized as on a GPU, where
     the layers' norm joins that.
     """
+    import comfy.ops
+
     fused = importlib.import_module("lowbit_pack.nodes.fused")
     fusing = importlib.import_module("lowbit_pack.nodes.host.fusing")
-    base = importlib.import_module("lowbit_pack.nodes.fused.base")
     activation = importlib.import_module("lowbit_pack.ops.linear.activation")
-    plain, kind = base.Modulated.plain, fusing.input_kind
+    norm = comfy.ops.disable_weight_init.LayerNorm
+    plain, kind = norm.forward, fusing.input_kind
     calls = []
 
-    def counted(given):
-        calls.append(1)
-        return plain(given)
+    def counted(module, *args, **options):
+        # The norms that are modulated have no weight.
+        calls.extend([1] * (module.weight is None))
+        return plain(module, *args, **options)
 
     def run(model) -> tuple:
         calls.clear()
         return sample(model, 3.0), len(calls)
 
-    base.Modulated.plain = counted
+    norm.forward = counted
     fusing.input_kind = lambda weight, device, rows: activation.kind_on(device, weight)
     seen, latents = {}, {}
     try:
@@ -125,7 +168,7 @@ def blocks_of(model, attend, sample, quantize, add_lora) -> dict:
         for way in ("apart", "joined"):
             seen[f"error {way}"] = difference(latents["quantized", way], latents["plain", "apart"])
     finally:
-        base.Modulated.plain, fusing.input_kind = plain, kind
+        norm.forward, fusing.input_kind = plain, kind
     return seen
 
 
@@ -173,6 +216,7 @@ def session(pack: Path, host: str, base: str) -> dict:
                 return node("LowBitLoraLoader", model, lora_name=lora.name)
 
             seen[name]["blocks"] = blocks_of(model, attend, sample, quantize, add_lora)
+            seen[name]["strangers"] = strangers_of(model, attend, sample, quantize)
     return seen
 
 

@@ -1,17 +1,17 @@
 """Which attention layers are fused, without ComfyUI: classes of its names stand in."""
 
-import logging
-
 import pytest
 import torch
 
 from lowbit.nodes import fused
 from lowbit.nodes.attention_override import OVERRIDE, Forward, Override, with_prologue
 from lowbit.nodes.fused.attention import tables
-from lowbit.nodes.fused.base import Host
-from lowbit.quant.fusion import Fused
+from lowbit.nodes.fused.base import Host, are_untouched
+from lowbit.nodes.fused.wan import WanSelfAttention
+from lowbit.quant.fusion import Fused, has_own_forward
 
 DIM, HEADS = 32, 2
+HOST_MODULE = "comfy.ldm.wan.model"
 
 
 def forward(self, x, freqs, transformer_options={}):  # noqa: B006 (as the host has it)
@@ -19,7 +19,18 @@ def forward(self, x, freqs, transformer_options={}):  # noqa: B006 (as the host 
 
 
 def forward_with_more(self, x, freqs, transformer_options={}):  # noqa: B006
-    return self.o(self.sink(x))
+    return self.o(self.sink(x) + self.q(x))
+
+
+def forward_with_an_argument(self, x, freqs, transformer_options={}, mask=None):  # noqa: B006
+    return self.o(self.q(x))
+
+
+def wrapped(plain):
+    def forward(self, x, freqs, transformer_options={}):  # noqa: B006
+        return plain(self, x, freqs, transformer_options)
+
+    return forward
 
 
 def host_class(name: str = "WanSelfAttention", forward=forward) -> type:
@@ -31,20 +42,25 @@ def host_class(name: str = "WanSelfAttention", forward=forward) -> type:
         self.norm_k = torch.nn.RMSNorm(DIM, eps=eps_k, elementwise_affine=weight)
         self.num_heads, self.head_dim = HEADS, DIM // HEADS
 
-    members = {"__init__": init, "forward": forward, "__module__": "comfy.ldm.wan.model"}
+    forward.__module__ = HOST_MODULE
+    members = {"__init__": init, "forward": forward, "__module__": HOST_MODULE}
     return type(name, (torch.nn.Module,), {**members, "__qualname__": name})
 
 
 HOST = Host(None, None, None, None)
+# The stand-in's own names.
+KNOWN = {
+    f"{HOST_MODULE}.WanSelfAttention": (WanSelfAttention, "x freqs transformer_options", "o q")
+}
 
 
 def test_known_layer_becomes_a_copy_with_the_same_children():
     plain = host_class()()
-    copy = fused.fused(plain, fused.ATTENTION, HOST)
+    copy = fused.fused(plain, KNOWN, HOST)
     assert isinstance(copy, Fused) and isinstance(copy, type(plain))
     copy.q = torch.nn.Linear(DIM, DIM)
     assert plain.q is copy.q
-    assert fused.fused(copy, fused.ATTENTION, HOST) is copy
+    assert fused.fused(copy, KNOWN, HOST) is copy
 
 
 @pytest.mark.parametrize(
@@ -57,15 +73,35 @@ def test_known_layer_becomes_a_copy_with_the_same_children():
 )
 def test_other_layers_stay(name, options):
     plain = host_class(name)(**options)
-    assert fused.fused(plain, fused.ATTENTION, HOST) is plain
+    assert fused.fused(plain, KNOWN, HOST) is plain
 
 
-def test_another_version_of_the_hosts_layer_stays_and_is_named(caplog):
-    plain = host_class(forward=forward_with_more)()
-    with caplog.at_level(logging.INFO):
-        assert fused.fused(plain, fused.ATTENTION, HOST) is plain
+@pytest.mark.parametrize("other", [forward_with_more, forward_with_an_argument, wrapped(forward)])
+def test_another_version_of_the_hosts_layer_stays_and_is_named_once(other, caplog):
+    kind = host_class(forward=other)
+    for plain in (kind(), kind()):
+        assert fused.fused(plain, KNOWN, HOST) is plain
     (record,) = caplog.records
-    assert "WanSelfAttention also uses sink" in record.getMessage()
+    assert "WanSelfAttention is another one than in ComfyUI 0.33" in record.getMessage()
+
+
+def test_forward_that_was_assigned_is_no_part_of_the_copy():
+    plain = host_class()()
+    plain.forward = lambda *args: None
+    assert not has_own_forward(plain) and not are_untouched(plain)
+    copy = fused.fused(plain, KNOWN, HOST)
+    assert isinstance(copy, Fused) and has_own_forward(copy)
+    # As the host gives it back.
+    plain.forward = type(plain).forward.__get__(plain)
+    assert has_own_forward(plain)
+
+
+def test_hook_or_another_class_is_a_touch():
+    norm = torch.nn.RMSNorm(DIM)
+    assert are_untouched(norm)
+    norm.register_forward_hook(lambda *args: None)
+    assert not are_untouched(norm)
+    assert not are_untouched(type("Theirs", (torch.nn.Identity,), {})())
 
 
 def angles(tokens: int, size: int) -> torch.Tensor:

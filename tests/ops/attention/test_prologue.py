@@ -138,8 +138,13 @@ def test_applied_by_pieces_of_tokens_is_the_whole(prologue, monkeypatch):
     ]
     for chunk in (4, 100):
         monkeypatch.setattr(reference, "CHUNK", chunk)
-        for x, exact in zip(reference.applied(prologue, q, k), want, strict=True):
-            torch.testing.assert_close(x, exact, rtol=2e-3, atol=1e-4)
+        for name, x, exact in zip("qk", (q, k), want, strict=True):
+            got = reference.applied(prologue, x, prologue.weight(name))
+            torch.testing.assert_close(got, exact, rtol=2e-3, atol=1e-4)
+            heads, tokens = torch.tensor([1, 0]), torch.tensor([2, 8, 4, 6, 5])
+            some = (prologue, x[:, :, tokens], prologue.weight(name), heads, tokens)
+            want_some = got[:, heads][:, :, tokens]
+            torch.testing.assert_close(reference.applied(*some), want_some, rtol=2e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("prologue", [qwens(), wans()], ids=["qwen", "wan"])
@@ -161,7 +166,8 @@ def test_way_that_forgets_the_prologue_is_found_and_torch_gets_what_it_would_hav
 
     arguments = ("lowbit_exact", forgetful, guard.FIRST_CALL, q, k, v, None, False, None)
     got = guard.run(*arguments, wans())
-    assert torch.equal(got, ways.sdpa(*reference.applied(wans(), q, k), v, None, False, None))
+    steps = [reference.applied(wans(), x, wans().weight(name)) for name, x in (("q", q), ("k", k))]
+    assert torch.equal(got, ways.sdpa(*steps, v, None, False, None))
     assert "is wrong" in caplog.text
     guard.forget()
 
