@@ -171,7 +171,9 @@ def test_lora_acts_and_ends_in_comfyui(seen, name):
     tolerance = 0.03 if name == "bf16" else 2**0.5 * 4 * formats.get(name).max_error
     assert row["error"] < min(tolerance, seen["moves"])
     assert row["removed"] and row["strength_0"] and row["halves"] and row["again"]
-    assert row["stacked"] < 0.03
+    # Beside FP8 the terms are FP8 too, and stacked ones are rounded otherwise.
+    stacked = 2**0.5 * formats.get(name).max_error if name == "fp8_e4m3" else 0.03
+    assert row["stacked"] < stacked
 
 
 @pytest.mark.parametrize("name", ["bf16", "int8_convrot", "fp8_e4m3", "nvfp4"])
