@@ -44,6 +44,7 @@ def renew(again: Again, patcher, clone) -> None:
     """
     if clone.model is patcher.model:
         return
+    _to_computed_dtype(clone.model.diffusion_model)
     for key, module in clone.object_patches.items():
         if isinstance(module, fusion.Fused):
             clone.object_patches[key] = fusion.moved(module, attrgetter(key)(clone.model))
@@ -51,3 +52,18 @@ def renew(again: Again, patcher, clone) -> None:
             made = again(module)
             fusion.share_as(module, made)
             clone.object_patches[key] = made
+
+
+def _to_computed_dtype(root: torch.nn.Module) -> None:
+    """Bring the weights of a model that the host has loaded again to the dtype it computes in.
+
+    Where dynamic memory management is on, ComfyUI 0.33 loads layers as they are in the file, also
+    for a clone without it, of whose layers those of its plain class cast nothing.
+    """
+    for module in root.modules():
+        if getattr(module, "comfy_cast_weights", True):
+            continue
+        for name, value in list(module.named_parameters(recurse=False)):
+            dtype = getattr(module, f"{name}_comfy_model_dtype", None)
+            if dtype is not None and type(value.data) is torch.Tensor and value.dtype != dtype:
+                value.data = value.data.to(dtype)

@@ -109,6 +109,46 @@ def layers_seen(model, attend) -> dict:
     return counts
 
 
+def loaded_again(path: str, node) -> dict:
+    """Return what a clone does whose model the host loads again, from bf16, to compute in fp16.
+
+    As it does for TorchCompileModel where dynamic memory management is on, which a CPU lacks.
+    """
+    import comfy.cli_args
+    import comfy.memory_management
+    import comfy.model_management
+    import comfy.sd
+
+    load_state, memory = comfy.sd.load_diffusion_model_state_dict, comfy.memory_management
+    manual_cast = comfy.model_management.unet_manual_cast
+
+    def lazily(*args, **options):
+        memory.aimdo_enabled = True
+        try:
+            return load_state(*args, **options)
+        finally:
+            memory.aimdo_enabled = False
+
+    comfy.cli_args.args.fp16_unet = True
+    comfy.model_management.unet_manual_cast = lambda *args, **options: None
+    try:
+        model = comfy.sd.load_diffusion_model(path)
+        (ours,) = node().quantize(model, "int8", "auto", "")
+        want = sample(ours)
+        comfy.sd.load_diffusion_model_state_dict = lazily
+        again = ours.clone(force_deepcopy=True)
+        layer = again.model.diffusion_model.time_embedding[0]
+        return {
+            "another model": again.model is not ours.model,
+            "dtype": str(layer.weight.dtype),
+            "difference": difference(sample(again), want),
+        }
+    finally:
+        comfy.cli_args.args.fp16_unet = False
+        comfy.model_management.unet_manual_cast = manual_cast
+        comfy.sd.load_diffusion_model_state_dict = load_state
+
+
 def session(pack: Path, host: str, base: str) -> dict:
     start(pack, host, base)
     checkpoints = load("checkpoints", HERE.parent / "checkpoints.py")
@@ -137,6 +177,9 @@ def session(pack: Path, host: str, base: str) -> dict:
             "vace": compiled(wan("vace"), attend, mode="lowbit_exact"),
         }
         seen["layers"] = layers_seen(wan("i2v"), attend)
+        path = checkpoints.write_wan(Path(base) / "again.safetensors")
+        quantizer = importlib.import_module("lowbit_pack.nodes.quantize_model")
+        seen["loaded again"] = loaded_again(str(path), quantizer.LowBitQuantizeModel)
     return seen
 
 

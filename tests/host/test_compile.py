@@ -44,3 +44,10 @@ def test_compiled_model_is_one_graph_and_gives_the_same_latent(seen, kind, graph
 def test_layers_of_image_to_video_are_told_apart(seen):
     one_each = dict.fromkeys(("self", "cross", "image_cross"), BLOCKS)
     assert seen["layers"] == {**one_each, "all": 3 * BLOCKS}
+
+
+def test_model_that_the_host_loads_again_computes_in_one_dtype(seen):
+    row = seen["loaded again"]
+    assert row["another model"]
+    assert row["dtype"] == "torch.float16"
+    assert row["difference"] == 0
