@@ -23,18 +23,23 @@ $(VENV)/.ready-test: pyproject.toml requirements.txt constraints.txt
 demo: $(VENV)/.ready
 	$(BIN)/lowbit demo --out $(OUT)
 
-# In parts, two at a time, the longest first: one core each, and neither waits for the other.
+# In parts, two at a time, the longest first: one core each, and neither waits for the other. The
+# other Tritons are installed meanwhile.
 COMPILED := tests/ops/test_aot.py tests/ops/test_aot_fp4.py tests/ops/attention/test_aot.py \
-	tests/ops/test_triton_versions.py tests/ops/attention_fp4
+	tests/ops/attention_fp4
+VERSIONS := tests/ops/test_triton_versions.py
 INTERPRETED := tests/ops/test_interpreted.py
-PARTS := test-compiled test-host test-quant test-rest test-interpreted test-browser
+PARTS := test-compiled test-versions test-host test-quant test-rest test-interpreted test-browser
 .PHONY: $(PARTS)
 
 test: lint
 	$(MAKE) --keep-going --output-sync=target --jobs=2 $(PARTS)
 
-test-compiled: tritons
+test-compiled:
 	$(PYTEST) $(COMPILED)
+
+test-versions: tritons
+	$(PYTEST) $(VERSIONS)
 
 test-interpreted:
 	$(PYTEST) $(INTERPRETED)
@@ -42,7 +47,7 @@ test-interpreted:
 test-host test-quant test-browser:
 	$(PYTEST) tests/$(@:test-%=%)
 
-APART := $(COMPILED) $(INTERPRETED) tests/host tests/quant tests/browser
+APART := $(COMPILED) $(VERSIONS) $(INTERPRETED) tests/host tests/quant tests/browser
 test-rest:
 	$(PYTEST) $(APART:%=--ignore=%)
 
