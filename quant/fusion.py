@@ -127,8 +127,17 @@ def copied(plain: torch.nn.Module, mixin: type[Fused], fusion: object) -> torch.
 def has_own_forward(module: torch.nn.Module) -> bool:
     """Return whether a module's `forward` is that of its class; others assign to it."""
     assigned = vars(module).get("forward")
-    # ComfyUI gives back what it replaced as an attribute: the method of the class, bound.
-    return assigned is None or getattr(assigned, "__func__", None) is type(module).forward
+    # ComfyUI gives back what it replaced as an attribute: the method of the class, bound, or that
+    # of a copy, where another node had patched the copy's.
+    of = getattr(assigned, "__self__", None)
+    own = getattr(assigned, "__func__", None) is type(module).forward
+    return assigned is None or own or isinstance(of, Fused)
+
+
+def forget_copy(module: torch.nn.Module) -> None:
+    """Take the method of a copy off a module that ComfyUI has put it on."""
+    if isinstance(getattr(vars(module).get("forward"), "__self__", None), Fused):
+        del module.forward
 
 
 @functools.cache

@@ -9,6 +9,7 @@ Source: ComfyUI 0.33 comfy/ldm/wan/model.py, comfy/ldm/qwen_image/model.py.
 
 import functools
 import logging
+from inspect import CO_VARARGS, CO_VARKEYWORDS
 from types import CodeType
 
 import torch
@@ -62,27 +63,33 @@ def fused(plain: torch.nn.Module, known: dict, host: Host) -> torch.nn.Module:
     """
     kind = type(plain)
     mixin, arguments, names = known.get(f"{kind.__module__}.{kind.__qualname__}", (None, "", ""))
-    if mixin is None or not mixin.fits(plain):
+    if mixin is None:
         return plain
     if not _is_known(kind, tuple(arguments.split()), frozenset(names.split())):
+        _warn_of(kind.__qualname__)
         return plain
-    return fusion.copied(plain, mixin, host)
+    return fusion.copied(plain, mixin, host) if mixin.fits(plain) else plain
+
+
+def _is_known(kind: type, arguments: tuple[str, ...], names: frozenset[str]) -> bool:
+    """Return whether a class computes what it did when ours was written."""
+    method, code = kind.forward, getattr(kind.forward, "__code__", None)
+    if code is None or method.__module__ != kind.__module__ or code.co_freevars:
+        return False
+    more = code.co_kwonlyargcount or code.co_flags & (CO_VARARGS | CO_VARKEYWORDS)
+    # The first one is self.
+    same = not more and code.co_varnames[1 : code.co_argcount] == arguments
+    return same and _names(code) == names
 
 
 @functools.cache
-def _is_known(kind: type, arguments: tuple[str, ...], names: frozenset[str]) -> bool:
-    """Return whether a class computes what it did when ours was written; says so where not."""
-    method, code = kind.forward, getattr(kind.forward, "__code__", None)
-    same = code is not None and method.__module__ == kind.__module__ and not code.co_freevars
-    # The first one is self.
-    same = same and code.co_varnames[1 : code.co_argcount] == arguments and _names(code) == names
-    if not same:
-        logger.warning(
-            "LowBit: %s is another one than in ComfyUI 0.33, or changed by another pack: its steps "
-            "run as they are there, outside of our kernels",
-            kind.__qualname__,
-        )
-    return same
+def _warn_of(name: str) -> None:
+    """Say once that a class is not the known one."""
+    logger.warning(
+        "LowBit: %s is another one than in ComfyUI 0.33, or changed by another pack: its steps run "
+        "as they are there, outside of our kernels",
+        name,
+    )
 
 
 def _names(code: CodeType) -> set[str]:

@@ -92,25 +92,35 @@ def are_untouched(*modules: torch.nn.Module) -> bool:
     return all(_is_untouched(module) for module in modules)
 
 
+def are_of_known_classes(*modules: torch.nn.Module) -> bool:
+    """Return whether the classes of layers are the host's, torch's or ours."""
+    known = (isinstance(m, fusion.Fused) or _is_from(type(m).__module__) for m in modules)
+    return all(known)
+
+
+def _is_from(package: str) -> bool:
+    return package.startswith(("comfy.", "torch.nn."))
+
+
 def _is_untouched(module: torch.nn.Module) -> bool:
-    known = isinstance(module, fusion.Fused)
-    known = known or type(module).__module__.startswith(("comfy.", "torch.nn."))
     hooks = module._forward_hooks or module._forward_pre_hooks
-    return known and not hooks and fusion.has_own_forward(module)
+    return are_of_known_classes(module) and not hooks and fusion.has_own_forward(module)
 
 
 def run_feed_forward(
     host: Host,
     whole: torch.nn.Module,
     layers: Callable[[torch.nn.Module], Sequence[torch.nn.Module]],
+    between: Callable[[torch.nn.Module], Sequence[torch.nn.Module]],
     given: Modulated,
     gate: torch.Tensor,
 ) -> torch.Tensor:
     """Return x + gate · second(gelu(first(norm(x) modulated))).
 
-    whole: the feed-forward; layers: gives its first and second layer.
+    whole: the feed-forward; layers: gives its first and second layer. between: gives the others
+    that the host calls.
     """
-    if not are_untouched(whole, given.norm):
+    if not are_untouched(whole, given.norm) or not are_untouched(*between(whole)):
         return gated(given.x, whole(given.plain()), gate)
     first, second = layers(whole)
     (h,) = host.run_after((first,), given)

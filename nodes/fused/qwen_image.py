@@ -9,6 +9,7 @@ from .attention import Projections, attend, override_for, tables
 from .base import (
     Layer,
     Modulated,
+    are_of_known_classes,
     are_untouched,
     have_one_eps,
     is_plain_norm,
@@ -120,7 +121,7 @@ class QwenBlock(Layer):
     def fits(cls, plain) -> bool:
         """Return whether its norms have no weights and its GELUs are the tanh ones."""
         norms, mlps = cls.norms(plain), (plain.img_mlp, plain.txt_mlp)
-        if not all(map(is_plain_norm, norms)) or not are_untouched(plain.attn, *mlps):
+        if not all(map(is_plain_norm, norms)) or not are_of_known_classes(plain.attn, *mlps):
             return False
         gelus = [m.net[0].approximate for m in (plain.img_mlp, plain.txt_mlp)]
         # `to_out[1]` drops what its probability says.
@@ -170,11 +171,15 @@ class QwenBlock(Layer):
         image = host.run(layer.to_out[0], out, None, of_image[2], image)
         text = host.run(layer.to_add_out, out_text, None, of_text[2], text)
         given = Modulated(image, self.img_norm2, *of_image[3:5])
-        image = run_feed_forward(host, self.img_mlp, _layers, given, of_image[5])
+        image = run_feed_forward(host, self.img_mlp, _layers, _between, given, of_image[5])
         given = Modulated(text, self.txt_norm2, *of_text[3:5])
-        text = run_feed_forward(host, self.txt_mlp, _layers, given, of_text[5])
+        text = run_feed_forward(host, self.txt_mlp, _layers, _between, given, of_text[5])
         return text, image
 
 
 def _layers(mlp: torch.nn.Module) -> tuple[torch.nn.Module, torch.nn.Module]:
     return mlp.net[0].proj, mlp.net[2]
+
+
+def _between(mlp: torch.nn.Module) -> tuple[torch.nn.Module, ...]:
+    return mlp.net[0], mlp.net[1]

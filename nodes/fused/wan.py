@@ -9,6 +9,7 @@ from .attention import Projections, attend, override_for, tables
 from .base import (
     Layer,
     Modulated,
+    are_of_known_classes,
     are_untouched,
     gated,
     have_one_eps,
@@ -58,7 +59,7 @@ class WanBlock(Layer):
     def fits(cls, plain) -> bool:
         """Return whether its norms have no weights and its GELU is the tanh one."""
         norms = is_plain_norm(plain.norm1) and is_plain_norm(plain.norm2)
-        if not norms or not are_untouched(plain.ffn) or len(plain.ffn) != 3:
+        if not norms or not are_of_known_classes(plain.ffn) or len(plain.ffn) != 3:
             return False
         linear = all(hasattr(layer, "in_features") for layer in _layers(plain.ffn))
         return linear and getattr(plain.ffn[1], "approximate", None) == "tanh"
@@ -91,7 +92,8 @@ class WanBlock(Layer):
             x = patch({"x": x, "transformer_options": transformer_options})
         shift, scale, gate = modulation[3:]
         given = Modulated(x.contiguous(), self.norm2, shift, scale)
-        return run_feed_forward(host, self.ffn, _layers, given, gate)
+        # ComfyUI does not call the layer between the two either.
+        return run_feed_forward(host, self.ffn, _layers, lambda ffn: (), given, gate)
 
     def _attend(self, x, shift, scale, gate, freqs, transformer_options: dict) -> torch.Tensor:
         """Return x + gate · self-attention of the modulated norm of x."""

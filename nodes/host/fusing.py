@@ -43,6 +43,7 @@ def replace(patcher, clone, known: dict) -> None:
     """
     left = []
     for key, plain in _modules(patcher, ROOT, patcher.model.diffusion_model):
+        fusion.forget_copy(plain)
         joined = fused.fused(plain, known, HOST)
         if joined is plain:
             continue

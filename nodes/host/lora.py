@@ -19,7 +19,7 @@ from ..attention_override import is_within
 from ..inputs import AS_STORED
 from ..lora_terms import Lora, Matrix, Stack, Term, padded
 from .layers import ROOT
-from .linear import format_of
+from .linear import format_of, is_static
 from .quantizing import quantize_model
 from .work import progress
 
@@ -290,7 +290,8 @@ def _up(member: lora.Layer, module, dtype: torch.dtype, device: torch.device) ->
         up[:, rank] = member.bias.to(dtype)
     if _format_beside(module) is None or format_of(module).name != ONE_SUM:
         return Matrix(up)
-    if not adds_in_8_bits(device):
+    # An input that comes quantized has no room for the term.
+    if not adds_in_8_bits(device) or is_static(module):
         return Matrix(up)
     return Matrix(formats.get(ONE_SUM).quantize(up.to(device)).to(device=up.device))
 

@@ -10,7 +10,8 @@ def norm_weight(norm: torch.nn.Module, like: torch.Tensor) -> torch.Tensor:
     """
     import comfy.ops
 
-    if not (norm.comfy_cast_weights or norm.weight_function or norm.bias_function):
+    functions = getattr(norm, "weight_function", ()) or getattr(norm, "bias_function", ())
+    if not (getattr(norm, "comfy_cast_weights", False) or functions):
         return norm.weight
     with comfy.ops.CastBiasWeightContext(norm, like, offloadable=True) as (weight, _):
         if torch.compiler.is_compiling():

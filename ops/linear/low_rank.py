@@ -82,7 +82,8 @@ class LowRank:
 def adds_in_8_bits(device: torch.device) -> bool:
     """Return whether a layer on `device` may sum FP8 and a term in FP8 as one (`joins`)."""
     has = capability(device)
-    return has is not None and has[0] == JOINS_ON
+    # AMD's GPUs have capabilities of their own, and other FP8.
+    return has is not None and has[0] == JOINS_ON and torch.version.hip is None
 
 
 def joins(low_rank: LowRank | None, weight: QuantizedTensor, device: torch.device, m: int) -> bool:
@@ -93,8 +94,8 @@ def joins(low_rank: LowRank | None, weight: QuantizedTensor, device: torch.devic
     """
     if low_rank is None or not isinstance(low_rank.up, QuantizedTensor):
         return False
-    if torch.compiler.is_compiling():
-        # It cannot see where tensors lie, nor that one is written to.
+    if torch.compiler.is_compiling() or not adds_in_8_bits(device):
+        # torch.compile cannot see where tensors lie, nor that one is written to.
         return False
     up, k = low_rank.up, weight.shape[1]
     # TMA reads nothing else, and only it can change matrices on its way along K.
@@ -102,7 +103,7 @@ def joins(low_rank: LowRank | None, weight: QuantizedTensor, device: torch.devic
     same = up._qdata.dtype == weight._qdata.dtype == torch.float8_e4m3fn
     one = weight.layout_cls.scheme == up.layout_cls.scheme == "fp8_tensor"
     sized = m >= JOINS_ROWS and up.shape[1] % K_MULTIPLE == 0 and k % K_MULTIPLE == 0
-    return adds_in_8_bits(device) and one and same and sized and aligned
+    return one and same and sized and aligned
 
 
 def plain(matrix: torch.Tensor) -> torch.Tensor:

@@ -92,7 +92,7 @@ def strangers_of(model, attend, sample, quantize) -> dict:
     layer = first_layer(model)
     root = model.model.diffusion_model
     name = next(n for n, m in root.named_modules() if m is layer)
-    seen = {}
+    key, seen = f"diffusion_model.{name}", {}
 
     def theirs(model):
         hits = []
@@ -123,6 +123,7 @@ def strangers_of(model, attend, sample, quantize) -> dict:
         seen[order]["ours beside"] = difference(sample(ours), plain)
         seen[order]["hits beside"] = len(hits)
         seen[order]["plain after"] = bool((sample(model) == plain).all())
+        seen[order]["ours after"] = type(attend(model).object_patches.get(key)).__name__
     return seen
 
 

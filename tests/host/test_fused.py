@@ -79,10 +79,12 @@ def test_layers_with_a_lora_get_the_norm_as_the_host_computes_it(seen):
 
 @pytest.mark.parametrize("order", ["theirs first", "ours first"])
 def test_another_nodes_patch_of_a_layer_stays_and_nothing_of_it_remains(seen, order):
-    _, row = seen
+    name, row = seen
     strangers = row["strangers"]
     got = strangers[order]
     assert strangers["theirs changes"] > 0.05
     assert got["hits"] > 0 and got["difference"] < 0.05
     assert got["hits beside"] == 0 and got["ours beside"] < ROUNDING
     assert got["plain after"]
+    # Nor of ours: the layer can be replaced again.
+    assert got["ours after"] == f"Fused{MODELS[name]}"

@@ -26,6 +26,10 @@ def forward_with_an_argument(self, x, freqs, transformer_options={}, mask=None):
     return self.o(self.q(x))
 
 
+def forward_with_keywords(self, x, freqs, transformer_options={}, *, sink=0, **more):  # noqa: B006
+    return self.o(self.q(x))
+
+
 def wrapped(plain):
     def forward(self, x, freqs, transformer_options={}):  # noqa: B006
         return plain(self, x, freqs, transformer_options)
@@ -76,8 +80,11 @@ def test_other_layers_stay(name, options):
     assert fused.fused(plain, KNOWN, HOST) is plain
 
 
-@pytest.mark.parametrize("other", [forward_with_more, forward_with_an_argument, wrapped(forward)])
+@pytest.mark.parametrize(
+    "other", [forward_with_more, forward_with_an_argument, forward_with_keywords, wrapped(forward)]
+)
 def test_another_version_of_the_hosts_layer_stays_and_is_named_once(other, caplog):
+    fused._warn_of.cache_clear()
     kind = host_class(forward=other)
     for plain in (kind(), kind()):
         assert fused.fused(plain, KNOWN, HOST) is plain
@@ -94,6 +101,21 @@ def test_forward_that_was_assigned_is_no_part_of_the_copy():
     # As the host gives it back.
     plain.forward = type(plain).forward.__get__(plain)
     assert has_own_forward(plain)
+
+
+def test_class_that_lacks_what_ours_reads_stays():
+    kind = host_class(forward=forward_with_more)
+    plain = kind()
+    del plain.norm_q
+    assert fused.fused(plain, KNOWN, HOST) is plain
+
+
+def test_class_that_is_changed_later_is_looked_at_again():
+    kind = host_class()
+    assert isinstance(fused.fused(kind(), KNOWN, HOST), Fused)
+    kind.forward = wrapped(forward)
+    plain = kind()
+    assert fused.fused(plain, KNOWN, HOST) is plain
 
 
 def test_hook_or_another_class_is_a_touch():
