@@ -30,14 +30,8 @@ def run_int8(
 ) -> torch.Tensor:
     """Return the product of INT8 operands as `scaled_mm` describes it."""
     value = scaled(mm_int8(aligned(a), aligned(b).t()), scale_a, scale_b, zero_point, column_sum)
-    return finished(
-        with_low_rank(value, low_rank, scale_a, scale_b),
-        bias,
-        activation,
-        gate,
-        residual,
-        out_dtype,
-    )
+    rest = (bias, activation, gate, residual, out_dtype)
+    return finished(with_low_rank(value, low_rank, scale_a, scale_b), *rest)
 
 
 def run_fp8(

@@ -37,14 +37,8 @@ def run(
     else:
         total = a.double() @ b.double().t()
         value = scaled(total, scale_a, scale_b, zero_point, column_sum)
-    return finished(
-        with_low_rank(value, low_rank, scale_a, scale_b),
-        bias,
-        activation,
-        gate,
-        residual,
-        out_dtype,
-    )
+    rest = (bias, activation, gate, residual, out_dtype)
+    return finished(with_low_rank(value, low_rank, scale_a, scale_b), *rest)
 
 
 def _blocks(a, b, scale_a, scale_b) -> torch.Tensor:

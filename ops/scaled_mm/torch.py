@@ -53,14 +53,8 @@ def run_int8(
     """Return the product of INT8 operands as `scaled_mm` describes it."""
     total = torch._int_mm(aligned(_padded(a, INT8_ROWS)), aligned(b).t())[: a.shape[0]]
     value = scaled(total, scale_a, scale_b, zero_point, column_sum)
-    return finished(
-        with_low_rank(value, low_rank, scale_a, scale_b),
-        bias,
-        activation,
-        gate,
-        residual,
-        out_dtype,
-    )
+    rest = (bias, activation, gate, residual, out_dtype)
+    return finished(with_low_rank(value, low_rank, scale_a, scale_b), *rest)
 
 
 def run_fp8(
@@ -81,7 +75,7 @@ def run_fp8(
     rest = (bias, activation, gate, residual, out_dtype)
     scales = granularity(a, b, scale_a, scale_b)
     if scales == "block":
-        return _run_blocks(a, b, scale_a, scale_b, *rest, low_rank)
+        return _run_blocks(a, b, scale_a, scale_b, rest, low_rank)
     if scales == "row":
         scale_a = scale_a.reshape(-1, 1).expand(a.shape[0], 1).contiguous()
         scale_b = scale_b.reshape(1, -1).expand(1, b.shape[0]).contiguous()
@@ -102,21 +96,14 @@ def can_fuse(scales: str, bias, activation, gate, residual, out_dtype) -> bool:
     return plain and out_dtype in outputs and (bias is None or bias.dtype == out_dtype)
 
 
-def _run_blocks(a, b, scale_a, scale_b, bias, activation, gate, residual, out_dtype, low_rank):
+def _run_blocks(a, b, scale_a, scale_b, rest, low_rank):
     m = a.shape[0]
     rows = -(-m // SCALES) * SCALES
     scale_a = F.pad(scale_a, (0, 0, 0, rows - m))
     # In memory, the scales of a column of blocks stand side by side.
     scale_a = scale_a.t().contiguous().t()
     value = _product(_padded(a, rows), b, scale_a, scale_b.t(), None, torch.float32)[:m]
-    return finished(
-        with_low_rank(value, low_rank, scale_a, scale_b),
-        bias,
-        activation,
-        gate,
-        residual,
-        out_dtype,
-    )
+    return finished(with_low_rank(value, low_rank, scale_a, scale_b), *rest)
 
 
 def _product(a, b, scale_a, scale_b, bias, out_dtype) -> torch.Tensor:

@@ -11,6 +11,7 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import load_file
 
@@ -63,6 +64,20 @@ def find_host() -> tuple[Path, Path]:
             "install ComfyUI's requirements or set COMFYUI_PYTHON"
         )
     return root, python
+
+
+def session(script: Path) -> dict:
+    """Return what `script`, run by ComfyUI's Python as PACK HOST, printed as JSON on its last line.
+
+    Skips where ComfyUI is missing; fails with the end of its log where the script does.
+    """
+    try:
+        root, python = find_host()
+    except HostMissingError as error:
+        pytest.skip(str(error))
+    run = subprocess.run([python, script, REPO, root], capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr[-4000:]
+    return json.loads(run.stdout.splitlines()[-1])
 
 
 def find_wrapper() -> Path:

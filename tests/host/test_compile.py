@@ -1,12 +1,10 @@
 """The attention node in a ComfyUI that compiles: one graph, the same latent, the calls it means."""
 
-import json
-import subprocess
 from pathlib import Path
 
 import pytest
 
-from tests.host.server import REPO, HostMissingError, find_host
+from tests.host.server import session
 
 SESSION = Path(__file__).with_name("compile_session.py")
 # The small model's blocks, each of which attends to itself, to the text and to the image.
@@ -15,13 +13,7 @@ BLOCKS = 2
 
 @pytest.fixture(scope="module")
 def seen():
-    try:
-        root, python = find_host()
-    except HostMissingError as error:
-        pytest.skip(str(error))
-    run = subprocess.run([python, SESSION, REPO, root], capture_output=True, text=True, check=False)
-    assert run.returncode == 0, run.stderr[-4000:]
-    return json.loads(run.stdout.splitlines()[-1])
+    return session(SESSION)
 
 
 @pytest.mark.parametrize(

@@ -1,12 +1,10 @@
 """Attention layers in a real ComfyUI whose norm and rotary embedding join the attention."""
 
-import json
-import subprocess
 from pathlib import Path
 
 import pytest
 
-from tests.host.server import REPO, HostMissingError, find_host
+from tests.host.server import session
 
 SESSION = Path(__file__).with_name("fused_session.py")
 MODELS = {"wan": "WanSelfAttention", "qwen_image": "Attention"}
@@ -18,13 +16,7 @@ BLOCKS = 2
 
 @pytest.fixture(scope="module")
 def sessions():
-    try:
-        root, python = find_host()
-    except HostMissingError as error:
-        pytest.skip(str(error))
-    run = subprocess.run([python, SESSION, REPO, root], capture_output=True, text=True, check=False)
-    assert run.returncode == 0, run.stderr[-4000:]
-    return json.loads(run.stdout.splitlines()[-1])
+    return session(SESSION)
 
 
 @pytest.fixture(params=MODELS)
