@@ -6,9 +6,12 @@ from pathlib import Path
 
 import torch
 
+from ..cuda import HOPPER_OPTIONS, nvrtc
+from ..cuda import source as cuda_source
+from ..cuda.tensor_map import TensorMap, no_map, tensor_map
 from ..launch import TRITON_MIN
 from ..registry import Backend, Needs, capability, register
-from . import CAUSAL, KEYS, OP, nvrtc, scheme
+from . import CAUSAL, KEYS, OP, scheme
 from .modes import MODES, Mode
 from .prepare import LOG2E, TILE, prepare
 from .prologue import NOTHING
@@ -20,7 +23,6 @@ THREADS = 384
 GROUPS = 4
 SOURCES = ("machine.cu", "softmax.cu", "attend.cu")
 FOLDER = Path(__file__).with_name("kernels")
-OPTIONS = ("--gpu-architecture=sm_90a", "--std=c++17", "-default-device")
 # The fastest of what was measured on an H200, by mode; `machine.cu` says what the names mean. INT8
 # spills with more registers than these take.
 VARIANTS = {
@@ -30,12 +32,6 @@ VARIANTS = {
 }
 # With a mask of keys: without turns eight bytes would spill.
 MASKED_VARIANTS = {"fp8": {"PINGPONG": 1}}
-# CUtensorMap's data types, swizzle of 128 bytes, promotion to 256 bytes in the L2 cache.
-MAP_DTYPES = {torch.float16: 6, torch.bfloat16: 9}
-MAP_SWIZZLE_128 = 3
-MAP_PROMOTE_256 = 3
-MAP_BYTES = 128
-MAP_ALIGNMENT = 64
 # Elements of a row of 128 bytes.
 BOX_COLUMNS = 64
 # Elements after the biases of a tile of keys: the first says whether any is not zero.
@@ -54,32 +50,9 @@ class Params(ctypes.Structure):
     )
 
 
-class TensorMap(ctypes.Structure):
-    """CUtensorMap; made by `_aligned_map`, as it has to start at a multiple of 64 bytes."""
-
-    _fields_ = (("bytes", ctypes.c_char * MAP_BYTES),)
-
-
-def _aligned_map() -> TensorMap:
-    memory = ctypes.create_string_buffer(MAP_BYTES + MAP_ALIGNMENT)
-    return TensorMap.from_buffer(memory, -ctypes.addressof(memory) % MAP_ALIGNMENT)
-
-
 def _map_of(v: torch.Tensor) -> TensorMap:
     """Return the map by which boxes of 128 keys and 64 channels of v [B, Hkv, Lk, 128] come."""
-    b, h, length, d = v.shape
-    size = v.element_size()
-    strides = [v.stride(i) * size for i in (2, 1, 0)]
-    tensor_map = _aligned_map()
-    encode = nvrtc.driver().cuTensorMapEncodeTiled
-    result = encode(
-        *(ctypes.byref(tensor_map), MAP_DTYPES[v.dtype], 4, ctypes.c_void_p(v.data_ptr())),
-        *((ctypes.c_uint64 * 4)(d, length, h, b), (ctypes.c_uint64 * 3)(*strides)),
-        *((ctypes.c_uint32 * 4)(BOX_COLUMNS, TILE, 1, 1), (ctypes.c_uint32 * 4)(1, 1, 1, 1)),
-        *(0, MAP_SWIZZLE_128, MAP_PROMOTE_256, 0),
-    )
-    nvrtc.check(result, "cuTensorMapEncodeTiled")
-    return tensor_map
+    return tensor_map(v, (1, 1, TILE, BOX_COLUMNS))
 
 
 def _readable(v: torch.Tensor) -> torch.Tensor:
@@ -93,7 +66,7 @@ def _readable(v: torch.Tensor) -> torch.Tensor:
 
 def source() -> str:
     """Return the CUDA C++ source, of all its files."""
-    return "\n".join((FOLDER / name).read_text(encoding="utf-8") for name in SOURCES)
+    return cuda_source(*(FOLDER / name for name in SOURCES))
 
 
 def options(mode: Mode, dtype: torch.dtype, causal: bool, biased: bool) -> tuple[str, ...]:
@@ -103,7 +76,7 @@ def options(mode: Mode, dtype: torch.dtype, causal: bool, biased: bool) -> tuple
         **{"PV": mode.code, "FP16": int(dtype == torch.float16), **variant},
         **{"CAUSAL": int(causal), "BIASED": int(biased)},
     }
-    return (*OPTIONS, *(f"-D{name}={value}" for name, value in defined.items()))
+    return (*HOPPER_OPTIONS, *(f"-D{name}={value}" for name, value in defined.items()))
 
 
 def shared_bytes(mode: Mode) -> int:
@@ -170,10 +143,10 @@ def run(out, lse, q, k, v, mode, mask, causal, scale, prologue=NOTHING, rotate=F
     added = (None if bias is None else bias.data_ptr(), *_strides(bias))
     params = Params(*pointers, *out.stride()[:3], *sizes, *added)
     with torch.cuda.device(q.device):
-        tensor_map = _map_of(v) if ready.v is None else _aligned_map()
+        map_of_v = _map_of(v) if ready.v is None else no_map()
         stream = torch.cuda.current_stream(q.device).cuda_stream
         kernel = _kernel(mode, q.dtype, causal, bias is not None, q.device.index)
-        kernel.launch((tiles, h, b), THREADS, (params, tensor_map), stream)
+        kernel.launch((tiles, h, b), THREADS, (params, map_of_v), stream)
     if lse is not None:
         lse += ready.shift.view_as(lse)
 

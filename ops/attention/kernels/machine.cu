@@ -10,8 +10,8 @@
 // keys in the order in which a thread holds P, so that P goes from accumulator to operand without
 // a shuffle.
 //
-// Three files, compiled as one by NVRTC for sm_90a: this one has the machine's instructions,
-// softmax.cu the arithmetic of a tile, attend.cu the kernel. Defined from outside:
+// Three files, compiled as one by NVRTC for sm_90a, after ops/cuda/hopper.cu: this one has the
+// products, softmax.cu the arithmetic of a tile, attend.cu the kernel. Defined from outside:
 //   PV              one of the three below
 //   FP16            inputs and output are fp16, not bf16
 //   STAGES          tiles of K and of V in shared memory
@@ -30,11 +30,6 @@
 #define PV_INT8 2
 // Whether the softmax is put in order by hand; with biases that takes registers that are not there.
 #define PACED (PV == PV_FP8 && !BIASED)
-
-typedef unsigned int u32;
-typedef unsigned long long u64;
-
-struct __align__(64) TensorMap { char bytes[128]; };
 
 struct Params {
     const char* q;         // [B·H, tiles, 128, 128] int8, swizzled
@@ -77,9 +72,6 @@ constexpr int BIAS_BYTES = BIASED ? BIASES * 4 : 0;
 // The maximum of a row of which every key is hidden so far.
 constexpr float FLOOR = -1e30f;
 
-__device__ __forceinline__ u32 shared_address(const void* p) {
-    return static_cast<u32>(__cvta_generic_to_shared(p));
-}
 __device__ __forceinline__ float exp2(float x) {
     float y;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
@@ -89,36 +81,6 @@ __device__ __forceinline__ float log2(float x) {
     float y;
     asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
-}
-// ---- barriers and copies
-
-__device__ __forceinline__ void barrier_init(u32 bar, int count) {
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(bar), "r"(count) : "memory");
-}
-__device__ __forceinline__ void barrier_expect(u32 bar, u32 bytes) {
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(bar), "r"(bytes)
-                 : "memory");
-}
-__device__ __forceinline__ void barrier_arrive(u32 bar) {
-    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(bar) : "memory");
-}
-__device__ __forceinline__ void barrier_wait(u32 bar, u32 phase) {
-    asm volatile(
-        "{\n.reg .pred p;\nAGAIN:\n"
-        "mbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1;\n"
-        "@p bra DONE;\nbra AGAIN;\nDONE:\n}\n" ::"r"(bar), "r"(phase) : "memory");
-}
-__device__ __forceinline__ void copy(u32 to, const void* from, u32 bytes, u32 bar) {
-    asm volatile(
-        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
-        ::"r"(to), "l"(from), "r"(bytes), "r"(bar) : "memory");
-}
-__device__ __forceinline__ void copy_box(u32 to, const TensorMap* map, int d, int l, int h, int b,
-                                         u32 bar) {
-    asm volatile(
-        "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
-        " [%0], [%1, {%2, %3, %4, %5}], [%6];"
-        ::"r"(to), "l"(map), "r"(d), "r"(l), "r"(h), "r"(b), "r"(bar) : "memory");
 }
 __device__ __forceinline__ void named_sync(int id) {
     asm volatile("bar.sync %0, 256;" ::"r"(id) : "memory");
@@ -137,21 +99,6 @@ __device__ __forceinline__ bool all_of_group(int id, bool condition) {
 
 // ---- tensor cores
 
-// Descriptor of an operand in 128-byte swizzled rows; groups of 8 rows are 1024 bytes apart.
-// leading: bytes between groups of 64 columns of a 16-bit operand that is not K-major.
-__device__ __forceinline__ u64 descriptor(u32 address, u32 leading = 16) {
-    return (u64(1) << 62) | (u64(1024 >> 4) << 32) | (u64(leading >> 4) << 16) |
-           ((address & 0x3FFFF) >> 4);
-}
-__device__ __forceinline__ void mma_fence() {
-    asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
-}
-__device__ __forceinline__ void mma_commit() {
-    asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
-}
-template <int PENDING> __device__ __forceinline__ void mma_wait() {
-    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
-}
 // Keeps the compiler from using registers before the wait that stands above.
 __device__ __forceinline__ void settle(int (&x)[64]) {
 #pragma unroll

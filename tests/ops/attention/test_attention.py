@@ -5,9 +5,10 @@ import torch
 import torch.nn.functional as F
 
 from lowbit.ops import registry
-from lowbit.ops.attention import CAUSAL, KEYS, MASKED, OP, attention, hopper, kind_of, nvrtc, scheme
+from lowbit.ops.attention import CAUSAL, KEYS, MASKED, OP, attention, hopper, kind_of, scheme
 from lowbit.ops.attention.modes import MODES
 from lowbit.ops.attention.triton import TABLE, choose
+from lowbit.ops.cuda import nvrtc
 
 DTYPES = (torch.bfloat16, torch.float16)
 

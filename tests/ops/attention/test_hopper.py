@@ -1,49 +1,19 @@
 """The CUDA C++ source of the Hopper kernel: compiled by NVRTC where it is installed."""
 
-import ctypes
-import importlib.util
 import math
 import re
-import subprocess
-from pathlib import Path
 
 import pytest
 import torch
 
-from lowbit.ops.attention import hopper, nvrtc
+from lowbit.ops.attention import hopper
 from lowbit.ops.attention.modes import MODES
+
+from ..cuda.compiled import compiled, disassembled
 
 SHARED_KIB = 227
 # The tensor-core instructions of Q·Kᵀ and of P·V in SASS, and how many of each a tile takes.
 INSTRUCTIONS = {"exact": ("IGMMA", "HGMMA"), "fp8": ("IGMMA", "QGMMA"), "int8": ("IGMMA", "IGMMA")}
-
-
-def library() -> ctypes.CDLL | None:
-    """NVRTC from the package nvidia-cuda-nvrtc, which torch's CUDA wheels bring along."""
-    for package in ("nvidia.cu13", "nvidia.cuda_nvrtc"):
-        try:
-            spec = importlib.util.find_spec(package)
-        except ModuleNotFoundError:
-            continue
-        for folder in spec.submodule_search_locations if spec else ():
-            found = sorted(Path(folder, "lib").glob("libnvrtc*.so.*"))
-            for path in (p for p in found if "builtins" in p.name and "alt" not in p.name):
-                ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
-            for path in (p for p in found if re.fullmatch(r"libnvrtc\.so\.\d+", p.name)):
-                return ctypes.CDLL(str(path))
-    return None
-
-
-def disassembled(code: bytes, tmp_path: Path) -> tuple[str, str]:
-    """(SASS, resource usage) by the tools that Triton brings."""
-    triton = pytest.importorskip("triton", reason="Triton, which has the disassembler, is missing")
-    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-    path = tmp_path / "kernel.cubin"
-    path.write_bytes(code)
-    return tuple(
-        subprocess.run([*command, path], capture_output=True, text=True, check=True).stdout
-        for command in ([tools / "nvdisasm"], [tools / "cuobjdump", "--dump-resource-usage"])
-    )
 
 
 @pytest.mark.parametrize("mode", MODES.values(), ids=lambda mode: mode.name)
@@ -57,11 +27,7 @@ def disassembled(code: bytes, tmp_path: Path) -> tuple[str, str]:
     ],
 )
 def test_kernel_uses_wgmma_and_no_local_memory(mode, dtype, causal, biased, tmp_path):
-    nvrtc_library = library()
-    if nvrtc_library is None:
-        pytest.skip("the package nvidia-cuda-nvrtc is missing")
-    given = hopper.options(mode, dtype, causal, biased)
-    code = nvrtc.compile_source(hopper.source(), given, nvrtc_library)
+    code = compiled(hopper.source(), hopper.options(mode, dtype, causal, biased))
     sass, usage = disassembled(code, tmp_path)
     # INT8 has two accumulators: with a mask ten of its numbers do not fit.
     stack = 40 if mode.name == "int8" and biased else 0
@@ -69,14 +35,6 @@ def test_kernel_uses_wgmma_and_no_local_memory(mode, dtype, causal, biased, tmp_
     for instruction in INSTRUCTIONS[mode.name]:
         assert re.search(rf"\b{instruction}\.64x128", sass)
     assert re.search(r"IGMMA\.64x128x32\.U8\.S8", sass) or mode.name != "int8"
-
-
-def test_source_that_is_wrong_gives_the_compilers_log():
-    nvrtc_library = library()
-    if nvrtc_library is None:
-        pytest.skip("the package nvidia-cuda-nvrtc is missing")
-    with pytest.raises(nvrtc.NvrtcError, match="undefined"):
-        nvrtc.compile_source("int x = y;", (), nvrtc_library)
 
 
 @pytest.mark.parametrize("mode", MODES.values(), ids=lambda mode: mode.name)
@@ -123,10 +81,6 @@ def test_mask_of_keys_is_made_once_for_all_heads():
     assert hopper._once(own).shape == (2, 4, 1, 9)
     assert hopper._strides(hopper.bias_of(hopper._once(own))) == (4 * 132, 132)
     assert hopper._strides(None) == (0, 0)
-
-
-def test_map_is_aligned():
-    assert ctypes.addressof(hopper._aligned_map()) % hopper.MAP_ALIGNMENT == 0
 
 
 def test_v_that_a_map_cannot_describe_is_copied():

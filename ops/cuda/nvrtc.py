@@ -1,7 +1,6 @@
 """CUDA C++ compiled by NVRTC, which comes with torch, and launched through the CUDA driver.
 
-Nothing for a user to compile or install. Only what `hopper.py` needs: one kernel a module, its
-parameters as ctypes values.
+One kernel a module, its parameters as ctypes values.
 """
 
 import ctypes

@@ -1,0 +1,60 @@
+// Hopper's own instructions, for kernels that NVRTC compiles for sm_90a: barriers in shared memory,
+// copies that arrive there by themselves, and what stands around asynchronous products.
+
+typedef unsigned int u32;
+typedef unsigned long long u64;
+
+struct __align__(64) TensorMap { char bytes[128]; };
+
+__device__ __forceinline__ u32 shared_address(const void* p) {
+    return static_cast<u32>(__cvta_generic_to_shared(p));
+}
+
+// ---- barriers and copies
+
+__device__ __forceinline__ void barrier_init(u32 bar, int count) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(bar), "r"(count) : "memory");
+}
+__device__ __forceinline__ void barrier_expect(u32 bar, u32 bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(bar), "r"(bytes)
+                 : "memory");
+}
+__device__ __forceinline__ void barrier_arrive(u32 bar) {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(bar) : "memory");
+}
+__device__ __forceinline__ void barrier_wait(u32 bar, u32 phase) {
+    asm volatile(
+        "{\n.reg .pred p;\nAGAIN:\n"
+        "mbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1;\n"
+        "@p bra DONE;\nbra AGAIN;\nDONE:\n}\n" ::"r"(bar), "r"(phase) : "memory");
+}
+__device__ __forceinline__ void copy(u32 to, const void* from, u32 bytes, u32 bar) {
+    asm volatile(
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
+        ::"r"(to), "l"(from), "r"(bytes), "r"(bar) : "memory");
+}
+__device__ __forceinline__ void copy_box(u32 to, const TensorMap* map, int d, int l, int h, int b,
+                                         u32 bar) {
+    asm volatile(
+        "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
+        " [%0], [%1, {%2, %3, %4, %5}], [%6];"
+        ::"r"(to), "l"(map), "r"(d), "r"(l), "r"(h), "r"(b), "r"(bar) : "memory");
+}
+
+// ---- tensor cores
+
+// Descriptor of an operand in 128-byte swizzled rows; groups of 8 rows are 1024 bytes apart.
+// leading: bytes between groups of 64 columns of a 16-bit operand that is not K-major.
+__device__ __forceinline__ u64 descriptor(u32 address, u32 leading = 16) {
+    return (u64(1) << 62) | (u64(1024 >> 4) << 32) | (u64(leading >> 4) << 16) |
+           ((address & 0x3FFFF) >> 4);
+}
+__device__ __forceinline__ void mma_fence() {
+    asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+}
+__device__ __forceinline__ void mma_commit() {
+    asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+}
+template <int PENDING> __device__ __forceinline__ void mma_wait() {
+    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
+}

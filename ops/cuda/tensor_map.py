@@ -1,0 +1,53 @@
+"""Tensor maps: how Hopper's copies find boxes of a tensor (CUDA driver, cuTensorMapEncodeTiled)."""
+
+import ctypes
+from collections.abc import Sequence
+
+import torch
+
+from . import nvrtc
+
+# CUtensorMapDataType.
+DTYPES = {torch.float16: 6, torch.bfloat16: 9, torch.float32: 7, torch.int32: 3}
+BYTES = 0
+# CUtensorMapSwizzle by the bytes of a box's row, CUtensorMapL2promotion to 256 bytes.
+SWIZZLES = {0: 0, 32: 1, 64: 2, 128: 3}
+PROMOTE_256 = 3
+MAP_BYTES = 128
+MAP_ALIGNMENT = 64
+
+
+class TensorMap(ctypes.Structure):
+    """CUtensorMap, a kernel's parameter; made by `no_map`, as it starts at a multiple of 64."""
+
+    _fields_ = (("bytes", ctypes.c_char * MAP_BYTES),)
+
+
+def no_map() -> TensorMap:
+    """Return a map that says nothing, for kernels that take one but do not use it."""
+    memory = ctypes.create_string_buffer(MAP_BYTES + MAP_ALIGNMENT)
+    return TensorMap.from_buffer(memory, -ctypes.addressof(memory) % MAP_ALIGNMENT)
+
+
+def tensor_map(x: torch.Tensor, box: Sequence[int], swizzle: int = 128) -> TensorMap:
+    """Return the map by which boxes of x come; what is outside of x arrives as zeros.
+
+    x: 2 to 5 dimensions, the last contiguous; starts at a multiple of 16 bytes, its other strides
+    are such multiples. 8-bit dtypes come as bytes. box: elements along each dimension of x.
+    swizzle: bytes of a row within which chunks of 16 bytes are XORed with the row's number, or 0.
+    Raises NvrtcError where the driver refuses.
+    """
+    size = x.element_size()
+    rank = x.ndim
+    encoded = no_map()
+    result = nvrtc.driver().cuTensorMapEncodeTiled(
+        *(ctypes.byref(encoded), BYTES if size == 1 else DTYPES[x.dtype], rank),
+        ctypes.c_void_p(x.data_ptr()),
+        (ctypes.c_uint64 * rank)(*reversed(x.shape)),
+        (ctypes.c_uint64 * (rank - 1))(*(stride * size for stride in reversed(x.stride()[:-1]))),
+        (ctypes.c_uint32 * rank)(*reversed(box)),
+        (ctypes.c_uint32 * rank)(*(1 for _ in box)),
+        *(0, SWIZZLES[swizzle], PROMOTE_256, 0),
+    )
+    nvrtc.check(result, f"cuTensorMapEncodeTiled of {tuple(x.shape)}, box {tuple(box)}")
+    return encoded
