@@ -122,7 +122,8 @@ def input_kind(weight: QuantizedTensor, device: torch.device, rows: int) -> Kind
 def _chosen(weight, device: torch.device, rows: int, backend: str) -> registry.Backend:
     (n, k), scheme = weight.shape, weight.layout_cls.scheme
     m = tuning.bucket_if_tuned(OP, scheme, device, n, k, rows)
-    few = rows <= FEW_ROWS if scheme in GROUPS else None
+    # A bool also of rows that torch.compile knows by a symbol: its graph is then for few, or many.
+    few = bool(rows <= FEW_ROWS) if scheme in GROUPS else None
     name = backend_of(weight) if backend == "auto" else backend
     return registry.select(OP, registry.Call(scheme, device, n, k, m, few), name)
 
