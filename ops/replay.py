@@ -36,9 +36,13 @@ def facts(arguments: Iterable) -> tuple:
 
 
 class _Record:
-    """What a call did. made: by `empty`. launches: arguments of `launch`, and its result."""
+    """What a call did. made: by `empty`. launches: arguments of `launch`, and its result.
+
+    whole: nothing else is known to have been done.
+    """
 
     def __init__(self):
+        self.whole = True
         self.made: list[torch.Tensor] = []
         self.launches: list[tuple] = []
 
@@ -52,6 +56,13 @@ def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> t
     return tensor
 
 
+def not_launches_alone() -> None:
+    """Say within a function of `Plans` that this call does more: it is prepared each time."""
+    record = getattr(_here, "record", None)
+    if record is not None:
+        record.whole = False
+
+
 def launch(*arguments) -> None:
     """Launch a kernel as `launch.launch` does, from within a `replayed` function or not."""
     compiled = launching.launch(*arguments)
@@ -60,40 +71,59 @@ def launch(*arguments) -> None:
         record.launches.append((arguments, compiled))
 
 
-def replayed(function: Callable) -> Callable:
-    """Return `function`, of which a call is prepared once and from then on only launched.
+class Plans:
+    """Calls of one function that are prepared once and from then on only launched.
 
-    It may do nothing but make tensors by `empty`, launch kernels by `launch` and return tensors of
-    these or of its arguments, one, or a tuple of them and None. All of that has to follow from the
-    `facts` of its arguments and from the entries of `tuning`. A call that launches with a tensor of
-    any other origin, such as a copy of an argument, is prepared each time. Arguments are given by
-    position; one that holds tensors is a tensor or a tuple of them. It calls no other of its like.
+    The function may do nothing but make tensors by `empty`, launch kernels by `launch` and return
+    tensors of these or of its arguments, one, or a tuple of them and None. All of that has to
+    follow from the `facts` of its arguments and from the entries of `tuning`. A call that launches
+    with a tensor of any other origin, such as a copy of an argument, is prepared each time, and so
+    is one that launches nothing. A call from within another such one becomes part of it.
     """
-    # None: a call of this kind is prepared each time.
-    plans: dict[tuple, _Plan | None] = {}
 
-    @functools.wraps(function)
-    def call(*arguments):
+    def __init__(self):
+        # None: a call of this kind is prepared each time.
+        self._plans: dict[tuple, _Plan | None] = {}
+        tuning.when_forgotten(self._plans.clear)
+
+    def run(self, arguments: tuple, function: Callable):
+        """Return function(), or what it would, by the launches of a call like it.
+
+        arguments: all that it depends on; one that holds tensors is a tensor or a tuple of them.
+        """
+        if getattr(_here, "record", None) is not None:
+            return function()
         key, flat = facts(arguments), _flat(arguments)
-        plan = plans.get(key, _UNKNOWN)
+        plan = self._plans.get(key, _UNKNOWN)
         if plan is None:
-            return function(*arguments)
+            return function()
         if plan is not _UNKNOWN:
             return plan.run(flat)
         _here.record = record = _Record()
         try:
-            result = function(*arguments)
+            result = function()
         finally:
             _here.record = None
         tensors = [given for given in flat if isinstance(given, torch.Tensor)]
         # Of one tensor in two places nothing is learnt about two tensors.
         if len({id(given) for given in tensors}) == len(tensors):
-            if len(plans) >= tuning.REMEMBERED:
-                plans.clear()
-            plans[key] = _planned(record, flat, result)
+            if len(self._plans) >= tuning.REMEMBERED:
+                self._plans.clear()
+            self._plans[key] = _planned(record, flat, result)
         return result
 
-    tuning.when_forgotten(plans.clear)
+
+def replayed(function: Callable) -> Callable:
+    """Return `function`, which is as `Plans` describes it, so that calls of it are prepared once.
+
+    Arguments are given by position.
+    """
+    plans = Plans()
+
+    @functools.wraps(function)
+    def call(*arguments):
+        return plans.run(arguments, lambda: function(*arguments))
+
     return call
 
 
@@ -158,7 +188,11 @@ def _planned(record: _Record, flat: list, result) -> _Plan | None:
         launches.append((compiled, (kernel, programs, template, *rest), places))
     single = isinstance(result, torch.Tensor)
     results = (result,) if single else result
-    if not launches or any(x is not None and id(x) not in source for x in results):
+    if (
+        not record.whole
+        or not launches
+        or any(x is not None and id(x) not in source for x in results)
+    ):
         return None
     made = [(tuple(x.shape), x.dtype, x.device) for x in record.made]
     places = tuple([None if x is None else source[id(x)] for x in results])

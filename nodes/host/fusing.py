@@ -127,10 +127,15 @@ def run(
     act None. gate: [B, T, N], each for L / T tokens; residual: [B, L, N]; or neither. What the host
     itself does to the input or the weight of a layer comes after the act.
     """
-    import comfy.ops
-
     if not _is_direct(module):
         return _gated(module(_acted(x, act)), gate, residual)
+    return _run_direct(module, x, act, gate, residual)
+
+
+def _run_direct(module, x, act: str | None, gate, residual) -> torch.Tensor:
+    """Return what `run` does, of a layer that `_is_direct`."""
+    import comfy.ops
+
     comfy.ops.run_every_op()
     weight = module.weight
     cast = comfy.ops.CastBiasWeightContext(
@@ -175,7 +180,7 @@ def run_after(modules, given: Modulated) -> tuple[torch.Tensor, ...]:
         kinds = {input_kind(module.weight, x.device, rows) for module in modules}
         if len(kinds) == 1 and None not in kinds:
             rounded = quantize_activation(x, modules[0].weight, prologue=given.steps)
-            return tuple(run(module, rounded, None, None, None) for module in modules)
+            return tuple(_run_direct(module, rounded, None, None, None) for module in modules)
     plain = given.plain()
     return tuple(module(plain) for module in modules)
 

@@ -6,13 +6,16 @@ that it extends). Every backend gives the same result up to the rounding of the 
 """
 
 import math
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 from comfy_kitchen.tensor import QuantizedTensor
 
 from .. import registry, tuning
+from ..custom_op import watched
 from ..quantize_rows import Prologue
+from ..replay import Plans, not_launches_alone
 from ..scaled_mm.check import LOW_RANK
 from ..widen_rows import widen_rows
 from .activation import (
@@ -87,6 +90,34 @@ def linear(
     Raises ValueError when shapes or kinds do not fit, NoBackendError when no backend can run the
     call.
     """
+    plain_product = input_act is None and low_rank is None
+    if plain_product and isinstance(x, QuantizedActivation) and not watched(x.stored):
+        return _product(x, weight, bias, backend, gate, residual)
+    return _linear(x, weight, bias, backend, input_act, low_rank, gate, residual)
+
+
+_PRODUCTS = Plans()
+
+
+def _product(x: QuantizedActivation, weight, bias, backend, gate, residual) -> torch.Tensor:
+    """Return what `linear` does for an activation that is quantized already, prepared once."""
+    rows, shape = len(x.stored), (*x.shape[:-1], weight.shape[0])
+    if residual is not None and residual.shape == shape:
+        residual = residual.reshape(rows, shape[-1])
+    elif residual is not None:
+        _check_gated(gate, residual, shape)
+
+    def run():
+        flat = replace(x, shape=(rows, x.shape[-1]))
+        return _linear(flat, weight, bias, backend, None, None, gate, residual)
+
+    of_weight = (weight._qdata, weight._layout_cls, *vars(weight._params).values())
+    of_x = (x.stored, x.scale, x.kind, x.shape[-1], x.dtype)
+    return _PRODUCTS.run((of_x, of_weight, bias, backend, gate, residual), run).reshape(shape)
+
+
+def _linear(x, weight, bias, backend, input_act, low_rank, gate, residual) -> torch.Tensor:
+    """Return what `linear` describes."""
     n, k = weight.shape
     if x.shape[-1] != k:
         raise ValueError(f"linear: input has {x.shape[-1]} features, weight [{n}, {k}] takes {k}")
@@ -104,13 +135,20 @@ def linear(
         one_sum = chosen.fuses and dtype in LOW_RANK
         one_sum = one_sum and joins(low_rank, weight, x.device, rows)
         x = _prepared(x, weight, input_act, chosen.quantizes, HEADROOM if one_sum else 0)
+        if low_rank is None and isinstance(x, QuantizedActivation) and not watched(x.stored):
+            return _product(x, weight, bias, backend, gate, residual)
     term = None
     if low_rank is not None:
         h = low_rank.project(x, lambda: _plain(given, input_act))
         term = _joined(h, x, low_rank.up, weight) if one_sum else (h, plain(low_rank.up).to(dtype))
     if residual is not None:
-        residual = residual.reshape(rows, n)
-    return _run(chosen, x, weight, bias, term, gate, residual).reshape(shape)
+        residual = _shaped(residual, (rows, n))
+    return _shaped(_run(chosen, x, weight, bias, term, gate, residual), shape)
+
+
+def _shaped(x: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+    """Return x in `shape`; x itself where it has that."""
+    return x if x.shape == shape else x.reshape(shape)
 
 
 def input_kind(weight: QuantizedTensor, device: torch.device, rows: int) -> Kind | None:
@@ -144,6 +182,7 @@ def _run(chosen: registry.Backend, x, weight, bias, term, gate, residual) -> tor
     if quantized and chosen.fuses and dtype in LOW_RANK:
         options = {"low_rank": term, "gate": gate, "residual": residual}
         return chosen.run_quantized(x, weight, bias, **options).to(dtype)
+    not_launches_alone()
     if quantized:
         out = chosen.run_quantized(x, weight, bias)
     else:
