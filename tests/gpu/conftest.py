@@ -1,5 +1,6 @@
 """Tests in this folder need an NVIDIA GPU; their results are kept in docs/results."""
 
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -18,3 +19,13 @@ def pytest_collection_modifyitems(items):
 def needs_gpu():
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device")
+
+
+@pytest.fixture
+def idle_gpu():
+    """Skip where other processes run on the GPUs: nothing can be timed beside them."""
+    query = ["nvidia-smi", "--query-compute-apps=pid", "--format=csv,noheader"]
+    torch.zeros(1, device="cuda")
+    seen = subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()
+    if len(seen) > torch.cuda.device_count():
+        pytest.skip(f"{len(seen)} processes run on the GPU; run this test alone")

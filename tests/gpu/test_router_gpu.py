@@ -104,7 +104,7 @@ def test_guard_lets_a_cuda_graph_be_recorded(way):
 
 @pytest.mark.parametrize("index", range(len(AUTO)))
 @pytest.mark.parametrize("d", sorted({d for row in AUTO for d in row.head_sizes}))
-def test_row_of_auto_is_not_slower_than_torchs_own_choice(index, d):
+def test_row_of_auto_is_not_slower_than_torchs_own_choice(index, d, idle_gpu):
     """And than the rows after it that take the same calls."""
     row, device = AUTO[index], torch.device("cuda", 0)
     if not router._fits(index, device, d, None):
