@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from comfy_kitchen.tensor import QuantizedTensor
 
-from ..ops.linear import LowRank, add_low_rank, linear, rescale, scaled, stacked
+from ..ops.linear import LowRank, add_low_rank, linear_with_terms, rescale, scaled, stacked
 
 # What the tensor cores take, and the widest loads.
 RANK_MULTIPLE = 16
@@ -212,69 +212,66 @@ class WithTerms:
     def _call_impl(self, *args, **kwargs):
         """Return what the layer does, hooks included, plus its terms."""
         x = args[0] if args else kwargs["input"]
-        first, *others = low_ranks_of(self, x) or (None,)
-        if first is None:
+        terms = low_ranks_of(self, x)
+        if not terms:
             return super()._call_impl(*args, **kwargs)
-        object.__setattr__(self, "_pending", first)
+        object.__setattr__(self, "_pending", terms)
         try:
             out = super()._call_impl(*args, **kwargs)
             left = self._pending
         finally:
             object.__setattr__(self, "_pending", None)
-        add = add_low_rank if self.weight.dim() == 2 else functools.partial(_convolve, self)
-        for low_rank in others if left is None else (left, *others):
-            out = add(out, x, low_rank)
-        return out
+        return add_terms(self, out, x, left) if left else out
 
     def _forward(self, *args, **kwargs):
         """Return the product as the host's layers call it, its terms in it where we compute it.
 
         Arguments: input, weight and bias, as they are multiplied.
         """
-        low_rank = self._pending
-        if low_rank is None or kwargs or not _takes(self, args[1]):
+        terms = self._pending
+        if terms is None or kwargs or not _takes(self, args[1]):
             return super()._forward(*args, **kwargs)
         object.__setattr__(self, "_pending", None)
-        return linear(*args, low_rank=low_rank)
+        return linear_with_terms(*args, terms)
 
 
 def _takes(module: torch.nn.Module, weight: torch.Tensor) -> bool:
     """Return whether `linear` multiplies a layer's weight with the layer's own input.
 
-    Not in a compiled graph, which does not know the layout of a weight that the host made there.
+    weight: as the host has prepared it, in the layer's own layout if it is quantized still; that of
+    one which it made in a compiled graph is not known there.
     """
-    if torch.compiler.is_compiling():
+    if not isinstance(weight, QuantizedTensor) or not isinstance(module.weight, QuantizedTensor):
         return False
-    ours = isinstance(weight, QuantizedTensor) and hasattr(weight.layout_cls, "scheme")
+    ours = hasattr(module.weight.layout_cls, "scheme")
     return ours and getattr(module, "pre_quant_scale", None) is None
 
 
-def has_terms(module: torch.nn.Module) -> bool:
-    """Return whether a layer has terms that act in this run."""
-    if not isinstance(module, WithTerms):
-        return False
-    return any(module._stack.acting[index] for index, _ in module._terms)
-
-
 def low_ranks_of(module: torch.nn.Module, x: torch.Tensor) -> list[LowRank]:
-    """Return a layer's terms for the input x, those that act in this run, as one sum.
-
-    Several, one after the other, where torch.compile is at work on quantized matrices: it cannot
-    join them.
-    """
+    """Return a layer's terms for the input x, those that act in this run."""
     if not isinstance(module, WithTerms):
         return []
     acting = module._stack.acting
-    terms = [term.low_rank(x) for index, term in module._terms if acting[index]]
-    if len(terms) < 2:
-        return terms
+    return [term.low_rank(x) for index, term in module._terms if acting[index]]
+
+
+def add_terms(module, out: torch.Tensor, x: torch.Tensor, terms: Sequence[LowRank]) -> torch.Tensor:
+    """Return out, a layer's result for x that may be written to, plus its terms.
+
+    As one sum, but where torch.compile is at work on quantized matrices: it cannot join them.
+    """
+    add = add_low_rank if module.weight.dim() == 2 else functools.partial(_convolve, module)
     quantized = any(isinstance(term.down, QuantizedTensor) for term in terms)
-    return terms if quantized and torch.compiler.is_compiling() else [_joined(terms)]
+    if not (quantized and torch.compiler.is_compiling()):
+        terms = [_joined(terms)]
+    for term in terms:
+        out = add(out, x, term)
+    return out
 
 
 def _joined(terms: Sequence[LowRank]) -> LowRank:
     """Return the sum of terms, of linear layers or of convolutions."""
-    if terms[0].down.dim() == 2:
+    if len(terms) == 1 or terms[0].down.dim() == 2:
         return stacked(terms)
     downs, factors, shifts = zip(*((t.down, t.factor, t.shift) for t in terms), strict=True)
     ups = torch.cat([t.up for t in terms], dim=1)

@@ -1,5 +1,6 @@
 """Layers of ours that share work in the host: one quantized input, steps in the same pass."""
 
+import itertools
 import logging
 from collections.abc import Iterator
 
@@ -7,11 +8,18 @@ import torch
 import torch.nn.functional as F
 from comfy_kitchen.tensor import QuantizedTensor
 
-from ...ops.linear import QuantizedActivation, add_low_rank, input_kind, linear, quantize_activation
+from ...ops.linear import (
+    QuantizedActivation,
+    input_headroom,
+    input_kind,
+    linear,
+    linear_with_terms,
+    quantize_activation,
+)
 from ...quant import families, formats, fusion
 from .. import fused
 from ..fused.base import Host, Modulated, gated
-from ..lora_terms import has_terms, low_ranks_of
+from ..lora_terms import add_terms, low_ranks_of
 from . import clones
 from .layers import ROOT
 from .linear import is_static, replacement
@@ -150,17 +158,14 @@ def _run_direct(module, x, act: str | None, gate, residual) -> torch.Tensor:
     terms = low_ranks_of(module, x)
     with cast as (weight, bias):
         if isinstance(weight, QuantizedTensor):
-            first = terms.pop(0) if terms else None
-            options = {"input_act": act, "low_rank": first}
-            if not terms:
-                gate = None if gate is None else gate.flatten(0, 1)
-                return linear(x, weight, bias, **options, gate=gate, residual=residual)
-            out = linear(x, weight, bias, **options)
-        else:
-            given = x.dequantize() if isinstance(x, QuantizedActivation) else x
-            out = F.linear(_acted(given, act), weight.to(x.dtype), bias)
-    for term in terms:
-        out = add_low_rank(out, _acted(x, act), term)
+            gates = {"gate": gate if gate is None else gate.flatten(0, 1), "residual": residual}
+            if terms:
+                return linear_with_terms(x, weight, bias, terms, input_act=act, **gates)
+            return linear(x, weight, bias, input_act=act, **gates)
+        given = _acted(x.dequantize() if isinstance(x, QuantizedActivation) else x, act)
+        out = F.linear(given, weight.to(x.dtype), bias)
+    if terms:
+        out = add_terms(module, out, given, terms)
     return _gated(out, gate, residual)
 
 
@@ -173,24 +178,31 @@ def _gated(out: torch.Tensor, gate, residual) -> torch.Tensor:
 
 
 def run_after(modules, given: Modulated) -> tuple[torch.Tensor, ...]:
-    """Return each linear layer's result for the same input, quantized once where all are ours."""
+    """Return each linear layer's result for the same input, quantized once where all are ours.
+
+    With LoRAs too, where their first matrices multiply what their layers do.
+    """
     x = given.x
-    if all(_is_direct(module) and not _adds_to_weight(module) for module in modules):
-        rows = x.shape[0] * x.shape[1]
-        kinds = {input_kind(module.weight, x.device, rows) for module in modules}
-        if len(kinds) == 1 and None not in kinds:
-            rounded = quantize_activation(x, modules[0].weight, prologue=given.steps)
+    if all(_is_direct(module) and not _is_patched(module) for module in modules):
+        sizes = x.device, x.shape[0] * x.shape[1]
+        terms = [low_ranks_of(module, x) for module in modules]
+        kinds = {input_kind(module.weight, *sizes) for module in modules}
+        (kind,) = kinds if len(kinds) == 1 else (None,)
+        if kind is not None and all(term.multiplies(kind) for term in itertools.chain(*terms)):
+            room = (
+                input_headroom(module.weight, its, *sizes, x.dtype)
+                for module, its in zip(modules, terms, strict=True)
+            )
+            options = {"prologue": given.steps, "headroom": max(room)}
+            rounded = quantize_activation(x, modules[0].weight, **options)
             return tuple(_run_direct(module, rounded, None, None, None) for module in modules)
     plain = given.plain()
     return tuple(module(plain) for module in modules)
 
 
-def _adds_to_weight(module) -> bool:
-    """Return whether a LoRA acts on a layer: ours, or one of the host's under dynamic VRAM.
-
-    It may have the input as it is, or the weight as floats.
-    """
-    return has_terms(module) or getattr(module, "weight_lowvram_function", None) is not None
+def _is_patched(module) -> bool:
+    """Return whether a LoRA of the host's acts on a layer under dynamic VRAM: on floats."""
+    return getattr(module, "weight_lowvram_function", None) is not None
 
 
 def _is_direct(module) -> bool:

@@ -6,6 +6,7 @@ that it extends). Every backend gives the same result up to the rounding of the 
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -46,6 +47,7 @@ from .sharing import quantized_once, release, share
 OP = "linear"
 
 __all__ = [
+    "STEP",
     "Conversion",
     "LowRank",
     "QuantizedActivation",
@@ -54,11 +56,14 @@ __all__ = [
     "convert_fp4_linear",
     "convert_fp8_linear",
     "fp8_linear_forward",
+    "input_headroom",
     "input_kind",
     "linear",
+    "linear_with_terms",
     "quantize_activation",
     "release",
     "rescale",
+    "run_step",
     "scaled",
     "share",
     "stacked",
@@ -130,10 +135,10 @@ def _linear(x, weight, bias, backend, input_act, low_rank, gate, residual) -> to
     _check_gated(gate, residual, shape)
     if rows == 0:
         return weight._qdata.new_empty(shape, dtype=dtype, device=x.device)
-    given, one_sum = x, False
-    if not isinstance(x, QuantizedActivation):
-        one_sum = chosen.fuses and dtype in LOW_RANK
-        one_sum = one_sum and joins(low_rank, weight, x.device, rows)
+    given, one_sum = x, _sums(chosen, weight, [low_rank], x.device, rows, dtype)
+    if isinstance(x, QuantizedActivation):
+        one_sum = one_sum and x.headroom > 0
+    else:
         x = _prepared(x, weight, input_act, chosen.quantizes, HEADROOM if one_sum else 0)
         if low_rank is None and isinstance(x, QuantizedActivation) and not watched(x.stored):
             return _product(x, weight, bias, backend, gate, residual)
@@ -155,6 +160,27 @@ def input_kind(weight: QuantizedTensor, device: torch.device, rows: int) -> Kind
     """Return the kind to which `linear` quantizes floats [rows, K] on `device`; None: to none."""
     chosen = _chosen(weight, device, rows, "auto")
     return kind_on(device, weight) if chosen.quantizes else None
+
+
+def input_headroom(
+    weight: QuantizedTensor,
+    terms: Sequence[LowRank],
+    device: torch.device,
+    rows: int,
+    dtype: torch.dtype,
+) -> int:
+    """Return the headroom that floats [rows, K] of `dtype` are to be quantized with for `linear`.
+
+    terms: whose sum it is given beside the weight.
+    """
+    chosen = _chosen(weight, device, rows, "auto")
+    return HEADROOM if terms and _sums(chosen, weight, terms, device, rows, dtype) else 0
+
+
+def _sums(chosen: registry.Backend, weight, terms, device, rows: int, dtype) -> bool:
+    """Return whether low-rank terms, or the one of None, are summed in 8 bits with the product."""
+    fuses = chosen.fuses and dtype in LOW_RANK
+    return fuses and all(joins(term, weight, device, rows) for term in terms)
 
 
 def _chosen(weight, device: torch.device, rows: int, backend: str) -> registry.Backend:
@@ -257,3 +283,4 @@ registry.discover(__name__)
 # Last, for they are made of `linear`.
 from .convert import Conversion, convert_fp4_linear, convert_fp8_linear  # noqa: E402
 from .fp8 import fp8_linear_forward  # noqa: E402
+from .terms import STEP, linear_with_terms, run_step  # noqa: E402

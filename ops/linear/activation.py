@@ -1,6 +1,7 @@
 """Activations quantized once, for all the linear layers that read them."""
 
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -25,7 +26,9 @@ class QuantizedActivation:
     """x ≈ stored · scale, after the rotation of its kind.
 
     stored: [M, K] INT8 or FP8. scale: float32, [M, 1] or one element. shape: of x, [..., K]. dtype:
-    of x and of what linear layers make of it.
+    of x and of what linear layers make of it. headroom: powers of two that are left above the
+    largest value of each row; where there are some, `linear` may shift values into them: what the
+    rows stand for stays. made: what layers made of it that others may read, by a key of theirs.
     """
 
     stored: torch.Tensor
@@ -33,10 +36,18 @@ class QuantizedActivation:
     kind: Kind
     shape: tuple[int, ...]
     dtype: torch.dtype
+    headroom: int = 0
+    made: dict[Hashable, torch.Tensor] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def device(self) -> torch.device:
         return self.stored.device
+
+    def once(self, key: Hashable, make: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """Return `make()`, or what it returned for the same key before."""
+        if key not in self.made:
+            self.made[key] = make()
+        return self.made[key]
 
     def dequantize(self) -> torch.Tensor:
         """Return x as it was rounded, [..., K]."""
@@ -118,7 +129,7 @@ def quantize_activation(
         input_scale=input_scale,
         headroom=headroom,
     )
-    return QuantizedActivation(stored, scale, kind, tuple(x.shape), x.dtype)
+    return QuantizedActivation(stored, scale, kind, tuple(x.shape), x.dtype, headroom)
 
 
 def from_host(x: QuantizedTensor, weight: QuantizedTensor) -> QuantizedActivation | torch.Tensor:

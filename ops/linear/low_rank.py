@@ -16,7 +16,7 @@ from comfy_kitchen.tensor import QuantizedTensor
 
 from ..registry import capability
 from ..scaled_mm.check import K_MULTIPLE
-from .activation import QuantizedActivation, fits, kind_of
+from .activation import Kind, QuantizedActivation, fits, kind_of
 from .sharing import quantized_once
 
 # Powers of two that an activation leaves free for the columns of a term. E4M3 has 15 between its
@@ -36,8 +36,8 @@ class LowRank:
     up: [N, R] float; or FP8 with one scale, for weights that are so, too (`joins`). factor: [G]
     float32, or None where the scales of a quantized `down` hold it (`scaled`). shift: [G] float32
     or None, added after the factor; with a row of zeros in `down` it makes a bias of a column of
-    `up`. key: of the product with `down`, which layers that share `down` and an announced input
-    (`sharing.share`) compute once.
+    `up`. key: of the product with `down`, which layers that share `down` and an input, announced
+    (`sharing.share`) or quantized before, compute once.
     """
 
     down: torch.Tensor
@@ -54,20 +54,22 @@ class LowRank:
 
         x: [..., K], as the weight's product takes it. plain: gives it before it was quantized.
         """
-        source = plain() if self.key is not None or not self._takes(x) else None
-        given = x if self._takes(x) else source
+        given = x if self._takes(x) else plain()
+        name = "low rank", self.key
         if self.key is None:
             h = self._product(given)
+        elif isinstance(given, QuantizedActivation):
+            h = given.once(name, lambda: self._product(given))
         else:
-            # Announced is the tensor that came, not what is made of it.
-            h = quantized_once(source, ("low rank", self.key), lambda: self._product(given))
+            h = quantized_once(given, name, lambda: self._product(given))
         return h if self.rows is None else h[:, slice(*self.rows)]
 
     def _takes(self, x: torch.Tensor | QuantizedActivation) -> bool:
-        """Return whether `down` multiplies x as it is."""
-        if not isinstance(x, QuantizedActivation):
-            return True
-        return isinstance(self.down, QuantizedTensor) and fits(x.kind, kind_of(self.down))
+        return not isinstance(x, QuantizedActivation) or self.multiplies(x.kind)
+
+    def multiplies(self, kind: Kind) -> bool:
+        """Return whether `down` multiplies activations of `kind` as they are."""
+        return isinstance(self.down, QuantizedTensor) and fits(kind, kind_of(self.down))
 
     def _product(self, x: torch.Tensor | QuantizedActivation) -> torch.Tensor:
         if isinstance(self.down, QuantizedTensor):
@@ -94,12 +96,13 @@ def joins(low_rank: LowRank | None, weight: QuantizedTensor, device: torch.devic
     """
     if low_rank is None or not isinstance(low_rank.up, QuantizedTensor):
         return False
-    if torch.compiler.is_compiling() or not adds_in_8_bits(device):
-        # torch.compile cannot see where tensors lie, nor that one is written to.
+    if not adds_in_8_bits(device):
         return False
     up, k = low_rank.up, weight.shape[1]
-    # TMA reads nothing else, and only it can change matrices on its way along K.
-    aligned = not any(x._qdata.data_ptr() % K_MULTIPLE for x in (up, weight))
+    # TMA reads nothing else, and only it can change matrices on its way along K. While a graph is
+    # compiled they lie nowhere; the kernel then takes 16 bits where they turn out to lie badly.
+    aligned = torch.compiler.is_compiling()
+    aligned = aligned or not any(x._qdata.data_ptr() % K_MULTIPLE for x in (up, weight))
     same = up._qdata.dtype == weight._qdata.dtype == torch.float8_e4m3fn
     one = weight.layout_cls.scheme == up.layout_cls.scheme == "fp8_tensor"
     sized = m >= JOINS_ROWS and up.shape[1] % K_MULTIPLE == 0 and k % K_MULTIPLE == 0

@@ -32,7 +32,8 @@ def share(x: torch.Tensor, readers: int) -> None:
     """Announce that `readers` linear layers read x, and that nobody writes to it in between.
 
     A second announcement while readers are left changes nothing. When torch.compile is at work
-    nothing is kept: the compiler sees equal steps itself.
+    nothing is kept, and torch's own compiler does not join equal steps of ours: whoever compiles
+    gives layers one `QuantizedActivation` to share.
     """
     if torch.compiler.is_compiling() or readers < 2 or type(x) is not torch.Tensor:
         return

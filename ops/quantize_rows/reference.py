@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from comfy_kitchen.tensor.int8_utils import _build_hadamard
 
+from ..custom_op import custom_op
 from ..registry import Backend, Needs, register
 from ..rounding import SMALLEST_SCALE
 from . import NOTHING, OP, ROTATION, limit_of
@@ -12,8 +13,20 @@ from .prologue import Prologue
 
 def rotate(x: torch.Tensor, width: int = ROTATION) -> torch.Tensor:
     """Return x [M, K] with every `width` columns multiplied by the Hadamard matrix, in float32."""
+    return _ROTATE(x, width)
+
+
+def _rotate(x: torch.Tensor, width: int) -> torch.Tensor:
     matrix = _build_hadamard(width, x.device)
     return (x.float().reshape(-1, width) @ matrix).reshape(x.shape)
+
+
+# comfy-kitchen keeps the matrix, which is none that a compiler's trace may compute with.
+_ROTATE = custom_op(
+    "rotate(Tensor x, int width) -> Tensor",
+    _rotate,
+    lambda x, width: x.new_empty(x.shape, dtype=torch.float32),
+)
 
 
 def prepare(x: torch.Tensor, prologue: Prologue) -> torch.Tensor:

@@ -6,6 +6,7 @@ The product of the wider rows with the wider weight is then the layer's and the 
 import torch
 
 from .. import registry
+from ..custom_op import custom_op
 from ..scaled_mm.check import LOW_RANK
 
 OP = "widen_rows"
@@ -31,7 +32,7 @@ def widen_rows(
     or Inf makes its row of the product NaN.
     Raises TypeError or ValueError on other inputs, NoBackendError when no backend can run them.
     """
-    m, k = stored.shape
+    m = stored.shape[0]
     if h.dtype not in LOW_RANK or stored.dtype != E4M3:
         raise TypeError(f"widen_rows: h is {h.dtype}, stored {stored.dtype}; 16 bits and E4M3 only")
     if h.dim() != 2 or h.shape[0] != m or h.stride(1) != 1 or not h.shape[1]:
@@ -44,9 +45,24 @@ def widen_rows(
         )
     if scale_up.numel() != 1 or scale_weight.numel() != 1:
         raise ValueError("widen_rows: one scale of up and one of the weight are wanted")
-    call = registry.Call("fp8", stored.device, h.shape[1], k)
+    return _OP(h, stored, scale, scale_up, scale_weight, backend)
+
+
+def _run(h, stored, scale, scale_up, scale_weight, backend):
+    call = registry.Call("fp8", stored.device, h.shape[1], stored.shape[1])
     run = registry.select(OP, call, backend).run
-    return run(h, stored, scale, scale_up, scale_weight) if m else h.new_empty(h.shape, dtype=E4M3)
+    return run(h, stored, scale, scale_up, scale_weight) if len(h) else _empty(h)
 
 
+def _empty(h, *rest):
+    return h.new_empty(h.shape, dtype=E4M3)
+
+
+# A compiled graph, in which nothing is written to, gives it copies where others read the same rows.
+_OP = custom_op(
+    "widen_rows(Tensor h, Tensor(a!) stored, Tensor(b!) scale, Tensor scale_up, "
+    "Tensor scale_weight, str backend) -> Tensor",
+    _run,
+    _empty,
+)
 registry.discover(__name__)

@@ -17,7 +17,7 @@ import torch
 from comfy_kitchen.tensor import QuantizedTensor, register_layout_class, register_layout_op
 from comfy_kitchen.tensor.base import dequantize_args
 
-from ...ops.linear import linear
+from ...ops.linear import STEP, linear, run_step
 
 # Rows quantized at a time. A multiple of 128, the height of a block of swizzled scales, so that
 # joined pieces are byte for byte the whole (after a rotation up to the last bits of its sums);
@@ -291,6 +291,7 @@ def register_layout(layout: type) -> type:
     aten = torch.ops.aten
     register_layout_class(layout.__name__, layout)
     register_layout_op(aten.linear.default, layout)(_linear)
+    register_layout_op(STEP, layout)(run_step)
     if "transposed" in {field.name for field in dataclasses.fields(layout.Params)}:
         register_layout_op(aten.t.default, layout)(_transpose)
         register_layout_op(aten.mm.default, layout)(_mm)

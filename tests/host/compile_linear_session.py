@@ -119,7 +119,8 @@ def session(host: str, base: str) -> dict:
         seen["whole"] = compiled(model, want, ["diffusion_model"])
         model = nodes.load_model(path, "int8_convrot", "auto")
         file = str(checkpoints.write_lora(Path(base) / "lora.safetensors", Path(path)))
-        model = lora.set_lora(model, file, 1.0, (0.0, 1.0))
+        for strength in (1.0, 0.5):
+            model = lora.set_lora(model, file, strength, (0.0, 1.0))
         for name, keys in (("lora", blocks), ("whole_lora", ["diffusion_model"])):
             seen[name] = compiled(model, sample(model), keys)
     return seen

@@ -3,6 +3,7 @@
 Run as a program by ComfyUI's Python: fused_session.py PACK HOST.
 """
 
+import dataclasses
 import importlib
 import json
 import sys
@@ -139,37 +140,45 @@ def blocks_of(model, attend, sample, quantize, add_lora) -> dict:
     fusing = importlib.import_module("lowbit_pack.nodes.host.fusing")
     activation = importlib.import_module("lowbit_pack.ops.linear.activation")
     norm = comfy.ops.disable_weight_init.LayerNorm
-    plain, kind = norm.forward, fusing.input_kind
-    calls = []
+    plain, kind, host = norm.forward, fusing.input_kind, fusing.HOST
+    calls, apart_by = [], []
 
     def counted(module, *args, **options):
         # The norms that are modulated have no weight.
         calls.extend([1] * (module.weight is None))
         return plain(module, *args, **options)
 
+    def compared(modules, given):
+        outs = host.run_after(modules, given)
+        before, y = len(calls), given.plain()
+        del calls[before:]
+        apart_by.extend(difference(out, m(y)) for out, m in zip(outs, modules, strict=True))
+        return outs
+
     def run(model) -> tuple:
-        calls.clear()
+        calls.clear(), apart_by.clear()
         return sample(model, 3.0), len(calls)
 
     norm.forward = counted
+    fusing.HOST = dataclasses.replace(host, run_after=compared)
     fusing.input_kind = lambda weight, device, rows: activation.kind_on(device, weight)
     seen, latents = {}, {}
     try:
-        for name in ("plain", "quantized", "lora"):
-            for way in ("apart", "joined") if name != "plain" else ("apart",):
-                known = {} if way == "apart" else fused.BLOCKS
+        for name, of_16_bits in (("quantized", "plain"), ("lora", "plain lora")):
+            for way in (of_16_bits, "apart", "joined"):
+                known = fused.BLOCKS if way == "joined" else {}
                 fused.BLOCKS, kept = known, fused.BLOCKS
-                ours = attend(model if name == "plain" else quantize(model))
+                ours = attend(model if way == of_16_bits else quantize(model))
                 fused.BLOCKS = kept
                 ours = add_lora(ours) if name == "lora" else ours
                 latents[name, way], seen[f"{name}, {way}: norms"] = run(ours)
-        seen["joined"] = difference(latents["quantized", "joined"], latents["quantized", "apart"])
-        seen["lora"] = difference(latents["lora", "joined"], latents["lora", "apart"])
+            seen[f"{name}: layers"] = max(apart_by)
+            for way in ("apart", "joined"):
+                got, want = latents[name, way], latents[name, of_16_bits]
+                seen[f"{name}, {way}: error"] = difference(got, want)
         seen["lora changed"] = difference(latents["lora", "joined"], latents["quantized", "joined"])
-        for way in ("apart", "joined"):
-            seen[f"error {way}"] = difference(latents["quantized", way], latents["plain", "apart"])
     finally:
-        norm.forward, fusing.input_kind = plain, kind
+        norm.forward, fusing.input_kind, fusing.HOST = plain, kind, host
     return seen
 
 

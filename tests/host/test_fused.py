@@ -50,23 +50,22 @@ def test_order_of_the_nodes_does_not_matter(seen):
     assert row["rotary quantized"] == [0, 0]
 
 
-def test_norms_gates_and_residuals_join_the_products_of_quantized_blocks(seen):
+# With LoRAs the same norms: their first matrices multiply what is quantized.
+@pytest.mark.parametrize("which", ["quantized", "lora"])
+def test_norms_gates_and_residuals_join_the_products_of_quantized_blocks(seen, which):
     name, row = seen
     blocks = row["blocks"]
     # Two norms of each block, or of its image and its text.
     joined = {"wan": 2 * BLOCKS, "qwen_image": 4}[name]
-    assert blocks["quantized, joined: norms"] == blocks["quantized, apart: norms"] - joined
-    # Nothing is rounded between norm and quantization.
-    assert 0 < blocks["joined"] < 0.1 * blocks["error apart"]
-    assert blocks["error joined"] < 1.05 * blocks["error apart"]
+    assert blocks[f"{which}, joined: norms"] == blocks[f"{which}, apart: norms"] - joined
+    # Nothing is rounded between norm and quantization, so that a few values fall to another step.
+    assert 0 < blocks[f"{which}: layers"] < ROUNDING
+    assert blocks[f"{which}, joined: error"] < 1.05 * blocks[f"{which}, apart: error"]
 
 
-def test_layers_with_a_lora_get_the_norm_as_the_host_computes_it(seen):
-    _, row = seen
-    blocks = row["blocks"]
-    assert blocks["lora, joined: norms"] == blocks["lora, apart: norms"]
-    assert blocks["lora"] < 0.1 * blocks["error apart"]
-    assert blocks["lora changed"] > 10 * blocks["error apart"]
+def test_lora_beside_quantized_blocks_is_felt(seen):
+    blocks = seen[1]["blocks"]
+    assert blocks["lora changed"] > 10 * blocks["lora, joined: error"]
 
 
 @pytest.mark.parametrize("order", ["theirs first", "ours first"])

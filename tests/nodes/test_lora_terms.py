@@ -11,7 +11,8 @@ from lowbit.nodes.lora_loader import LowBitLoraLoader
 from lowbit.nodes.lora_terms import Lora, Matrix, Stack, Term, WithTerms, padded
 from lowbit.quant import formats
 
-DIM, RANK = 32, 4
+DIM, RANK, WIDE = 32, 4, 256
+STEP = torch.ops.lowbit.linear_with_terms.default
 INPUTS = {
     "model": "MODEL",
     "lora_name": [],
@@ -290,3 +291,54 @@ def test_quantized_layer_adds_terms_in_its_product_unless_its_input_is_changed(
     torch.testing.assert_close(got, before + 0.25 * x @ low.t() + 0.5, rtol=1e-4, atol=1e-3)
     assert root["layer"].weight is not None and torch.equal(root["layer"](x), before)
     assert root["layer"].weight._qdata.data_ptr() == weight._qdata.data_ptr()
+
+
+class QuantizedBlock(nn.Module):
+    """As blocks of a model: layers that read one tensor, and one that reads theirs."""
+
+    def __init__(self, seed):
+        super().__init__()
+        generator = torch.Generator().manual_seed(seed)
+        weights = torch.randn(3, WIDE, WIDE, generator=generator).bfloat16() / 16
+        made = [HostLinear(formats.get("int8_convrot").quantize(w)) for w in weights]
+        self.q, self.k, self.o = made
+
+    def forward(self, x):
+        return x + self.o(torch.tanh(self.q(x)) * self.k(x))
+
+
+def test_quantized_blocks_with_stacked_loras_are_one_graph_for_all_strengths():
+    torch.compiler.reset()
+    torch._dynamo.utils.counters.clear()
+    blocks = nn.ModuleList([QuantizedBlock(i) for i in range(3)]).requires_grad_(False)
+    loras = []
+    for seed in (1, 2):
+        terms = {}
+        for i, name in enumerate(f"{block}.{leaf}" for block in range(3) for leaf in "qko"):
+            one = term(WIDE, (WIDE,), 10 * seed + i)
+            down = formats.get("int8_convrot").quantize(one.down.weight.bfloat16() / 16)
+            up = Matrix(one.up.weight.bfloat16() / 16)
+            terms[name] = Term(Matrix(down), up, one.scales, one.constants)
+        loras.append(Lora(terms, 1.0, (0.0, 1.0)))
+    stack, steps = Stack(tuple(loras)), []
+
+    def backend(graph, inputs):
+        steps.append(sum(n.target == STEP for n in graph.graph.nodes))
+        return graph.forward
+
+    def run(modules, x):
+        for module in modules:
+            x = module(x)
+        return x
+
+    compiled = [torch.compile(b, backend=backend, fullgraph=True) for b in blocks]
+    results = []
+    with torch.inference_mode():
+        x = torch.randn(2, 5, WIDE).bfloat16()
+        for now in ((1.0, 0.5), (0.3, -0.2), (0.1, 0.1)):
+            with stack.applied(blocks, now):
+                results.append(run(compiled, x))
+                assert torch.equal(results[-1], run(blocks, x))
+    assert not any(torch.equal(a, b) for a, b in itertools.pairwise(results))
+    assert steps == [3]
+    assert not torch._dynamo.utils.counters["graph_break"]

@@ -1,0 +1,137 @@
+"""A product and its low-rank terms as one step of a compiled graph: what it computes, and how."""
+
+import pytest
+import torch
+import torch._dynamo as dynamo
+from torch._dynamo.backends.common import aot_autograd
+
+from lowbit.ops import linear as package
+from lowbit.ops.linear import LowRank, linear_with_terms, quantize_activation
+from lowbit.ops.linear import low_rank as terms_module
+from lowbit.quant import formats
+from tests.ops.linear import test_low_rank
+from tests.ops.linear.test_low_rank import K, N, R, in_fp8, make, term
+
+STEP = "lowbit.linear_with_terms.default"
+layer, summing = test_low_rank.layer, test_low_rank.summing
+
+
+@pytest.fixture
+def graphs():
+    """Return a backend, and the names of the operations of its graphs: above and as lowered."""
+    dynamo.reset()
+    above, lowered = [], []
+
+    def names(graph):
+        return [str(node.target) for node in graph.graph.nodes if node.op == "call_function"]
+
+    def compiler(graph, inputs):
+        lowered.append(names(graph))
+        return graph.forward
+
+    def backend(graph, inputs):
+        above.append(names(graph))
+        return aot_autograd(fw_compiler=compiler)(graph, inputs)
+
+    return backend, above, lowered
+
+
+def in_8_bits(name: str, seed: int, key: object = None) -> LowRank:
+    """A term whose first matrix, with the factor in its scales, is as `nodes.lora_terms` has it."""
+    down = make(2 * R, K, seed=seed, scale=K**-0.5)
+    rows = (0, R) if seed % 2 else (R, 2 * R)
+    up = make(N, R, seed=seed + 1, scale=R**-0.5)
+    return LowRank(formats.get(name).quantize(down), up, None, torch.zeros(2 * R), rows, key)
+
+
+@pytest.mark.parametrize("name", ["int8_convrot", "fp8_e4m3", "nvfp4"])
+@pytest.mark.parametrize("count", [1, 2])
+def test_it_is_one_step_that_computes_what_happens_without_the_compiler(layer, graphs, name, count):
+    x, weight, bias, *_ = layer
+    backend, above, _ = graphs
+    packed = formats.get(name).quantize(weight)
+    of_down = {"fp8_e4m3": "fp8_e4m3_rowwise", "nvfp4": "int8"}.get(name, name)
+    terms = [in_8_bits(of_down, seed) for seed in (10, 21)[:count]]
+    gate, residual = make(1, N, seed=5), make(len(x), N, seed=6)
+
+    def run(x):
+        options = {"input_act": "gelu_tanh", "gate": gate, "residual": residual}
+        return linear_with_terms(x, packed, bias, terms, **options)
+
+    with torch.inference_mode():
+        got = torch.compile(run, fullgraph=True, backend=backend)(x)
+        assert torch.equal(got, run(x))
+    assert above == [[STEP]]
+
+
+@pytest.mark.parametrize("name", ["int8_convrot", "fp8_e4m3_rowwise"])
+def test_layers_of_one_quantized_input_project_it_once(layer, graphs, name, monkeypatch):
+    x, weight, bias, *_ = layer
+    backend, above, _ = graphs
+    fmt, calls, key = formats.get(name), [], object()
+    packed = [fmt.quantize(weight * scale) for scale in (1, 2)]
+    one = in_8_bits(name, 10, key)
+    terms = [one, LowRank(one.down, one.up * 2, None, one.shift, (0, R), key)]
+    product = LowRank._product
+    monkeypatch.setattr(LowRank, "_product", lambda self, x: calls.append(1) or product(self, x))
+
+    def run(x):
+        rounded = quantize_activation(x, packed[0])
+        pairs = zip(packed, terms, strict=True)
+        return tuple(linear_with_terms(rounded, w, bias, [t]) for w, t in pairs)
+
+    with torch.inference_mode():
+        want = run(x)
+        assert len(calls) == 1
+        # Its graph calls ours as they are, and goes through them for shapes once.
+        as_is = torch.compile(run, fullgraph=True, backend="eager")
+        as_is(x), calls.clear(), as_is(x)
+        assert len(calls) == 1
+        got = torch.compile(run, fullgraph=True, backend=backend)(x)
+    assert above[0].count(STEP) == 2
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+@pytest.mark.parametrize("quantized", [False, True], ids=["floats", "quantized before"])
+def test_term_in_fp8_is_summed_with_the_product_in_a_graph(layer, graphs, summing, quantized):
+    """Rows that the term changes are changed in a copy where others read them."""
+    x, weight, bias, down, up = layer
+    backend, _, lowered = graphs
+    packed = formats.get("fp8_e4m3").quantize(weight)
+    terms = [in_fp8(down, up, strength) for strength in (0.7, 1e6)]
+
+    def run(x):
+        given = quantize_activation(x, packed, headroom=package.HEADROOM) if quantized else x
+        outs = [linear_with_terms(given, packed, bias, [one]) for one in terms]
+        return *outs, linear_with_terms(given, packed, bias, terms[:1])
+
+    with torch.inference_mode():
+        want = run(x)
+        assert len(summing) == 3
+        got = torch.compile(run, fullgraph=True, backend=backend)(x)
+    operations = [name for graph in lowered for name in graph]
+    # Which the compiler turns into such a step: it returns what it would write to.
+    assert sum("auto_functionalized" in name for name in operations) == 3
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+def test_activation_without_room_is_not_written_to(layer, summing):
+    x, weight, bias, down, up = layer
+    packed = formats.get("fp8_e4m3").quantize(weight)
+    given = quantize_activation(x, packed)
+    before = given.stored.view(torch.int8).clone()
+    linear_with_terms(given, packed, bias, [in_fp8(down, up, 1e6)])
+    assert not summing and torch.equal(given.stored.view(torch.int8), before)
+
+
+def test_room_is_asked_for_where_all_terms_are_summed(layer, summing, monkeypatch):
+    x, weight, _, down, up = layer
+    sizes = x.device, len(x), x.dtype
+    fp8, int8 = (formats.get(name).quantize(weight) for name in ("fp8_e4m3", "int8_convrot"))
+    ours, floats = in_fp8(down, up), term(down, up)
+    assert package.input_headroom(fp8, [ours, ours], *sizes) == package.HEADROOM
+    for weight, terms in ((fp8, []), (fp8, [ours, floats]), (int8, [ours])):
+        assert package.input_headroom(weight, terms, *sizes) == 0
+    assert package.input_headroom(fp8, [ours], x.device, len(x), torch.float32) == 0
+    monkeypatch.setattr(terms_module, "capability", lambda device: (8, 9))
+    assert package.input_headroom(fp8, [ours], *sizes) == 0
