@@ -7,20 +7,35 @@ layout, and with it the wish. What is stored, and saved, is the same.
 
 import functools
 
+import torch
 from comfy_kitchen.tensor import QuantizedTensor, get_layout_class, register_layout_class
 
-from .four_bit import GROUPS
+from .eight_bits import least_error
+from .four_bit import GROUPS, W4A8_FP8, W4A8_INT8
 
-AUTO = "auto"
+AUTO, EXACT = "auto", "w4a8_exact"
 # The arithmetic's name -> the backend of `linear` that does it: weights of 4 bits with activations
-# of 16, of 8, or of 4 on tensor cores that have them.
-BACKENDS = {AUTO: AUTO, "w4a16": "w4a16", "w4a8": "w4a8", "native": "kitchen"}
+# of 16, of 8, or of 4 on tensor cores that have them. EXACT is a question, which is answered when
+# it is asked: W4A8 in FP8 or INT8, whichever errs less for the weight.
+BACKENDS = {
+    AUTO: AUTO,
+    "w4a16": "w4a16",
+    "w4a8": "w4a8",
+    "native": "kitchen",
+    EXACT: "w4a8",
+    W4A8_FP8: W4A8_FP8,
+    W4A8_INT8: W4A8_INT8,
+}
 
 
-def with_arithmetic(weight: QuantizedTensor, arithmetic: str) -> QuantizedTensor:
+def with_arithmetic(
+    weight: QuantizedTensor, arithmetic: str, device: torch.device | None = None
+) -> QuantizedTensor:
     """Return `weight`, on the same memory, to be multiplied in `arithmetic`, a key of BACKENDS.
 
     Where that cannot run, `linear` raises NoBackendError with the reason. "auto" takes a wish back.
+    "w4a8_exact" becomes "w4a8_fp8" or "w4a8_int8" here, once: `least_error` says which. device:
+    where the layer will run, for that; None: where the weight is.
     Raises ValueError for other names, and for a weight that has not 4 bits.
     """
     if arithmetic not in BACKENDS:
@@ -28,6 +43,8 @@ def with_arithmetic(weight: QuantizedTensor, arithmetic: str) -> QuantizedTensor
     layout = weight.layout_cls
     if layout.scheme not in GROUPS:
         raise ValueError(f"arithmetic is for {', '.join(GROUPS)} weights, not {layout.scheme}")
+    if arithmetic == EXACT:
+        arithmetic = least_error(weight, device)
     plain = getattr(layout, "plain_layout", weight._layout_cls)
     name = plain if arithmetic == AUTO else _layout(plain, arithmetic)
     return QuantizedTensor(weight._qdata, name, weight._params)

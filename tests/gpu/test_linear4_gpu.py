@@ -12,6 +12,8 @@ from lowbit.ops.decode_fp4 import triton as decode_triton
 from lowbit.ops.fp4_mm import fp4_mm
 from lowbit.ops.linear import linear, quantize_activation, release, share, with_arithmetic
 from lowbit.ops.linear.activation import Kind
+from lowbit.ops.linear.arithmetic import arithmetic_of
+from lowbit.ops.linear.eight_bits import eight_bit_errors
 from lowbit.ops.linear.four_bit import FEW_ROWS, GROUPS, four_bit
 from lowbit.quant import formats
 
@@ -133,6 +135,31 @@ def test_w4a8_errs_as_the_activation_and_the_new_weight_do(name, tokens, kind):
     assert error(got, exact(x, weight, bias)) <= KIND_ERROR[kind] + 2**-8
     if kind.dtype == E4M3:
         assert torch.equal(got, linear(x, weight, bias, "w4a8"))
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("tokens", [16, 1000])
+def test_kind_of_8_bits_that_is_asked_for_is_what_runs(name, tokens):
+    x, weight = make(tokens, K, seed=2).bfloat16(), weight_of(name)
+    results = {}
+    for kind in KIND_ERROR:
+        wish = "w4a8_fp8" if kind.dtype == E4M3 else "w4a8_int8"
+        results[wish] = F.linear(x, with_arithmetic(weight, wish))
+        rounded = quantize_activation(x, weight, kind=kind)
+        assert torch.equal(results[wish], linear(rounded, weight, backend="w4a8"))
+    want = exact(x, weight)
+    least = min(results, key=lambda wish: error(results[wish], want))
+    chosen = with_arithmetic(weight, "w4a8_exact")
+    assert arithmetic_of(chosen) == least == "w4a8_int8"
+    assert torch.equal(F.linear(x, chosen), results[least])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_errors_of_both_kinds_are_those_of_a_cpu(name):
+    weight = weight_of(name)
+    here, there = eight_bit_errors(weight), eight_bit_errors(weight.to("cpu"))
+    assert here == pytest.approx(there, rel=0.01, abs=1e-9)
+    assert eight_bit_errors(weight.to("cpu"), torch.device("cuda", 0)) == here
 
 
 def test_strides_of_the_input_do_not_matter():

@@ -172,7 +172,7 @@ def test_w4a8_is_int8_where_there_is_no_fp8(gpu, capability):
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("arithmetic", ["w4a16", "w4a8", "native"])
+@pytest.mark.parametrize("arithmetic", ["w4a16", "w4a8", "native", "w4a8_int8"])
 def test_arithmetic_survives_what_happens_to_a_weight(name, arithmetic):
     plain = weight_of(name, dtype=torch.bfloat16)
     weight = with_arithmetic(plain, arithmetic)
@@ -214,7 +214,7 @@ def test_a_wish_that_cannot_be_met_is_an_error(arithmetic):
 
 
 def test_arithmetic_is_for_four_bits_and_by_known_names():
-    with pytest.raises(ValueError, match="'w4a4'; auto, w4a16, w4a8, native are known"):
+    with pytest.raises(ValueError, match="'w4a4'; auto, w4a16, w4a8, native, w4a8_exact, "):
         with_arithmetic(weight_of("nvfp4"), "w4a4")
     with pytest.raises(ValueError, match="not int8_row"):
         with_arithmetic(weight_of("int8"), "w4a8")
