@@ -103,8 +103,10 @@ def run_tile(x, packed, scale, tensor_scale, n, group, bias, tile: Tile) -> torc
     target = x.new_empty(tile.splits, m, n, dtype=torch.float32) if split else out
     scaling = (None, None) if split else (tensor_scale, bias)
     tensors = (x, packed, scale, *scaling, target)
-    sizes = (m, n, k, columns, -(-columns // group // WORD), x.stride(0))
-    constants = (group, tile.block_m, tile.block_n, tile.block_k, tile.splits, bool(early))
+    row_words = -(-columns // group // WORD)
+    sizes = (m, n, k, columns, row_words, x.stride(0))
+    ragged = -(-k // group) != row_words * WORD
+    constants = (group, tile.block_m, tile.block_n, tile.block_k, tile.splits, ragged, bool(early))
     divisible = tuple((size % ALIGNMENT == 0, size == 1) for size in sizes[1:])
     types = (x.dtype, None if bias is None else bias.dtype)
     key = (types, alignment(*tensors), divisible, constants)

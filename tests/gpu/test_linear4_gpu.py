@@ -85,6 +85,25 @@ def test_scale_of_nan_is_nan(group):
 
 
 @pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("backend", ["w4a16", "w4a8_fp8", "w4a8_int8"])
+@pytest.mark.parametrize("k", [1160, 1280])
+def test_what_lies_in_the_padding_of_scales_shows_nowhere(name, backend, k):
+    """As files of other programs may have it: NaN in rows and columns that are of no block."""
+    weight = weight_of(name, 200, k)
+    w = four_bit(weight)
+    scale = w.scale.view(torch.uint8).reshape(-1)
+    places = torch.arange(scale.numel(), device="cuda")
+    columns = scale.numel() // 256
+    real = decode_reference.unswizzle(places, 200, columns)[:, : -(-k // w.group)]
+    kept = scale[real].clone()
+    clean = [linear(make(m, k).bfloat16(), weight, backend=backend) for m in (1, 100, 300)]
+    scale.fill_(0x7F if w.group == 16 else 0xFF)
+    scale[real] = kept
+    for m, want in zip((1, 100, 300), clean, strict=True):
+        assert torch.equal(linear(make(m, k).bfloat16(), weight, backend=backend), want)
+
+
+@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("tokens", [0, 1, 16, 17, 63, 64, 65, 128, 129, 512, 1000, 5000])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("biased", [True, False])

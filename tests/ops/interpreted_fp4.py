@@ -63,6 +63,44 @@ def test_every_scale_is_that_of_the_reference(group):
     assert torch.equal(got, want)
 
 
+def poisoned(scale: torch.Tensor, n: int, k: int, group: int) -> torch.Tensor:
+    """Return swizzled scales with NaN wherever none is of a weight [n, k]."""
+    columns = -(-scale.numel() // (-(-n // 128) * 128))
+    places = torch.arange(scale.numel()).reshape(-1)
+    real = decode_reference.unswizzle(places, n, columns)[:, : -(-k // group)]
+    out = torch.full_like(scale, 0x7F if group == 16 else 0xFF)
+    out[real] = scale[real]
+    return out
+
+
+@pytest.mark.parametrize("group", [16, 32])
+@pytest.mark.parametrize("wide", [0, 64])
+def test_what_lies_in_the_padding_of_scales_shows_nowhere(group, wide):
+    """wide: columns of padding beyond K's own, whose blocks of codes are garbage too."""
+    n, k = 37, 200
+    packed, scale, tensor_scale = weight(n, k + wide, group)
+    bad = poisoned(scale, n, k, group)
+    quiet = torch.where(bad == bad.max(), 0, bad)
+    assert (bad != quiet).any() and (bad == scale).any()
+    for dtype in (torch.float16, E4M3):
+        for backend in (decode_triton, decode_reference):
+            (clean, rows), (got, same) = (
+                backend.run(packed, s, tensor_scale, n, k, group, dtype) for s in (quiet, bad)
+            )
+            assert torch.equal(got.view(torch.uint8), clean.view(torch.uint8))
+            assert rows is None or torch.equal(rows, same)
+            assert got.float().isfinite().all()
+    x = torch.randn(5, k, generator=torch.Generator().manual_seed(1)).half()
+    for tile in TILES:
+        clean, got = (
+            mm_triton.run_tile(x, packed, s, tensor_scale * 1e-3, n, group, None, tile)
+            for s in (quiet, bad)
+        )
+        assert torch.equal(got, clean)
+        want = mm_reference.run(x, packed, bad, tensor_scale * 1e-3, None, n, group)
+        torch.testing.assert_close(got, want, rtol=2**-9, atol=2**-9 * want.abs().max().item())
+
+
 TILES = [
     mm_triton.Tile(16, 16, 128, splits=1),
     mm_triton.Tile(16, 32, 256, splits=1),
