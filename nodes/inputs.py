@@ -1,6 +1,6 @@
 """Inputs that several nodes share. The same on every machine: hardware is checked when one runs."""
 
-from ..ops.linear.arithmetic import BACKENDS
+from ..ops.linear.arithmetic import ARITHMETICS
 from ..quant import best, formats, recipe
 
 AUTO, AS_STORED = "auto", "as_stored"
@@ -30,7 +30,7 @@ def arithmetic_input() -> tuple:
         "which is slower than w4a8. w4a8_fp8, w4a8_int8: in these. Other formats have one way: "
         "leave auto."
     )
-    return (list(BACKENDS), {"default": AUTO, "tooltip": tooltip, "advanced": True})
+    return (list(ARITHMETICS), {"default": AUTO, "tooltip": tooltip, "advanced": True})
 
 
 def recipe_input() -> tuple:

@@ -14,7 +14,7 @@ from comfy_kitchen.tensor import QuantizedTensor
 
 from ..ops import registry
 from ..ops.linear import OP
-from ..ops.linear.arithmetic import AUTO, BACKENDS, backend_of
+from ..ops.linear.arithmetic import AUTO, backend_named, backend_of, check_name
 from ..ops.linear.four_bit import GROUPS
 from . import formats
 
@@ -80,18 +80,17 @@ def of(backend: str, call: registry.Call, wished: bool = False) -> Arithmetic:
 def check(format_name: str, wish: str, device: torch.device) -> None:
     """Raise when 4-bit weights of a format cannot be multiplied as is wished, on `device`.
 
-    format_name: of `formats`; of other names nothing is known yet. wish: a key of BACKENDS. Raises
+    format_name: of `formats`; of other names nothing is known yet. wish: one of ARITHMETICS. Raises
     ValueError for unknown wishes and for formats that have no choice, NoBackendError with the
     reason where the wish cannot run.
     """
-    if wish not in BACKENDS:
-        raise ValueError(f"arithmetic is {wish!r}; {', '.join(BACKENDS)} are known")
+    check_name(wish)
     if wish == AUTO or format_name not in formats.names():
         return
     scheme = formats.get(format_name).layout.scheme
     if scheme not in GROUPS:
         raise ValueError(f"arithmetic {wish} is for {', '.join(GROUPS)}, not for {format_name}")
-    registry.select(OP, registry.Call(scheme, device, SIDE, SIDE), BACKENDS[wish])
+    registry.select(OP, registry.Call(scheme, device, SIDE, SIDE), backend_named(wish, scheme))
 
 
 def _kitchen_has_kernels() -> bool:

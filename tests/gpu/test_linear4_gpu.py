@@ -15,6 +15,8 @@ from lowbit.ops.linear.activation import Kind
 from lowbit.ops.linear.arithmetic import arithmetic_of
 from lowbit.ops.linear.eight_bits import eight_bit_errors
 from lowbit.ops.linear.four_bit import FEW_ROWS, GROUPS, four_bit
+from lowbit.ops.mxfp4_mm import reference as mxfp4_reference
+from lowbit.ops.mxfp4_mm import triton as mxfp4_triton
 from lowbit.quant import formats
 
 NAMES = [name for name in formats.names() if formats.get(name).layout.scheme in GROUPS]
@@ -179,6 +181,30 @@ def test_errors_of_both_kinds_are_those_of_a_cpu(name):
     here, there = eight_bit_errors(weight), eight_bit_errors(weight.to("cpu"))
     assert here == pytest.approx(there, rel=0.01, abs=1e-9)
     assert eight_bit_errors(weight.to("cpu"), torch.device("cuda", 0)) == here
+
+
+@pytest.mark.skipif(
+    torch.cuda.is_available() and torch.cuda.get_device_capability() < (9, 0),
+    reason="Triton emulates block-scaled products from Hopper on",
+)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(("tokens", "n", "k"), [(1, 1040, 1280), (300, 130, 250), (129, 1, 40)])
+def test_product_of_two_mxfp4_is_that_of_the_reference(tokens, n, k, dtype):
+    """By the kernel itself, which on Hopper Triton emulates: `linear` would refuse it there."""
+    x, weight, bias = make(tokens, k, seed=2).to(dtype), weight_of("mxfp4", n, k), make(n, seed=3)
+    w = four_bit(weight)
+    scale = w.scale.view(torch.uint8)
+    for given in (bias, None):
+        got = mxfp4_triton.run(x, w.packed, scale, given, n)
+        want = mxfp4_reference.run(x, w.packed, scale, given, n)
+        assert (got.shape, got.dtype) == (want.shape, dtype)
+        # Of blocks that either scale serves nearly as well, another may be taken.
+        assert error(got, want) <= 0.01
+    packed, of_x = mxfp4_triton.quantize(x, 2 * w.packed.shape[1])
+    wanted, scales = mxfp4_reference.quantize(x, 2 * w.packed.shape[1])
+    same = of_x == scales
+    assert same.float().mean() > 0.99
+    assert torch.equal(packed[same.repeat_interleave(16, 1)], wanted[same.repeat_interleave(16, 1)])
 
 
 def test_strides_of_the_input_do_not_matter():

@@ -10,6 +10,8 @@ from lowbit.ops.decode_fp4 import reference as decode_reference
 from lowbit.ops.decode_fp4 import triton as decode_triton
 from lowbit.ops.fp4_mm import reference as mm_reference
 from lowbit.ops.fp4_mm import triton as mm_triton
+from lowbit.ops.mxfp4_mm import reference as mx_reference
+from lowbit.ops.mxfp4_mm import triton as mx_triton
 
 E4M3 = torch.float8_e4m3fn
 
@@ -99,6 +101,32 @@ def test_what_lies_in_the_padding_of_scales_shows_nowhere(group, wide):
         assert torch.equal(got, clean)
         want = mm_reference.run(x, packed, bad, tensor_scale * 1e-3, None, n, group)
         torch.testing.assert_close(got, want, rtol=2**-9, atol=2**-9 * want.abs().max().item())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize(("m", "k"), [(1, 32), (7, 1100), (5, 64)])
+def test_activation_in_mxfp4_is_that_of_the_reference(m, k, dtype):
+    generator = torch.Generator().manual_seed(m)
+    x = torch.randn(m, k, generator=generator) * torch.logspace(-6, 4, m)[:, None]
+    x[0, :8] = torch.tensor([0.25, -0.75, 1.25, 1.75, 2.5, -3.5, 5.0, 6.0])
+    x[-1, -32:] = 0
+    x = x.to(dtype)
+    columns = -(-k // 32) * 32
+    (packed, scale), (wanted, scales) = (
+        run.quantize(x, columns) for run in (mx_triton, mx_reference)
+    )
+    # Sums of squares in another order may decide otherwise between two that are nearly level.
+    assert (scale == scales).float().mean() > 0.99
+    same = (scale == scales).repeat_interleave(16, dim=1)
+    assert torch.equal(packed[same], wanted[same])
+
+
+def test_activation_that_is_not_finite_is_nan_in_its_block():
+    x = torch.ones(4, 96)
+    x[1, 40], x[2, 70], x[3, 5] = torch.nan, torch.inf, -torch.inf
+    (_, scale), (_, scales) = (run.quantize(x, 96) for run in (mx_triton, mx_reference))
+    assert torch.equal(scale, scales)
+    assert (scale == 255).nonzero().tolist() == [[1, 1], [2, 2], [3, 0]]
 
 
 TILES = [

@@ -8,7 +8,7 @@ from lowbit.ops import registry
 from lowbit.ops.linear import OP, _check_act, linear, quantize_activation, w4a8, with_arithmetic
 from lowbit.ops.linear import eight_bits as module
 from lowbit.ops.linear.activation import Kind, kind_on, takes
-from lowbit.ops.linear.arithmetic import BACKENDS, EXACT, arithmetic_of
+from lowbit.ops.linear.arithmetic import EXACT, arithmetic_of
 from lowbit.ops.linear.eight_bits import eight_bit_errors, least_error
 from lowbit.ops.linear.four_bit import EIGHT_BITS, GROUPS, W4A8_FP8, W4A8_INT8
 from lowbit.quant import formats
@@ -150,7 +150,7 @@ def test_named_kinds_run_when_named_only_and_fp8_where_it_is(monkeypatch):
     for capability in ((8, 6), (9, 0)):
         monkeypatch.setattr(registry, "capability", lambda device, has=capability: has)
         call = registry.Call("nvfp4", torch.device("cuda", capability[1]), 1040, 1280)
-        assert registry.select(OP, call, BACKENDS[W4A8_INT8]).name == W4A8_INT8
+        assert registry.select(OP, call, W4A8_INT8).name == W4A8_INT8
         assert registry.select(OP, call).name not in EIGHT_BITS
         if capability == (9, 0):
             assert registry.select(OP, call, W4A8_FP8).name == W4A8_FP8

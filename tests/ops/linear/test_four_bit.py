@@ -24,7 +24,7 @@ from lowbit.ops.linear import (
 )
 from lowbit.ops.linear import activation as activation_module
 from lowbit.ops.linear.activation import Kind
-from lowbit.ops.linear.arithmetic import BACKENDS, arithmetic_of
+from lowbit.ops.linear.arithmetic import arithmetic_of, backend_named
 from lowbit.ops.linear.four_bit import FEW_ROWS, GROUPS, four_bit
 from lowbit.quant import formats
 
@@ -159,7 +159,9 @@ def test_blackwell_multiplies_four_bits_itself(gpu):
 def test_native_is_refused_with_the_reason_elsewhere(gpu):
     gpu(9, 0)
     with pytest.raises(registry.NoBackendError, match=r"kitchen: needs compute capability \(10, 0"):
-        chosen("nvfp4", False, BACKENDS["native"])
+        chosen("nvfp4", False, backend_named("native", "nvfp4"))
+    with pytest.raises(registry.NoBackendError, match=r"w4a4: needs compute capability \(10, 0"):
+        chosen("mxfp4", False, backend_named("native", "mxfp4"))
 
 
 @pytest.mark.parametrize("capability", [(8, 6), (8, 9)])
