@@ -10,7 +10,7 @@ from comfy_kitchen.tensor import QuantizedTensor
 
 from ..launch import TRITON_MIN
 from ..quantize_rows.triton import K_MAX
-from ..registry import Backend, Needs, register
+from ..registry import BY_NAME, Backend, Needs, register
 from ..scaled_mm import scaled_mm
 from .activation import QuantizedActivation, quantize_activation
 from .four_bit import GROUPS, W4A8_FP8, W4A8_INT8, eight_bit, four_bit
@@ -54,7 +54,6 @@ def _register(name: str, rank: int, least: tuple[int, int], measured) -> None:
 
 
 # By name only: the first is what `w4a8` does where it can, the second errs less and is slower.
-BY_NAME = ((0, 0), (0, 0))
 _register("w4a8", 12, (8, 0), ((9, 0), (10, 0)))
 _register(W4A8_FP8, 14, (8, 9), BY_NAME)
 _register(W4A8_INT8, 15, (8, 0), BY_NAME)

@@ -4,7 +4,7 @@ import torch
 
 from ..decode_fp4 import MXFP4_GROUP
 from ..decode_fp4.triton import WORD, words
-from ..registry import Backend, Needs, register
+from ..registry import BY_NAME, Backend, Needs, register
 from . import OP, SCHEME
 
 # Of a program that quantizes; and of the product, which nobody measured: 34 KiB of shared memory, 8
@@ -15,8 +15,6 @@ WARPS, STAGES = 8, 3
 # `tl.dot_scaled` in 4 bits on both kinds of Blackwell.
 TRITON_MIN = (3, 6)
 FIRST_WITH_FP4 = (10, 0)
-# Nowhere: no GPU that has the instructions has measured it.
-MEASURED = ((0, 0), (0, 0))
 
 
 def quantize(x: torch.Tensor, columns: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -57,7 +55,8 @@ NEEDS = Needs(
     frozenset({SCHEME}),
     devices=frozenset({"cuda"}),
     capability=FIRST_WITH_FP4,
-    measured=MEASURED,
+    # No GPU that has the instructions has measured it.
+    measured=BY_NAME,
     package="triton",
     package_min=TRITON_MIN,
 )

@@ -9,8 +9,9 @@ tl = pytest.importorskip("triton.language")
 
 from lowbit.ops.decode_fp4 import triton as decoding  # noqa: E402
 from lowbit.ops.decode_fp4.kernel import decode_fp4_kernel  # noqa: E402
+from lowbit.ops.fp4_mm.choice import FEW, MANY, Tile, few_tile  # noqa: E402
 from lowbit.ops.fp4_mm.kernel import add_splits_kernel, fp4_mm_kernel  # noqa: E402
-from lowbit.ops.fp4_mm.triton import FEW, MANY, SUM_BLOCK, Tile, few_tile  # noqa: E402
+from lowbit.ops.fp4_mm.triton import SUM_BLOCK  # noqa: E402
 from lowbit.ops.mxfp4_mm import triton as native  # noqa: E402
 from lowbit.ops.mxfp4_mm.kernel import mxfp4_mm_kernel, quantize_mxfp4_kernel  # noqa: E402
 from lowbit.ops.scaled_mm.kernel import scaled_mm_kernel  # noqa: E402
