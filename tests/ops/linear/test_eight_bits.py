@@ -46,6 +46,17 @@ def test_errors_are_those_of_the_weights_that_w4a8_multiplies(name, n, k, monkey
         assert got[arithmetic] == pytest.approx(error(values, want), abs=1e-6, rel=0.02)
 
 
+def test_errors_are_those_that_the_formats_have():
+    """NVFP4: in E4M3 by 1.5 · 2^k, in INT8 0.9 to 3%; MXFP4 is exact in E4M3."""
+    shapes = {"gaussian": make(256, 1024), "outlier columns": outliers(256, 1024)}
+    for weight in shapes.values():
+        of_nvfp4 = eight_bit_errors(formats.get("nvfp4").quantize(weight))
+        assert 0.011 <= of_nvfp4[W4A8_FP8] <= 0.018
+        assert 0.006 <= of_nvfp4[W4A8_INT8] <= 0.03
+        of_mxfp4 = eight_bit_errors(formats.get("mxfp4").quantize(weight))
+        assert of_mxfp4[W4A8_FP8] == 0 < of_mxfp4[W4A8_INT8]
+
+
 def test_a_scale_of_nan_is_refused_and_zeros_err_by_nothing():
     weight = formats.get("nvfp4").quantize(torch.zeros(4, 64))
     assert eight_bit_errors(weight) == {W4A8_FP8: 0, W4A8_INT8: 0}
