@@ -1,9 +1,10 @@
 """measure what is fastest on this GPU, and remember it
 
 Times our kernels' tiles, then whole linear layers, for the layers of Wan and Qwen-Image, of a
-checkpoint, or of given shapes, in INT8 and FP8. A tile whose result differs from the reference's
-cannot win. What beats the built-in choice by more than the noise is kept in tuning.json in the
-user's folder of caches, or in the folder LOWBIT_CACHE, for this kind of GPU and these versions.
+checkpoint, or of given shapes, in INT8, FP8 and 4 bits. A tile whose result differs from the
+reference's cannot win. What beats the built-in choice by more than the noise is kept in tuning.json
+in the user's folder of caches, or in the folder LOWBIT_CACHE, for this kind of GPU and these
+versions.
 Exit code 1 when a result was wrong.
 """
 
@@ -18,6 +19,7 @@ WRONG = 1
 # Half an hour, in which a fast GPU is done with everything.
 MAX_SECONDS = 1800
 MICRO = 1000
+BITS = (4, 8)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -41,6 +43,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=MAX_SECONDS,
         metavar="S",
         help=f"about how long to measure (default: {MAX_SECONDS})",
+    )
+    parser.add_argument(
+        "--bits", type=int, choices=BITS, help="only weights of so many bits (default: all)"
     )
     parser.add_argument("--dry-run", action="store_true", help="measure, and remember nothing")
     parser.add_argument("--json", action="store_true", help="print one JSON object, no progress")
@@ -71,6 +76,8 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError("--rows goes with --model or without any; --shape names the rows itself")
     wanted = _problems(args)
     bench = gpu_bench(args.device)
+    if args.bits:
+        bench = bench.only(args.bits)
     with contextlib.ExitStack() as stack:
         options = {}
         if not args.json:

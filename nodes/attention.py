@@ -9,7 +9,7 @@ from .inputs import CATEGORY, part_of_sampling
 
 MODES = (
     *("auto", "lowbit_exact", "lowbit_int8", "lowbit_fp8", "sdpa", "cudnn", "flash"),
-    *("kitchen_int8", "sageattn", "sageattn3_fp4"),
+    *("kitchen_int8", "sageattn", "sageattn3_fp4", "lowbit_fp4"),
 )
 
 
@@ -32,7 +32,8 @@ class LowBitAttention:
         mode = (
             "auto: what was measured to be the fastest for this GPU and size, else ComfyUI's own. "
             "lowbit_*: 8 bits, P·V in 16 bits (exact), INT8 or FP8. sdpa, cudnn, flash: torch's, "
-            "in 16 bits. kitchen_int8, sageattn, sageattn3_fp4: of those packages."
+            "in 16 bits. kitchen_int8, sageattn, sageattn3_fp4: of those packages. lowbit_fp4: "
+            "experimental, in FP4, for GPUs that have it."
         )
         layers = (
             "self: a video or image attends to itself. cross: to the text. image_cross: to the "

@@ -1,6 +1,6 @@
 """Inputs that several nodes share. The same on every machine: hardware is checked when one runs."""
 
-from ..ops.linear.arithmetic import BACKENDS
+from ..ops.linear.arithmetic import ARITHMETICS
 from ..quant import best, formats, recipe
 
 AUTO, AS_STORED = "auto", "as_stored"
@@ -26,9 +26,11 @@ def arithmetic_input() -> tuple:
     tooltip = (
         "How nvfp4 and mxfp4 weights are multiplied. auto: what is the fastest where that was "
         "measured. w4a16: in 16 bits, exactly. w4a8: in FP8, or INT8 on older GPUs. native: in 4 "
-        "bits, on GPUs that can. Other formats have one way: leave auto."
+        "bits, on GPUs that can. w4a8_exact: in FP8 or INT8, whichever errs less for the layer, "
+        "which is slower than w4a8. w4a8_fp8, w4a8_int8: in these. Other formats have one way: "
+        "leave auto."
     )
-    return (list(BACKENDS), {"default": AUTO, "tooltip": tooltip, "advanced": True})
+    return (list(ARITHMETICS), {"default": AUTO, "tooltip": tooltip, "advanced": True})
 
 
 def recipe_input() -> tuple:

@@ -22,6 +22,8 @@ from . import tuning
 logger = logging.getLogger(__name__)
 
 KERNEL = "kernel"
+# `Needs.measured` of what `auto` takes nowhere: it runs when named.
+BY_NAME = ((0, 0), (0, 0))
 
 
 class NoBackendError(RuntimeError):
@@ -33,8 +35,8 @@ class Needs:
     """What a backend needs to run. Empty fields ask for nothing.
 
     capability: the least one. measured: `auto` takes the backend from the first capability on,
-    below the second; elsewhere it runs when named. few: `auto` takes it for few rows (True) or for
-    many (False) only. package: a module to import, dots allowed.
+    below the second; elsewhere it runs when named; BY_NAME: nowhere. few: `auto` takes
+    it for few rows (True) or for many (False) only. package: a module to import, dots allowed.
     package_min, package_max: the first and the last version of it that will do; (3, 9) is 3.9.1
     too. Where `auto` passes over a backend for its version alone, it says so once.
     """

@@ -14,7 +14,7 @@ from comfy_kitchen.tensor import QuantizedTensor
 
 from ..ops import registry
 from ..ops.linear import OP
-from ..ops.linear.arithmetic import AUTO, BACKENDS, backend_of
+from ..ops.linear.arithmetic import AUTO, backend_named, backend_of, check_name
 from ..ops.linear.four_bit import GROUPS
 from . import formats
 
@@ -31,7 +31,9 @@ INT4_MAJORS = {7, 8}
 # Backends that do the same whatever the scheme; {eight}: FP8 or INT8, as the GPU has it.
 BY_BACKEND = {
     "w4a16": "W4A16 on bf16 tensor cores",
-    "w4a8": "W4A8 on {eight} tensor cores, few tokens W4A16",
+    "w4a8": "W4A8 on {eight} tensor cores",
+    "w4a8_fp8": "W4A8 on FP8 tensor cores",
+    "w4a8_int8": "W4A8 on INT8 tensor cores",
     "w4a4": "W4A4 on FP4 tensor cores",
 }
 BY_SCHEME = {
@@ -45,6 +47,8 @@ BY_SCHEME = {
     "nvfp4": "W4A4 on FP4 tensor cores",
     "mxfp4": "W4A4 on FP4 tensor cores",
 }
+# Which `auto` takes beside W4A8.
+FEW_TOKENS = ", few tokens W4A16"
 DEQUANTIZED = "dequantized, multiplied in the input's dtype"
 
 
@@ -55,8 +59,8 @@ class Arithmetic(NamedTuple):
     emulated: bool
 
 
-def of(backend: str, call: registry.Call) -> Arithmetic:
-    """Return how the backend of that name computes `call`."""
+def of(backend: str, call: registry.Call, wished: bool = False) -> Arithmetic:
+    """Return how the backend of that name computes `call`; wished: not chosen by `auto`."""
     if backend == REFERENCE:
         return Arithmetic(f"emulated: {DEQUANTIZED}", True)
     if call.device.type == "cpu":
@@ -66,7 +70,8 @@ def of(backend: str, call: registry.Call) -> Arithmetic:
     capability = registry.capability(call.device) or (0, 0)
     if backend in BY_BACKEND:
         eight = "FP8" if capability >= FP8_CAPABILITY else "INT8"
-        return Arithmetic(BY_BACKEND[backend].format(eight=eight), False)
+        few = FEW_TOKENS if backend == "w4a8" and not wished else ""
+        return Arithmetic(BY_BACKEND[backend].format(eight=eight) + few, False)
     if call.scheme == INT4_SCHEME and capability[0] not in INT4_MAJORS:
         return Arithmetic("W4A4 on INT8 tensor cores, in 4-bit numbers", False)
     return Arithmetic(BY_SCHEME[call.scheme], False)
@@ -75,18 +80,17 @@ def of(backend: str, call: registry.Call) -> Arithmetic:
 def check(format_name: str, wish: str, device: torch.device) -> None:
     """Raise when 4-bit weights of a format cannot be multiplied as is wished, on `device`.
 
-    format_name: of `formats`; of other names nothing is known yet. wish: a key of BACKENDS. Raises
+    format_name: of `formats`; of other names nothing is known yet. wish: one of ARITHMETICS. Raises
     ValueError for unknown wishes and for formats that have no choice, NoBackendError with the
     reason where the wish cannot run.
     """
-    if wish not in BACKENDS:
-        raise ValueError(f"arithmetic is {wish!r}; {', '.join(BACKENDS)} are known")
+    check_name(wish)
     if wish == AUTO or format_name not in formats.names():
         return
     scheme = formats.get(format_name).layout.scheme
     if scheme not in GROUPS:
         raise ValueError(f"arithmetic {wish} is for {', '.join(GROUPS)}, not for {format_name}")
-    registry.select(OP, registry.Call(scheme, device, SIDE, SIDE), BACKENDS[wish])
+    registry.select(OP, registry.Call(scheme, device, SIDE, SIDE), backend_named(wish, scheme))
 
 
 def _kitchen_has_kernels() -> bool:
@@ -100,7 +104,7 @@ def summary(weights: Iterable[QuantizedTensor], device: torch.device) -> str:
     for weight in weights:
         fmt = formats.of(weight)
         call = registry.Call(fmt.layout.scheme, device, *weight.shape)
-        chosen = registry.select(OP, call, backend_of(weight)).name
-        words = of(chosen, call).words
+        wish = backend_of(weight)
+        words = of(registry.select(OP, call, wish).name, call, wish != AUTO).words
         counts[f"{fmt.name} weights, {words}"] += 1
     return "; ".join(f"{n} of {text}" for text, n in counts.items()) or "no quantized layers"

@@ -13,6 +13,7 @@ import comfy_kitchen
 import torch
 
 from ..ops import registry, tuning, tuning_file
+from ..ops.fp4_mm import OP as FOUR_BIT
 from ..ops.linear import OP
 from ..ops.scaled_mm import OP as PRODUCT
 from . import arithmetic, formats
@@ -120,8 +121,8 @@ def _gpus() -> Iterator[Gpu]:
 
 def _tuned(device: torch.device) -> Tuned:
     gpu = tuning.gpu(device)
-    tiles, backends = (len(tuning.lookup(op, gpu)) for op in (PRODUCT, OP))
-    return Tuned(str(tuning_file.path()), tuning.stored()[1], tiles, backends)
+    *tiles, backends = (len(tuning.lookup(op, gpu)) for op in (PRODUCT, FOUR_BIT, OP))
+    return Tuned(str(tuning_file.path()), tuning.stored()[1], sum(tiles), backends)
 
 
 def _kitchen_backends() -> Iterator[KitchenBackend]:

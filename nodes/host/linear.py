@@ -31,10 +31,13 @@ def _marker(module) -> dict:
     return {"format": module.quant_format, "convrot": getattr(params, "convrot", False)}
 
 
-def show(module, fmt: formats.Format, weight: QuantizedTensor, wish: str = AUTO) -> None:
+def show(
+    module, fmt: formats.Format, weight: QuantizedTensor, wish: str = AUTO, device=None
+) -> None:
     """Give a module, which nobody else holds, `weight` under our layout.
 
     wish: in which arithmetic 4 bits are multiplied; AUTO: the one that `weight` asks for already.
+    device: where the module will run.
     """
     import comfy.quant_ops
 
@@ -42,7 +45,7 @@ def show(module, fmt: formats.Format, weight: QuantizedTensor, wish: str = AUTO)
     quantized = QuantizedTensor(payload, fmt.layout.__name__, weight._params)
     if fmt.layout.scheme in GROUPS:
         wish = arithmetic_of(weight) if wish == AUTO else wish
-        quantized = with_arithmetic(quantized, wish)
+        quantized = with_arithmetic(quantized, wish, device)
     module.weight = torch.nn.Parameter(quantized, requires_grad=False)
     module.quant_format = fmt.marker["format"]
     module.layout_type = quantized._layout_cls
@@ -57,10 +60,13 @@ def is_static(module) -> bool:
     return scale is not None and kind_of(module.weight) == Kind(torch.float8_e4m3fn, 0)
 
 
-def replacement(module, fmt, weight, scales_too: bool, wish: str = AUTO) -> torch.nn.Module:
+def replacement(
+    module, fmt, weight, scales_too: bool, wish: str = AUTO, device=None
+) -> torch.nn.Module:
     """Return a Linear of the host's with `weight` and the bias of `module`.
 
-    scales_too: with the scales of its input as well, which belong to the stored bits.
+    scales_too: with the scales of its input as well, which belong to the stored bits. wish, device:
+    as `show` has them.
     """
     new = clones.operations(weight.dtype).Linear(
         module.in_features, module.out_features, bias=False, device="meta", dtype=weight.dtype
@@ -72,7 +78,7 @@ def replacement(module, fmt, weight, scales_too: bool, wish: str = AUTO) -> torc
         value = getattr(module, extra, None)
         if value is not None:
             new.register_parameter(extra, torch.nn.Parameter(value.detach(), requires_grad=False))
-    show(new, fmt, weight, wish)
+    show(new, fmt, weight, wish, device)
     return new.eval()
 
 
@@ -82,6 +88,6 @@ def log_arithmetic(patcher, layers: dict[str, torch.nn.Module], wish: str) -> No
     Raises ValueError where a wish is none of theirs, NoBackendError where it cannot run.
     """
     weights = [module.weight for module in layers.values()]
-    if wish != AUTO and not any(arithmetic_of(weight) == wish for weight in weights):
+    if wish != AUTO and not any(weight.layout_cls.scheme in GROUPS for weight in weights):
         raise ValueError(f"arithmetic {wish}: the model has no layers of {', '.join(GROUPS)}")
     logger.info("LowBit layers: %s", arithmetic.summary(weights, patcher.load_device))

@@ -61,7 +61,7 @@ def load_model(path, format_name, recipe_name, keep=(), wish=AUTO, disable_dynam
     for name, module in linears(patcher):
         fmt = formats_by_layer.get(name) or format_of(module)
         if fmt and not module._full_precision_mm_config:
-            show(module, fmt, module.weight, wish)
+            show(module, fmt, module.weight, wish, patcher.load_device)
             ours[name] = module
     fuse(patcher, patcher, ours)
     log_arithmetic(patcher, ours, wish)

@@ -43,7 +43,9 @@ def quantize_model(patcher, format_name, recipe_name=recipe.AUTO, keep=(), wish=
         choice = chosen[name]
         if choice.format:
             new, error = _quantized(patcher, name, module, choice.format, tick)
-            new_module = replacement(module, choice.format, new, error is None, wish)
+            new_module = replacement(
+                module, choice.format, new, error is None, wish, patcher.load_device
+            )
             clone.add_object_patch(f"{ROOT}.{name}", new_module)
             ours[name] = new_module
             error = known[name].error if error is None else error

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .. import registry
+from ..attention_fp4 import WIDTHS, attention_fp4
 from ..registry import Backend, Needs, register
 from . import attention, sage
 from .check import DTYPES
@@ -23,12 +24,13 @@ OP = "attention router"
 SDPA = "sdpa"
 # Before the name of a mode of `attention`.
 LOWBIT = "lowbit_"
+FP4 = f"{LOWBIT}fp4"
 PLAIN, MASKED, CAUSAL, BOTH = "", "_masked", "_causal", "_masked_causal"
 ALL = (PLAIN, MASKED, CAUSAL, BOTH)
 CUDA, CPU = frozenset({"cuda"}), frozenset({"cpu"})
 FLOATS = (*DTYPES, torch.float32, torch.float64)
 # Bits of the coarsest product of a way; 8 where nothing is said.
-BITS = {SDPA: 16, "cudnn": 16, "flash": 16, "sageattn3_fp4": 4}
+BITS = {SDPA: 16, "cudnn": 16, "flash": 16, FP4: 4, "sageattn3_fp4": 4}
 # Relative L2 error above which a way of so many bits is broken, not coarse. Measured on normal,
 # clustered and heavy-tailed data and on outlier channels: at most .003 in 16 bits, .08 in 8 and .19
 # in 4. A black frame errs by 1, noise by more.
@@ -88,6 +90,11 @@ def _lowbit(mode: str) -> Callable:
         return attention(q, k, v, mode, **options).to(dtype)
 
     return run
+
+
+def _fp4(q, k, v, mask, causal, scale) -> torch.Tensor:
+    # By name: on a GPU the reference would be an emulation that nobody asked for.
+    return attention_fp4(q, k, v, scale, "reference" if q.device.type == "cpu" else "triton")
 
 
 def _kitchen(q, k, v, mask, causal, scale) -> torch.Tensor:
@@ -163,6 +170,12 @@ for _mode in MODES.values():
     )
     _on_cpu = _schemes(*ALL, dtypes=(*DTYPES, torch.float32))
     _register(_name, _lowbit(_mode.name), _on_cpu, devices=CPU)
+# EXPERIMENTAL: no GPU that has the instructions has run it, so it is tried like a package.
+_fp4_needs = {"k_max": max(WIDTHS), "k_multiple": min(WIDTHS)}
+_fp4_gpu = {"capability": (10, 0), "package": "triton", "package_min": (3, 6)}
+_register_tried(FP4, _fp4, (PLAIN,), **_fp4_needs, **_fp4_gpu)
+_fp4_on_cpu = _schemes(PLAIN, dtypes=(*DTYPES, torch.float32))
+_register(FP4, _fp4, _fp4_on_cpu, devices=CPU, **_fp4_needs)
 _register(
     *("kitchen_int8", _kitchen, _schemes(PLAIN, MASKED)),
     **{"devices": CUDA, "k_max": 256, "package": "comfy_kitchen", "self_test": _kitchen_missing},

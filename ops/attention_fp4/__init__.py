@@ -9,10 +9,14 @@ in 8 bits. `reference` gives the same numerics on any device.
 import torch
 
 from .. import registry
+from .prepare import TILE
 
 OP = "attention_fp4"
 SCHEME = "nvfp4"
 WIDTHS = (64, 128)
+# Heads are computed some at a time, so that what the mean queries add to the logits, float32 of
+# [heads, Lq / 128, Lk], stays within so much: a model's whole would be 7 GB at 75,600 tokens.
+CORRECTION_BYTES = 1 << 29
 
 
 def attention_fp4(
@@ -24,8 +28,8 @@ def attention_fp4(
 ) -> torch.Tensor:
     """Return nearly softmax(scale · q·kᵀ) · v, [B, H, Lq, D], in the dtype of q.
 
-    q: [B, H, Lq, D]; k, v: [B, Hkv, Lk, D], H % Hkv = 0, D of WIDTHS, bf16 or fp16, never written
-    to. scale: None is D**-0.5. backend: `auto` is the reference; the kernel runs when named.
+    q: [B, H, Lq, D]; k, v: [B, Hkv, Lk, D], H % Hkv = 0, D of WIDTHS, float, never written to.
+    scale: None is D**-0.5. backend: `auto` is the reference; the kernel runs when named.
     Raises ValueError on other inputs, NoBackendError when the backend cannot run them.
     """
     if q.dim() != 4 or k.shape != v.shape or q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
@@ -38,7 +42,24 @@ def attention_fp4(
         )
     call = registry.Call(SCHEME, q.device, 0, q.shape[3])
     run = registry.select(OP, call, backend).run
-    return run(q, k, v, q.shape[3] ** -0.5 if scale is None else float(scale))
+    scale = q.shape[3] ** -0.5 if scale is None else float(scale)
+    group, step = q.shape[1] // k.shape[1], _kv_heads_at_a_time(q, k)
+    parts = [
+        run(
+            q[:, first * group : (first + step) * group],
+            *(x[:, first : first + step] for x in (k, v)),
+            scale,
+        )
+        for first in range(0, k.shape[1], step)
+    ]
+    return torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
+
+
+def _kv_heads_at_a_time(q: torch.Tensor, k: torch.Tensor) -> int:
+    """Return how many heads of k, with those of q that share them, CORRECTION_BYTES suffice for."""
+    tiles, group = -(-q.shape[2] // TILE), q.shape[1] // k.shape[1]
+    of_head = q.shape[0] * group * tiles * (k.shape[2] + TILE) * 4
+    return max(1, CORRECTION_BYTES // of_head)
 
 
 registry.discover(__name__)

@@ -32,7 +32,7 @@ def decode_fp4(
     E4M3 for group 16 (NVFP4), E8M0 for 32 (MXFP4). shape: logical [N, K]; K' is K padded to the
     group or beyond, and columns from K on are 0. dtype: bfloat16, float16 or float32. MXFP4's
     products beyond float16's range are Inf there, below 2^-23 they are rounded. A scale of NaN
-    gives NaN.
+    gives NaN; what the padding of scales holds, as files of other programs may, shows nowhere.
     Raises TypeError or ValueError when arguments do not fit, NoBackendError when no backend can run
     them.
     """

@@ -257,7 +257,8 @@ def decode_fp4_kernel(
     swizzled scales, `words` a row. tensor_scale: [1] float32 or None. row_scale: [N] float32, of
     E4M3 only: the scale of the row times that of the tensor. PADDED: columns from K on give 0.
     A program has ROWS rows, which lie so that it uses whole sectors of the scales, and COLUMNS
-    columns. ROW_WORDS: `words`. RAGGED: the last of them has padding.
+    columns. ROW_WORDS: `words`. RAGGED: some of them have padding, which counts for
+    nothing, whatever it holds.
     """
     DTYPE: tl.constexpr = stored.dtype.element_ty
     E4M3: tl.constexpr = row_scale is not None
@@ -283,7 +284,7 @@ def decode_fp4_kernel(
     some = load_words(scale, rows, in_rows, part * WORDS, words, WORDS)
     factor = to_value(to_bytes(some), GROUP)
     if E4M3:
-        best = _largest(scale, rows, in_rows, words, columns // GROUP, ROW_WORDS, RAGGED)
+        best = _largest(scale, rows, in_rows, words, tl.cdiv(K, GROUP), ROW_WORDS, RAGGED)
         row, inverse = _row_scale(best, GROUP)
         factor *= inverse[:, None]
         if tensor_scale is not None:

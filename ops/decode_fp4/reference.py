@@ -59,7 +59,7 @@ def run(packed, scale, tensor_scale, n, k, group, dtype):
     block = values(unswizzle(scale, n, columns // group), group)
     factor, rows = block, None
     if dtype == E4M3:
-        rows = row_scale(block, group)
+        rows = row_scale(block[:, : -(-k // group)], group)
         factor = block * (1.0 / rows)
         rows = rows if tensor_scale is None else rows * tensor_scale
     value = codes(packed) * factor.repeat_interleave(group, dim=1)

@@ -32,7 +32,7 @@ def run(packed, scale, tensor_scale, n, k, group, dtype):
     scale = words(scale)
     row_words = -(-columns // group // WORD)
     early = dependent(packed.device)
-    ragged = columns // group % WORD != 0
+    ragged = -(-k // group) != row_words * WORD
     e4m3_words = row_words if rows is not None else None
     constants = (group, ROWS, COLUMNS, e4m3_words, ragged, columns > k, bool(early))
     sizes = (n, k, columns, row_words)

@@ -41,10 +41,14 @@ def fp4_mm(
     return _OP(x, packed, scale, tensor_scale, bias, *shape, group, backend)
 
 
+def scheme_of(group: int, dtype: torch.dtype) -> str:
+    """Return the name of products of a kind of weight and of activations of a dtype."""
+    return f"{'nvfp4' if group == NVFP4_GROUP else 'mxfp4'}_{8 * dtype.itemsize}"
+
+
 def _run(x, packed, scale, tensor_scale, bias, n, k, group, backend):
-    name = "nvfp4" if group == NVFP4_GROUP else "mxfp4"
-    scheme = f"{name}_{8 * x.element_size()}"
-    run = registry.select(OP, registry.Call(scheme, x.device, n, k), backend).run
+    call = registry.Call(scheme_of(group, x.dtype), x.device, n, k)
+    run = registry.select(OP, call, backend).run
     if x.numel() == 0 or n == 0:
         return x.new_empty(x.shape[0], n)
     return run(x, packed, scale, tensor_scale, bias, n, group)

@@ -7,10 +7,17 @@ from ..decode_fp4.kernel import NVFP4_GROUP, decode, load_words, to_bytes, to_va
 
 
 @triton.jit
-def _weight(codes, words, DTYPE: tl.constexpr, GROUP: tl.constexpr):
-    """Return E2M1 times the scale of its block, [BLOCK_N, BLOCK_K] of DTYPE, exact."""
+def _weight(codes, words, count, DTYPE: tl.constexpr, GROUP: tl.constexpr, RAGGED: tl.constexpr):
+    """Return E2M1 times the scale of its block, [BLOCK_N, BLOCK_K] of DTYPE, exact.
+
+    RAGGED: only the first `count` blocks are the weight's; what others' padding holds, NaN
+    included, counts for nothing.
+    """
     value = decode(codes, DTYPE)
-    factor = to_value(to_bytes(words), GROUP)[:, :, None]
+    factor = to_value(to_bytes(words), GROUP)
+    if RAGGED:
+        factor = tl.where((tl.arange(0, factor.shape[1]) < count)[None, :], factor, 0.0)
+    factor = factor[:, :, None]
     BLOCKS: tl.constexpr = value.shape[1] // GROUP
     blocks = tl.reshape(value, (value.shape[0], BLOCKS, GROUP))
     if tl.float16 == DTYPE and GROUP != NVFP4_GROUP:
@@ -40,12 +47,14 @@ def fp4_mm_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     SPLITS: tl.constexpr,
+    RAGGED: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """out [M, N] = tensor_scale · (x · Wᵀ) + bias; with SPLITS, [SPLITS, M, N] float32, sums alone.
 
     x: [M, K] FP16 or BF16, K-contiguous, stride_x apart. packed: [≥ N, columns / 2] uint8. scale:
     words of the swizzled scales, `words` a row. tensor_scale: [1] float32 or None. bias: [N].
+    RAGGED: a row has scales, or codes, that are padding.
     The tile is transposed, W · xᵀ: tensor cores take their left operand from registers.
     """
     DTYPE: tl.constexpr = x.dtype.element_ty
@@ -75,7 +84,8 @@ def fp4_mm_kernel(
         some = load_words(scale, rows, in_rows, step * WORDS, words, WORDS)
         k = step * BLOCK_K + tl.arange(0, BLOCK_K)
         value = tl.load(at_x + k[None, :], mask=in_tokens[:, None] & (k < K)[None, :], other=0.0)
-        acc = tl.dot(_weight(codes, some, DTYPE, GROUP), value.T, acc)
+        count = tl.cdiv(K - step * BLOCK_K, GROUP)
+        acc = tl.dot(_weight(codes, some, count, DTYPE, GROUP, RAGGED), value.T, acc)
     inside = in_tokens[:, None] & in_rows[None, :]
     at = tokens.to(tl.int64)[:, None] * N + rows[None, :]
     if SPLITS == 1:

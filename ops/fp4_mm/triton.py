@@ -1,69 +1,37 @@
 """The Triton backend of `fp4_mm`: few tokens by a kernel that decodes, many by a decoded weight."""
 
-import dataclasses
 import functools
-from dataclasses import dataclass
 
 import torch
 
+from .. import tuning
 from ..decode_fp4 import decode_fp4
 from ..decode_fp4.triton import WORD, words
 from ..launch import ALIGNMENT, TRITON_MIN, alignment, dependent, launch
-from ..registry import Backend, Needs, capability, register
+from ..registry import Backend, Needs, register
 from ..scaled_mm import tiles
 from ..scaled_mm.triton import processors_of
 from ..scaled_mm.triton import run_tile as run_product
-from . import OP
+from . import OP, scheme_of
+from .choice import Tile, choose
 
 SUM_BLOCK = 1024
 
 
-@dataclass(frozen=True)
-class Tile:
-    """One way to cut a product: tokens, outputs and inputs of a tile, and how many share a sum.
-
-    splits: programs that each have a part of K, whose sums a second kernel adds up. warps, stages:
-    of Triton.
-    """
-
-    block_m: int
-    block_n: int
-    block_k: int
-    warps: int = 4
-    stages: int = 4
-    splits: int = 8
-
-
-# Tokens at most -> tile: eight programs share a sum, since one output tile for a few tokens keeps
-# no multiprocessor busy. Measured on an H200, against 26 others.
-FEW = {
-    16: Tile(16, 64, 128),
-    32: Tile(32, 64, 128),
-    64: Tile(64, 64, 128, stages=3, splits=4),
-    128: Tile(128, 64, 64),
-}
-# Of the decoded weight, [N, K] in 16 bits: tokens at most -> tile. The last one is as fast as
-# cuBLAS on an H200 from 32,760 tokens on.
-MANY = {
-    1024: tiles.Tile(128, 128, 64, stages=3, tma=True, per_sm=2),
-    1 << 62: tiles.Tile(128, 128, 64, stages=3, flatten=True, tma=True, per_sm=2),
-}
-
-
 def run(x, packed, scale, tensor_scale, bias, n, group) -> torch.Tensor:
     """Return the product as `fp4_mm` describes it, for 16-bit activations."""
-    m, k = x.shape
+    scheme = scheme_of(group, x.dtype)
+    tile = choose(tuning.gpu(x.device), scheme, x.shape[0], n, x.shape[1], group)
+    return run_by(tile, x, packed, scale, tensor_scale, bias, n, group)
+
+
+def run_by(tile, x, packed, scale, tensor_scale, bias, n, group) -> torch.Tensor:
+    """Return the product as `fp4_mm` describes it, by a `Tile`, or by one for a decoded weight."""
     x = x if x.stride(1) == 1 else x.contiguous()
-    if m <= max(FEW):
-        tile = few_tile(m, group)
+    if isinstance(tile, Tile):
         return run_tile(x, packed, scale, tensor_scale, n, group, bias, tile)
-    return multiply(x, decode_fp4(packed, scale, (n, k), group, x.dtype), tensor_scale, bias)
-
-
-def few_tile(m: int, group: int) -> Tile:
-    """Return the tile for m tokens that is as wide as the columns of a word of scales at least."""
-    tiles_of_group = [tile for tile in FEW.values() if tile.block_k >= WORD * group]
-    return next((tile for tile in tiles_of_group if m <= tile.block_m), tiles_of_group[-1])
+    weight = decode_fp4(packed, scale, (n, x.shape[1]), group, x.dtype)
+    return multiply(x, weight, tensor_scale, bias, tile)
 
 
 def multiply(
@@ -71,14 +39,12 @@ def multiply(
     weight: torch.Tensor,
     tensor_scale: torch.Tensor | None,
     bias: torch.Tensor | None,
+    tile: tiles.Tile,
 ) -> torch.Tensor:
     """Return tensor_scale · (x · Wᵀ) + bias for a decoded weight [N, K'], columns from K on 0."""
     (m, k), (n, columns) = x.shape, weight.shape
     if columns > k or x.stride(0) % ALIGNMENT:
         x = torch.nn.functional.pad(x, (0, columns - k)).contiguous()
-    tile = next(tile for tokens, tile in MANY.items() if m <= tokens)
-    # There are no descriptors before.
-    tile = tile if capability(x.device) >= (9, 0) else dataclasses.replace(tile, tma=False)
     one = _one(x.device)
     out = x.new_empty(m, n)
     scale = one if tensor_scale is None else tensor_scale.reshape(1)
@@ -103,8 +69,10 @@ def run_tile(x, packed, scale, tensor_scale, n, group, bias, tile: Tile) -> torc
     target = x.new_empty(tile.splits, m, n, dtype=torch.float32) if split else out
     scaling = (None, None) if split else (tensor_scale, bias)
     tensors = (x, packed, scale, *scaling, target)
-    sizes = (m, n, k, columns, -(-columns // group // WORD), x.stride(0))
-    constants = (group, tile.block_m, tile.block_n, tile.block_k, tile.splits, bool(early))
+    row_words = -(-columns // group // WORD)
+    sizes = (m, n, k, columns, row_words, x.stride(0))
+    ragged = -(-k // group) != row_words * WORD
+    constants = (group, tile.block_m, tile.block_n, tile.block_k, tile.splits, ragged, bool(early))
     divisible = tuple((size % ALIGNMENT == 0, size == 1) for size in sizes[1:])
     types = (x.dtype, None if bias is None else bias.dtype)
     key = (types, alignment(*tensors), divisible, constants)

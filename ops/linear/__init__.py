@@ -23,7 +23,6 @@ from .activation import (
     Kind,
     QuantizedActivation,
     from_host,
-    kind_of,
     kind_on,
     quantize_activation,
     takes,
@@ -131,7 +130,7 @@ def _linear(x, weight, bias, backend, input_act, low_rank, gate, residual) -> to
     if isinstance(x, QuantizedTensor):
         x = from_host(x, weight)
     shape, dtype = (*x.shape[:-1], n), x.dtype
-    _check_act(x, weight, input_act)
+    _check_act(x, weight, input_act, chosen.name)
     _check_gated(gate, residual, shape)
     if rows == 0:
         return weight._qdata.new_empty(shape, dtype=dtype, device=x.device)
@@ -139,7 +138,7 @@ def _linear(x, weight, bias, backend, input_act, low_rank, gate, residual) -> to
     if isinstance(x, QuantizedActivation):
         one_sum = one_sum and x.headroom > 0
     else:
-        x = _prepared(x, weight, input_act, chosen.quantizes, HEADROOM if one_sum else 0)
+        x = _prepared(x, weight, input_act, chosen, HEADROOM if one_sum else 0)
         if low_rank is None and isinstance(x, QuantizedActivation) and not watched(x.stored):
             return _product(x, weight, bias, backend, gate, residual)
     term = None
@@ -159,7 +158,7 @@ def _shaped(x: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
 def input_kind(weight: QuantizedTensor, device: torch.device, rows: int) -> Kind | None:
     """Return the kind to which `linear` quantizes floats [rows, K] on `device`; None: to none."""
     chosen = _chosen(weight, device, rows, "auto")
-    return kind_on(device, weight) if chosen.quantizes else None
+    return kind_on(device, weight, chosen.name) if chosen.quantizes else None
 
 
 def input_headroom(
@@ -248,32 +247,39 @@ def _plain(x: torch.Tensor | QuantizedActivation, input_act: str | None) -> torc
 
 
 def _prepared(
-    x: torch.Tensor, weight: QuantizedTensor, input_act: str | None, quantize: bool, headroom: int
+    x: torch.Tensor,
+    weight: QuantizedTensor,
+    input_act: str | None,
+    chosen: registry.Backend,
+    headroom: int,
 ):
     """Return act(x), quantized with so much headroom or not; x itself where nothing is to do."""
-    if not quantize:
+    if not chosen.quantizes:
         return _plain(x, input_act)
+    kind = kind_on(x.device, weight, chosen.name)
     if input_act is not None:
         act = Prologue(activation=input_act)
-        return quantize_activation(x, weight, prologue=act, headroom=headroom)
+        return quantize_activation(x, weight, kind=kind, prologue=act, headroom=headroom)
     return quantized_once(
         x,
-        (kind_on(x.device, weight), headroom),
-        lambda: quantize_activation(x, weight, headroom=headroom),
+        (kind, headroom),
+        lambda: quantize_activation(x, weight, kind=kind, headroom=headroom),
     )
 
 
-def _check_act(x, weight: QuantizedTensor, input_act: str | None) -> None:
-    """Raise ValueError when x, quantized or not, is none that `weight` multiplies after the act."""
+def _check_act(x, weight: QuantizedTensor, input_act: str | None, backend: str) -> None:
+    """Raise ValueError when x, quantized or not, is none that `weight` multiplies after the act.
+
+    backend: the one that multiplies.
+    """
     if not isinstance(x, QuantizedActivation):
         if input_act is not None:
             # Prologue says which are known.
             Prologue(activation=input_act).check(math.prod(x.shape[:-1]), x.shape[-1])
         return
-    if not takes(weight, x.kind):
-        raise ValueError(
-            f"linear: the activation is {x.kind}, the weight multiplies {kind_of(weight)}"
-        )
+    if not takes(weight, x.kind, backend):
+        wanted = kind_on(x.device, weight, backend)
+        raise ValueError(f"linear: the activation is {x.kind}, the weight multiplies {wanted}")
     if input_act is not None:
         raise ValueError("linear: input_act comes before the quantization of x; give it there")
 

@@ -9,7 +9,8 @@ from comfy_kitchen.tensor import QuantizedTensor
 
 from ..quantize_rows import NOTHING, ROTATION, Prologue, quantize_rows
 from ..quantize_rows.reference import prepare, rotate
-from .four_bit import GROUPS, has_fp8, rotation_of
+from .arithmetic import AUTO, backend_of
+from .four_bit import EIGHT_BITS, GROUPS, has_fp8, rotation_of
 
 FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 
@@ -69,22 +70,30 @@ def kind_of(weight: QuantizedTensor) -> Kind | None:
     return Kind(dtype, rotation)
 
 
-def kind_on(device: torch.device, weight: QuantizedTensor) -> Kind | None:
+def kind_on(device: torch.device, weight: QuantizedTensor, backend: str = AUTO) -> Kind | None:
     """Return the kind of activation to quantize to for `weight` on `device`; None: to none.
 
-    A 4-bit weight is multiplied as FP8 where the GPU has it, else as INT8, rotated where K allows.
+    A 4-bit weight is multiplied as FP8 where the GPU has it, else as INT8, rotated where K allows,
+    unless the backend of `linear`, or with `auto` the weight, asks for one of them.
     """
     if weight.layout_cls.scheme not in GROUPS:
         return kind_of(weight)
-    if has_fp8(device):
+    named = EIGHT_BITS.get(backend_of(weight) if backend == AUTO else backend)
+    if named == torch.float8_e4m3fn or (named is None and has_fp8(device)):
         return Kind(torch.float8_e4m3fn, 0)
     return Kind(torch.int8, rotation_of(tuple(weight.shape)))
 
 
-def takes(weight: QuantizedTensor, kind: Kind) -> bool:
-    """Return whether `weight` multiplies activations of `kind`: 4-bit weights do several."""
+def takes(weight: QuantizedTensor, kind: Kind, backend: str = AUTO) -> bool:
+    """Return whether `weight` multiplies activations of `kind`, by a backend of `linear`.
+
+    4-bit weights do several, unless the backend, or with `auto` the weight, asks for one.
+    """
     if weight.layout_cls.scheme not in GROUPS:
         return fits(kind, kind_of(weight))
+    named = EIGHT_BITS.get(backend_of(weight) if backend == AUTO else backend)
+    if named not in (None, kind.dtype):
+        return False
     if kind.dtype == torch.int8:
         return kind.rotation in (0, rotation_of(tuple(weight.shape)))
     return kind.dtype in FP8 and not kind.rotation

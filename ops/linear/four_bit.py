@@ -11,6 +11,9 @@ from ..quantize_rows import ROTATION, quantize_rows
 
 GROUPS = {"nvfp4": NVFP4_GROUP, "mxfp4": MXFP4_GROUP}
 FIRST_WITH_FP8 = (8, 9)
+# W4A8 in 8 bits of one kind, whatever the GPU has: backends of `linear` -> the dtype.
+W4A8_FP8, W4A8_INT8 = "w4a8_fp8", "w4a8_int8"
+EIGHT_BITS = {W4A8_FP8: torch.float8_e4m3fn, W4A8_INT8: torch.int8}
 # So many tokens are multiplied in 16 bits by a kernel that decodes the weight, beyond them in 8
 # bits after it is decoded: so it was the fastest on an H200.
 FEW_ROWS = 64

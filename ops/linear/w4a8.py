@@ -10,10 +10,10 @@ from comfy_kitchen.tensor import QuantizedTensor
 
 from ..launch import TRITON_MIN
 from ..quantize_rows.triton import K_MAX
-from ..registry import Backend, Needs, register
+from ..registry import BY_NAME, Backend, Needs, register
 from ..scaled_mm import scaled_mm
 from .activation import QuantizedActivation, quantize_activation
-from .four_bit import GROUPS, eight_bit, four_bit
+from .four_bit import GROUPS, W4A8_FP8, W4A8_INT8, eight_bit, four_bit
 
 
 def run_quantized(
@@ -40,13 +40,20 @@ def run(x: torch.Tensor, weight: QuantizedTensor, bias: torch.Tensor | None, bac
     return run_quantized(quantize_activation(x, weight, backend=backend), weight, bias, backend)
 
 
-needs = Needs(
-    frozenset(GROUPS),
-    devices=frozenset({"cuda"}),
-    capability=(8, 0),
-    measured=((9, 0), (10, 0)),
-    k_max=K_MAX,
-    package="triton.tools.tensor_descriptor",
-    package_min=TRITON_MIN,
-)
-register(Backend("linear", "w4a8", 12, needs, run, run_quantized, quantizes=True))
+def _register(name: str, rank: int, least: tuple[int, int], measured) -> None:
+    needs = Needs(
+        frozenset(GROUPS),
+        devices=frozenset({"cuda"}),
+        capability=least,
+        measured=measured,
+        k_max=K_MAX,
+        package="triton.tools.tensor_descriptor",
+        package_min=TRITON_MIN,
+    )
+    register(Backend("linear", name, rank, needs, run, run_quantized, quantizes=True))
+
+
+# By name only: the first is what `w4a8` does where it can, the second errs less and is slower.
+_register("w4a8", 12, (8, 0), ((9, 0), (10, 0)))
+_register(W4A8_FP8, 14, (8, 9), BY_NAME)
+_register(W4A8_INT8, 15, (8, 0), BY_NAME)

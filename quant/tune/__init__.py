@@ -14,28 +14,34 @@ from typing import Any
 import torch
 
 from ...ops import registry, tuning, tuning_file
+from ...ops.fp4_mm import OP as FOUR_BIT
+from ...ops.fp4_mm import choice
 from ...ops.linear import OP as LINEAR
+from ...ops.linear.four_bit import GROUPS
 from ...ops.scaled_mm import OP as PRODUCT
 from ...ops.scaled_mm.candidates import Limits, candidates
-from ...ops.scaled_mm.tiles import Tile, as_choice
 from .. import formats
 from .contest import Outcome, Timer, search
+from .four_bit import GROUP_OF, FourBitProduct
 from .problems import Problem
 from .products import TYPES, Layer, Product
 from .timer import GpuTimer
 
 __all__ = ["Bench", "Problem", "Report", "Result", "gpu_bench", "tune"]
 
-BACKEND = "triton"
+BACKEND, W4A16 = "triton", "w4a16"
 PLAIN = "bf16 F.linear"
 NO_MEMORY = "not enough memory"
 # Of the time that is left, what a step may take, relative to others.
-WEIGHTS = {PRODUCT: 4, LINEAR: 1}
+WEIGHTS = {PRODUCT: 4, FOUR_BIT: 4, LINEAR: 1}
 
 
 @dataclass(frozen=True)
 class Bench:
-    """What is measured with, and on. schemes: of products; formats: of layers, by name."""
+    """What is measured with, and on.
+
+    schemes: of products in 8 bits; formats: of layers, by name; four_bit: of W4A16 products.
+    """
 
     device: torch.device
     gpu: tuning.Gpu
@@ -43,17 +49,28 @@ class Bench:
     timer: Timer
     schemes: tuple[str, ...]
     formats: tuple[str, ...]
+    four_bit: tuple[str, ...] = ()
+
+    def only(self, bits: int) -> "Bench":
+        """Return the bench without what is of other weights than those of 4, or of 8, bits."""
+        four = {n for n in self.formats if formats.get(n).layout.scheme in GROUPS}
+        if bits == 4:
+            left = tuple(name for name in self.formats if name in four)
+            return dataclasses.replace(self, schemes=(), formats=left)
+        left = tuple(name for name in self.formats if name not in four)
+        return dataclasses.replace(self, formats=left, four_bit=())
 
 
 @dataclass(frozen=True)
 class Result:
-    """What was measured for one problem. op: `scaled_mm` (tiles) or `linear` (backends).
+    """What was measured for one problem.
 
-    m: the bucket, rows: where it was measured. default: what is taken without tuning. winner: what
-    beat it by `gain`, or None; gain is infinite where the default cannot run. times_ms: medians of
-    the race by name, bfloat16 with the weight that was never quantized among them. tried: timed
-    candidates. failed: candidates that cannot run → why. wrong: whose result was wrong. untried:
-    for want of time. note: why nothing was measured, or "".
+    op: `scaled_mm` or `fp4_mm` (tiles), or `linear` (backends). m: the bucket, rows: where it was
+    measured. default: what is taken without tuning. winner: what beat it by `gain`, or None; gain
+    is infinite where the default cannot run. times_ms: medians of the race by name, bfloat16 with
+    the weight that was never quantized among them. tried: timed candidates. failed: candidates that
+    cannot run → why. wrong: whose result was wrong. untried: for want of time. note: why nothing
+    was measured, or "".
     """
 
     op: str
@@ -103,6 +120,7 @@ def gpu_bench(index: int = 0) -> Bench:
         GpuTimer(device),
         tuple(name for name in TYPES if BACKEND in _able(f"{name}_row", device)),
         tuple(_format_names(device)),
+        tuple(GROUP_OF) if W4A16 in _able(next(iter(GROUPS)), device) else (),
     )
 
 
@@ -115,6 +133,7 @@ def _able(scheme: str, device: torch.device) -> set[str]:
 def _format_names(device: torch.device) -> Iterator[str]:
     """Yield the first format of each scheme of our kernels for which a device leaves a choice."""
     left = {s for b in registry.backends(LINEAR) if b.name == BACKEND for s in b.needs.schemes}
+    left |= GROUPS.keys()
     for name in formats.names():
         scheme = formats.get(name).layout.scheme
         if scheme in left and len(_able(scheme, device)) > 1:
@@ -166,6 +185,8 @@ def _steps(problem: Problem, bench: Bench) -> Iterator[tuple[str, str, Problem]]
     """Yield (operation, scheme or format, problem): tiles first, which layers then run with."""
     for scheme in bench.schemes:
         yield PRODUCT, scheme, problem
+    for scheme in bench.four_bit:
+        yield FOUR_BIT, scheme, problem
     for name in bench.formats:
         if formats.get(name).unfit((problem.n, problem.k)) is None:
             yield LINEAR, name, problem
@@ -177,7 +198,8 @@ def _step(
     m = tuning.bucket(problem.m)
     # At the ends of the bucket a winner must not lose.
     rows = tuple(dict.fromkeys((problem.m, *tuning.bucket_rows(m))))
-    run, scheme = (_product, name) if op == PRODUCT else (_layer, formats.get(name).layout.scheme)
+    run = {PRODUCT: _product, FOUR_BIT: _four_bit, LINEAR: _layer}[op]
+    scheme = formats.get(name).layout.scheme if op == LINEAR else name
     result = Result(op, scheme, m, problem.m, problem.n, problem.k)
     try:
         outcome = run(name, problem, rows, bench, expired)
@@ -195,6 +217,13 @@ def _product(scheme: str, problem: Problem, rows, bench: Bench, expired) -> Outc
     contest = Product(scheme, max(rows), problem.n, problem.k, bench.gpu, bench.device)
     capability, integer = bench.gpu.capability, scheme == "int8"
     tried = candidates(capability, bench.limits, problem.m, integer)
+    return search(contest, tried, rows, bench.timer, expired)
+
+
+def _four_bit(scheme: str, problem: Problem, rows, bench: Bench, expired) -> Outcome:
+    contest = FourBitProduct(scheme, max(rows), problem.n, problem.k, bench.gpu, bench.device)
+    capability, group = bench.gpu.capability, GROUP_OF[scheme]
+    tried = choice.candidates(capability, bench.limits, problem.m, group)
     return search(contest, tried, rows, bench.timer, expired)
 
 
@@ -218,8 +247,8 @@ def _entry(result: Result, outcome: Outcome) -> tuning.Entry | None:
     )
 
 
-def _choice(name: Tile | str) -> Any:
-    return as_choice(name) if isinstance(name, Tile) else name
+def _choice(name: choice.AnyTile | str) -> Any:
+    return name if isinstance(name, str) else choice.as_choice(name)
 
 
 def _take_up(op, gpu: tuning.Gpu, entry: tuning.Entry | None, result: Result, store: bool) -> None:

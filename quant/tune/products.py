@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from ...ops import registry
 from ...ops.linear import OP as LINEAR
 from ...ops.linear import linear
+from ...ops.linear.four_bit import FEW_ROWS, GROUPS
 from ...ops.scaled_mm import scaled_mm, tiles
 from ...ops.scaled_mm.candidates import neighbours
 from ...ops.scaled_mm.tiles import Tile
@@ -67,7 +68,7 @@ class Product:
         self, tile: Tile, out: torch.Tensor, wanted: torch.Tensor, shifted: bool = False
     ) -> bool:
         out.fill_(torch.nan)
-        _attempt(lambda: self._launch(tile, out, self._exact, shifted), out.device)
+        attempt(lambda: self._launch(tile, out, self._exact, shifted), out.device)
         return torch.equal(out, wanted[: out.shape[0]])
 
     def run(self, tile: Tile, rows: int) -> None:
@@ -165,7 +166,7 @@ def _typical_operands(rows: int, n: int, k: int, dtype: torch.dtype, generator) 
     return {"a": a, "b": b, "scale_a": scale[:rows], "scale_b": scale[:n], "bias": bias}
 
 
-def _attempt(run: Callable[[], Any], device: torch.device) -> Any:
+def attempt(run: Callable[[], Any], device: torch.device) -> Any:
     """Return what `run` returns, once the device is done. Raises CannotRunError that says why not.
 
     What fails on the device, rather than while it is compiled or launched, is raised as it is:
@@ -211,12 +212,13 @@ class Layer:
         self._plain = normal(n, k) * WEIGHT_SCALE
         self._weight, self._bias = fmt.quantize(self._plain), normal(n)
         self._call = registry.Call(fmt.layout.scheme, self._x.device, n, k)
+        self._four_bits = fmt.layout.scheme in GROUPS
         # The activation is rounded about as the weight was.
         self._bound = 2 * fmt.max_error + torch.finfo(OUT).eps
 
     def names(self) -> tuple[str, ...]:
-        """Return the backends that can run the layer here."""
-        found = registry.backends(LINEAR)
+        """Return the backends that can run the layer here, without those that want to be named."""
+        found = (b for b in registry.backends(LINEAR) if b.needs.measured != registry.BY_NAME)
         able = [b.name for b in found if registry.unmet(b.needs, self._call) is None]
         return tuple(dict.fromkeys(able))
 
@@ -226,7 +228,7 @@ class Layer:
         some = torch.linspace(0, rows - 1, min(rows, CHECKED_ROWS), device=x.device).long()
         weight = self._weight.dequantize().double()
         want = F.linear(x[some].double(), weight, self._bias.double())
-        got = _attempt(lambda: self.run(name, rows), x.device)[some].double()
+        got = attempt(lambda: self.run(name, rows), x.device)[some].double()
         # Not `>`, which NaN would pass.
         return bool((got - want).norm() <= self._bound * want.norm())
 
@@ -243,8 +245,9 @@ class Layer:
         return F.linear(self._x[:rows], self._plain, self._bias)
 
     def default(self, rows: int) -> str:
-        """Return what `auto` takes where nothing is tuned, whatever the number of rows."""
-        return registry.select(LINEAR, self._call).name
+        """Return what `auto` takes where nothing is tuned."""
+        few = rows <= FEW_ROWS if self._four_bits else None
+        return registry.select(LINEAR, self._call._replace(few=few)).name
 
     def neighbours(self, name: str) -> Sequence[str]:
         """Return nothing: there are few backends, and all are candidates."""

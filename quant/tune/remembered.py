@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from ...ops import tuning, tuning_file
-from ...ops.scaled_mm.tiles import from_choice
+from ...ops.fp4_mm.choice import from_choice
 from ...ops.tuning_file import Entry, Mark
 
 

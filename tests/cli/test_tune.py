@@ -114,6 +114,17 @@ def test_without_arguments_it_measures_the_families(lowbit, measured):
     assert calls[0][0] == tune.problems.of_families() and calls[0][1:] == (True, 1800)
 
 
+@pytest.mark.parametrize(("bits", "formats"), [("4", ("nvfp4",)), ("8", ("int8",))])
+def test_bits_say_which_weights_are_measured(lowbit, measured, monkeypatch, bits, formats):
+    measured()
+    both, seen = fake.bench(formats=("int8", "nvfp4")), []
+    monkeypatch.setattr(tune, "gpu_bench", lambda index: both)
+    report = Report(GPU, "", True, 1.0, (), 0)
+    monkeypatch.setattr(tune, "tune", lambda wanted, bench, **given: seen.append(bench) or report)
+    lowbit("tune", "--shape", "512,64,64", "--bits", bits)
+    assert [bench.formats for bench in seen] == [formats]
+
+
 def test_model_and_rows_say_what_is_measured(lowbit, measured, wan):
     calls = measured()
     lowbit("tune", "--model", wan, "--rows", "7,5000")

@@ -12,7 +12,11 @@ from lowbit.ops.decode_fp4 import triton as decode_triton
 from lowbit.ops.fp4_mm import fp4_mm
 from lowbit.ops.linear import linear, quantize_activation, release, share, with_arithmetic
 from lowbit.ops.linear.activation import Kind
+from lowbit.ops.linear.arithmetic import arithmetic_of
+from lowbit.ops.linear.eight_bits import eight_bit_errors
 from lowbit.ops.linear.four_bit import FEW_ROWS, GROUPS, four_bit
+from lowbit.ops.mxfp4_mm import reference as mxfp4_reference
+from lowbit.ops.mxfp4_mm import triton as mxfp4_triton
 from lowbit.quant import formats
 
 NAMES = [name for name in formats.names() if formats.get(name).layout.scheme in GROUPS]
@@ -83,6 +87,25 @@ def test_scale_of_nan_is_nan(group):
 
 
 @pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("backend", ["w4a16", "w4a8_fp8", "w4a8_int8"])
+@pytest.mark.parametrize("k", [1160, 1280])
+def test_what_lies_in_the_padding_of_scales_shows_nowhere(name, backend, k):
+    """As files of other programs may have it: NaN in rows and columns that are of no block."""
+    weight = weight_of(name, 200, k)
+    w = four_bit(weight)
+    scale = w.scale.view(torch.uint8).reshape(-1)
+    places = torch.arange(scale.numel(), device="cuda")
+    columns = scale.numel() // 256
+    real = decode_reference.unswizzle(places, 200, columns)[:, : -(-k // w.group)]
+    kept = scale[real].clone()
+    clean = [linear(make(m, k).bfloat16(), weight, backend=backend) for m in (1, 100, 300)]
+    scale.fill_(0x7F if w.group == 16 else 0xFF)
+    scale[real] = kept
+    for m, want in zip((1, 100, 300), clean, strict=True):
+        assert torch.equal(linear(make(m, k).bfloat16(), weight, backend=backend), want)
+
+
+@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("tokens", [0, 1, 16, 17, 63, 64, 65, 128, 129, 512, 1000, 5000])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("biased", [True, False])
@@ -133,6 +156,55 @@ def test_w4a8_errs_as_the_activation_and_the_new_weight_do(name, tokens, kind):
     assert error(got, exact(x, weight, bias)) <= KIND_ERROR[kind] + 2**-8
     if kind.dtype == E4M3:
         assert torch.equal(got, linear(x, weight, bias, "w4a8"))
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("tokens", [16, 1000])
+def test_kind_of_8_bits_that_is_asked_for_is_what_runs(name, tokens):
+    x, weight = make(tokens, K, seed=2).bfloat16(), weight_of(name)
+    results = {}
+    for kind in KIND_ERROR:
+        wish = "w4a8_fp8" if kind.dtype == E4M3 else "w4a8_int8"
+        results[wish] = F.linear(x, with_arithmetic(weight, wish))
+        rounded = quantize_activation(x, weight, kind=kind)
+        assert torch.equal(results[wish], linear(rounded, weight, backend="w4a8"))
+    want = exact(x, weight)
+    least = min(results, key=lambda wish: error(results[wish], want))
+    chosen = with_arithmetic(weight, "w4a8_exact")
+    assert arithmetic_of(chosen) == least == "w4a8_int8"
+    assert torch.equal(F.linear(x, chosen), results[least])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_errors_of_both_kinds_are_those_of_a_cpu(name):
+    weight = weight_of(name)
+    here, there = eight_bit_errors(weight), eight_bit_errors(weight.to("cpu"))
+    assert here == pytest.approx(there, rel=0.01, abs=1e-9)
+    assert eight_bit_errors(weight.to("cpu"), torch.device("cuda", 0)) == here
+
+
+@pytest.mark.skipif(
+    torch.cuda.is_available() and torch.cuda.get_device_capability() < (9, 0),
+    reason="Triton emulates block-scaled products from Hopper on",
+)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(("tokens", "n", "k"), [(1, 1040, 1280), (300, 130, 250), (129, 1, 40)])
+def test_product_of_two_mxfp4_is_that_of_the_reference(tokens, n, k, dtype):
+    """By the kernel itself, which on Hopper Triton emulates: `linear` would refuse it there."""
+    x, weight, bias = make(tokens, k, seed=2).to(dtype), weight_of("mxfp4", n, k), make(n, seed=3)
+    w = four_bit(weight)
+    scale = w.scale.view(torch.uint8)
+    for given in (bias, None):
+        got = mxfp4_triton.run(x, w.packed, scale, given, n)
+        want = mxfp4_reference.run(x, w.packed, scale, given, n)
+        assert (got.shape, got.dtype) == (want.shape, dtype)
+        # Of blocks that either scale serves nearly as well, another may be taken.
+        assert error(got, want) <= 0.01
+    packed, of_x = mxfp4_triton.quantize(x, 2 * w.packed.shape[1])
+    wanted, scales = mxfp4_reference.quantize(x, 2 * w.packed.shape[1])
+    same = of_x == scales
+    assert same.float().mean() > 0.99
+    assert torch.equal(packed[same.repeat_interleave(16, 1)], wanted[same.repeat_interleave(16, 1)])
 
 
 def test_strides_of_the_input_do_not_matter():

@@ -80,8 +80,8 @@ def taken(cache) -> dict:
 def report(cache):
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device")
-    argv = ("tune", "--shape", f"{M},{N},{K}", "--max-seconds", str(SECONDS), "--json")
-    done = run(cache, "-m", "lowbit", *argv)
+    argv = ("tune", "--shape", f"{M},{N},{K}", "--max-seconds", str(SECONDS), "--bits", "8")
+    done = run(cache, "-m", "lowbit", *argv, "--json")
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     print(done.stdout)
@@ -133,6 +133,47 @@ def test_entries_are_taken_up_whatever_won(cache, tmp_path, monkeypatch):
     assert found["same"]["int8_row_convrot"] == ["reference"]
     assert "reference" not in found["same"]["int8_row"]
     tuning.forget()
+
+
+# Prints, as JSON: by format, the errors of W4A16 and of what `auto` takes, for a few tokens.
+FOUR_BITS = f"""
+import json, torch
+from lowbit.ops.linear import linear
+from lowbit.quant import formats
+generator = torch.Generator("cuda").manual_seed(0)
+dense = torch.randn({N}, {K}, generator=generator, device="cuda") * 0.02
+found = {{}}
+for name in ("nvfp4", "mxfp4"):
+    weight = formats.get(name).quantize(dense)
+    for rows in (2, 9, 16):
+        x = torch.randn(rows, {K}, generator=generator, device="cuda").bfloat16()
+        want = x.double() @ weight.dequantize().double().t()
+        for way in ("w4a16", "auto"):
+            got = linear(x, weight, None, way)
+            found[f"{{name}} {{rows}} {{way}}"] = ((got - want).norm() / want.norm()).item()
+print(json.dumps(found))
+"""
+
+
+def test_tiles_and_backends_of_4_bits_are_measured_right_and_taken(tmp_path):
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    argv = ("tune", "--shape", f"16,{N},{K}", "--bits", "4", "--max-seconds", "40", "--json")
+    done = run(tmp_path, "-m", "lowbit", *argv)
+    assert done.returncode == 0, done.stderr
+    results = json.loads(done.stdout)["results"]
+    assert {r["op"] for r in results} == {"fp4_mm", "linear"}
+    for result in results:
+        assert not result["note"] and not result["wrong"] and result["tried"] > 1, result
+    won = {(r["op"], r["scheme"]) for r in results if r["winner"]}
+    sections = tuning_file.read(tmp_path / tuning_file.FILE)
+    stored = {(part.mark["op"], e.scheme) for part in sections for e in part.entries}
+    assert stored == won
+    print(done.stdout)
+    done = run(tmp_path, "-c", FOUR_BITS)
+    assert done.returncode == 0, done.stderr
+    for name, error in json.loads(done.stdout).items():
+        assert error <= (0.004 if name.endswith("w4a16") else 0.035), (name, error)
 
 
 def test_dry_run_keeps_nothing(tmp_path):

@@ -43,6 +43,17 @@ def test_torchs_own_attention_gives_the_same_latent(sampled, plain, mode):
     assert torch.equal(sampled(mode), plain)
 
 
+def test_fp4_samples_but_for_the_first_and_the_last_step(sample, wan):
+    def attended(graph):
+        return graphs.attention(graph, graphs.load(graph, wan), "lowbit_fp4")
+
+    for steps, changes in ((2, False), (3, True)):
+        want = sample(lambda graph: graphs.load(graph, wan), steps=steps)
+        wrong = difference(sample(attended, steps=steps), want)
+        # One step of three, of a small part of what is added to the latent.
+        assert 0 < wrong < 0.05 if changes else wrong == 0
+
+
 def test_layers_blocks_and_steps_add_up(sampled, plain):
     everything = sampled("lowbit_exact")
     for parts in (

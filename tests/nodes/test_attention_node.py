@@ -18,6 +18,7 @@ INPUTS = {
         "kitchen_int8",
         "sageattn",
         "sageattn3_fp4",
+        "lowbit_fp4",
     ],
     "layers": ["self", "cross", "image_cross", "all"],
     "blocks": "STRING",

@@ -228,8 +228,9 @@ def test_steps_begin_with_the_first_and_end_before_the_last(host, steps, meant):
     } == meant
 
 
+@pytest.mark.parametrize("mode", ["sageattn3_fp4", "lowbit_fp4"])
 @pytest.mark.parametrize(("count", "first", "end"), [(1, 0, 0), (2, 0, 0), (4, 1, 3), (30, 3, 27)])
-def test_four_bits_keep_to_the_middle_of_the_steps(host, monkeypatch, count, first, end):
+def test_four_bits_keep_to_the_middle_of_the_steps(host, monkeypatch, mode, count, first, end):
     monkeypatch.setattr(router, "refusal", lambda *arguments: None)
     monkeypatch.setattr(router, "route", lambda q, k, v, way, **options: q)
     sigmas = torch.linspace(1, 0, count + 1)
@@ -239,13 +240,13 @@ def test_four_bits_keep_to_the_middle_of_the_steps(host, monkeypatch, count, fir
             index
             for index, sigma in enumerate(sigmas[:-1].tolist())
             if ran(
-                *(Override("sageattn3_fp4"), host, *flat()),
+                *(Override(mode), host, *flat()),
                 heads=HEADS,
                 given={"sigma": sigma - between, "sample_sigmas": sigmas},
             )
         ]
         assert inner == list(range(first, end))
-    assert not ran(Override("sageattn3_fp4"), host, *flat(), heads=HEADS, given={"sigma": 0.5})
+    assert not ran(Override(mode), host, *flat(), heads=HEADS, given={"sigma": 0.5})
 
 
 def test_blocks_are_counted_by_the_hosts_index(host):

@@ -17,5 +17,8 @@ def test_loader_offers_it_first_and_the_quantizer_does_not():
 def test_arithmetic_may_be_missing_in_older_workflows():
     for node in (LowBitLoadDiffusionModel, LowBitQuantizeModel):
         options, settings = node.INPUT_TYPES()["optional"]["arithmetic"]
-        assert options == ["auto", "w4a16", "w4a8", "native"]
+        assert options == [
+            *("auto", "w4a16", "w4a8", "native"),
+            *("w4a8_exact", "w4a8_fp8", "w4a8_int8"),
+        ]
         assert settings["default"] == "auto"

@@ -10,6 +10,8 @@ from lowbit.ops.decode_fp4 import reference as decode_reference
 from lowbit.ops.decode_fp4 import triton as decode_triton
 from lowbit.ops.fp4_mm import reference as mm_reference
 from lowbit.ops.fp4_mm import triton as mm_triton
+from lowbit.ops.mxfp4_mm import reference as mx_reference
+from lowbit.ops.mxfp4_mm import triton as mx_triton
 
 E4M3 = torch.float8_e4m3fn
 
@@ -61,6 +63,70 @@ def test_every_scale_is_that_of_the_reference(group):
     torch.testing.assert_close(got, want, rtol=0, atol=0, equal_nan=True)
     got, want = (run.run(*arguments[:-1], E4M3)[1] for run in (decode_triton, decode_reference))
     assert torch.equal(got, want)
+
+
+def poisoned(scale: torch.Tensor, n: int, k: int, group: int) -> torch.Tensor:
+    """Return swizzled scales with NaN wherever none is of a weight [n, k]."""
+    columns = -(-scale.numel() // (-(-n // 128) * 128))
+    places = torch.arange(scale.numel()).reshape(-1)
+    real = decode_reference.unswizzle(places, n, columns)[:, : -(-k // group)]
+    out = torch.full_like(scale, 0x7F if group == 16 else 0xFF)
+    out[real] = scale[real]
+    return out
+
+
+@pytest.mark.parametrize("group", [16, 32])
+@pytest.mark.parametrize("wide", [0, 64])
+def test_what_lies_in_the_padding_of_scales_shows_nowhere(group, wide):
+    """wide: columns of padding beyond K's own, whose blocks of codes are garbage too."""
+    n, k = 37, 200
+    packed, scale, tensor_scale = weight(n, k + wide, group)
+    bad = poisoned(scale, n, k, group)
+    quiet = torch.where(bad == bad.max(), 0, bad)
+    assert (bad != quiet).any() and (bad == scale).any()
+    for dtype in (torch.float16, E4M3):
+        for backend in (decode_triton, decode_reference):
+            (clean, rows), (got, same) = (
+                backend.run(packed, s, tensor_scale, n, k, group, dtype) for s in (quiet, bad)
+            )
+            assert torch.equal(got.view(torch.uint8), clean.view(torch.uint8))
+            assert rows is None or torch.equal(rows, same)
+            assert got.float().isfinite().all()
+    x = torch.randn(5, k, generator=torch.Generator().manual_seed(1)).half()
+    for tile in TILES:
+        clean, got = (
+            mm_triton.run_tile(x, packed, s, tensor_scale * 1e-3, n, group, None, tile)
+            for s in (quiet, bad)
+        )
+        assert torch.equal(got, clean)
+        want = mm_reference.run(x, packed, bad, tensor_scale * 1e-3, None, n, group)
+        torch.testing.assert_close(got, want, rtol=2**-9, atol=2**-9 * want.abs().max().item())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize(("m", "k"), [(1, 32), (7, 1100), (5, 64)])
+def test_activation_in_mxfp4_is_that_of_the_reference(m, k, dtype):
+    generator = torch.Generator().manual_seed(m)
+    x = torch.randn(m, k, generator=generator) * torch.logspace(-6, 4, m)[:, None]
+    x[0, :8] = torch.tensor([0.25, -0.75, 1.25, 1.75, 2.5, -3.5, 5.0, 6.0])
+    x[-1, -32:] = 0
+    x = x.to(dtype)
+    columns = -(-k // 32) * 32
+    (packed, scale), (wanted, scales) = (
+        run.quantize(x, columns) for run in (mx_triton, mx_reference)
+    )
+    # Sums of squares in another order may decide otherwise between two that are nearly level.
+    assert (scale == scales).float().mean() > 0.99
+    same = (scale == scales).repeat_interleave(16, dim=1)
+    assert torch.equal(packed[same], wanted[same])
+
+
+def test_activation_that_is_not_finite_is_nan_in_its_block():
+    x = torch.ones(4, 96)
+    x[1, 40], x[2, 70], x[3, 5] = torch.nan, torch.inf, -torch.inf
+    (_, scale), (_, scales) = (run.quantize(x, 96) for run in (mx_triton, mx_reference))
+    assert torch.equal(scale, scales)
+    assert (scale == 255).nonzero().tolist() == [[1, 1], [2, 2], [3, 0]]
 
 
 TILES = [

@@ -5,11 +5,15 @@ import re
 import pytest
 
 triton = pytest.importorskip("triton", reason="Triton, which compiles the kernels, is missing")
+tl = pytest.importorskip("triton.language")
 
 from lowbit.ops.decode_fp4 import triton as decoding  # noqa: E402
 from lowbit.ops.decode_fp4.kernel import decode_fp4_kernel  # noqa: E402
+from lowbit.ops.fp4_mm.choice import FEW, MANY, Tile, few_tile  # noqa: E402
 from lowbit.ops.fp4_mm.kernel import add_splits_kernel, fp4_mm_kernel  # noqa: E402
-from lowbit.ops.fp4_mm.triton import FEW, MANY, SUM_BLOCK, Tile, few_tile  # noqa: E402
+from lowbit.ops.fp4_mm.triton import SUM_BLOCK  # noqa: E402
+from lowbit.ops.mxfp4_mm import triton as native  # noqa: E402
+from lowbit.ops.mxfp4_mm.kernel import mxfp4_mm_kernel, quantize_mxfp4_kernel  # noqa: E402
 from lowbit.ops.scaled_mm.kernel import scaled_mm_kernel  # noqa: E402
 from tests.ops.test_aot import (  # noqa: E402
     ARCHITECTURES,
@@ -65,7 +69,7 @@ def test_decoder_to_e4m3_looks_codes_up(arch, group, tmp_path):
     assert spilled_bytes(kernel, tmp_path) <= SPILLED_BYTES
 
 
-def few(tile: Tile, arch: int, dtype: str, group: int):
+def few(tile: Tile, arch: int, dtype: str, group: int, ragged: bool = False):
     types = {"x": f"*{dtype}", "packed": "*u8", "scale": "*i32"}
     split = tile.splits > 1
     given = {} if split else {"tensor_scale": "*fp32", "bias": f"*{dtype}"}
@@ -74,7 +78,7 @@ def few(tile: Tile, arch: int, dtype: str, group: int):
     constants = {
         **(dict.fromkeys(("tensor_scale", "bias")) if split else {}),
         **{"GROUP": group, "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n},
-        **{"BLOCK_K": tile.block_k, "SPLITS": tile.splits, "PDL": arch >= HOPPER},
+        **{"BLOCK_K": tile.block_k, "SPLITS": tile.splits, "RAGGED": ragged, "PDL": arch >= HOPPER},
     }
     options = {"num_warps": tile.warps, "num_stages": tile.stages}
     return compiled(fp4_mm_kernel, types, constants, arch, **options)
@@ -87,13 +91,86 @@ def few(tile: Tile, arch: int, dtype: str, group: int):
 @pytest.mark.parametrize(("dtype", "group"), [("bf16", 16), ("fp16", 32)])
 def test_product_of_few_tokens_decodes_in_registers(arch, tokens, dtype, group, tmp_path):
     tile = few_tile(tokens, group)
-    kernel = few(tile, arch, dtype, group)
+    kernel = few(tile, arch, dtype, group, ragged=arch in (80, 120))
     ptx = kernel.asm["ptx"]
     assert UNITS[dtype] in ptx and "e4m3" not in ptx
     assert re.search(r"mma.sync.*m16n8k16|wgmma.mma_async|tcgen05.mma", ptx)
     assert "cp.async" in ptx
     assert spilled_bytes(kernel, tmp_path) <= SPILLED_BYTES
     assert kernel.metadata.shared <= SHARED_KIB[arch] * 1024
+
+
+BLOCK_SCALED = {
+    100: r"tcgen05\.mma\.cta_group::1\.kind::mxf4\.block_scale\.scale_vec::2X",
+    120: r"mma\.sync\.\S*kind::mxf4nvf4\.block_scale\.scale_vec::2X\S*ue8m0",
+}
+
+
+@pytest.mark.parametrize("arch", BLOCK_SCALED)
+def test_product_of_two_mxfp4_is_block_scaled_instructions(arch, tmp_path):
+    types = dict.fromkeys(("x", "x_scale", "packed"), "*u8")
+    types |= {"scale": "*i32", "bias": "*bf16", "out": "*bf16", "zero": "fp32"}
+    types |= dict.fromkeys(("M", "N", "K", "columns", "words"), "i32")
+    constants = {
+        **{"BLOCK_M": native.BLOCK_M, "BLOCK_N": native.BLOCK_N, "BLOCK_K": native.BLOCK_K},
+        "GROUP_M": native.GROUP_M,
+    }
+    options = {"num_warps": native.WARPS, "num_stages": native.STAGES}
+    kernel = compiled(mxfp4_mm_kernel, types, constants, arch, **options)
+    ptx = kernel.asm["ptx"]
+    assert re.search(BLOCK_SCALED[arch], ptx) and not re.search(r"mma\S*(bf16|kind::f16)", ptx)
+    assert spilled_bytes(kernel, tmp_path) <= SPILLED_BYTES
+    assert kernel.metadata.shared <= SHARED_KIB[arch] * 1024
+
+
+@pytest.mark.parametrize("arch", [80, *BLOCK_SCALED])
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+def test_activation_is_rounded_to_mxfp4_without_local_memory(arch, dtype, tmp_path):
+    types = {"x": f"*{dtype}", "packed": "*u8", "scale": "*u8"}
+    types |= dict.fromkeys(("M", "K", "columns", "stride_x"), "i32")
+    constants = {"ROWS": native.ROWS, "COLUMNS": native.COLUMNS}
+    kernel = compiled(
+        quantize_mxfp4_kernel, types, constants, arch, num_warps=native.QUANTIZER_WARPS
+    )
+    assert spilled_bytes(kernel, tmp_path) <= SPILLED_BYTES
+
+
+@triton.jit
+def scaled_tile(a, a_scale, b, b_scale, out, zero, steps, A: tl.constexpr, B: tl.constexpr):
+    """out [128, 128] = a · bᵀ, of formats A and B, 128 columns a step.
+
+    In a loop, and each with scales of its own: Triton 3.6 fails for SM100 without.
+    """
+    row = tl.arange(0, 128)
+    wide_a = tl.arange(0, 64 if A == "e2m1" else 128)
+    wide_b = tl.arange(0, 64 if B == "e2m1" else 128)
+    at_scale = row[:, None] * 4 + tl.arange(0, 4)[None, :]
+    acc = tl.full((128, 128), zero, tl.float32)
+    for step in range(steps):
+        left = tl.load(a + step * 16384 + row[:, None] * 128 + wide_a[None, :])
+        right = tl.load(b + step * 16384 + row[:, None] * 128 + wide_b[None, :])
+        left_scale = tl.load(a_scale + step * 512 + at_scale)
+        right_scale = tl.load(b_scale + step * 512 + at_scale)
+        acc = tl.dot_scaled(left, left_scale, A, right.T, right_scale, B, acc=acc)
+    tl.store(out + row[:, None] * 128 + row[None, :], acc)
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "arch", "native_there"),
+    [
+        *(("e2m1", "e2m1", arch, arch >= 100) for arch in (90, 100, 120)),
+        *(("e4m3", "e4m3", arch, arch >= 100) for arch in (90, 100, 120)),
+        *(("e4m3", "e2m1", arch, arch == 100) for arch in (90, 100, 120)),
+    ],
+)
+def test_where_triton_emulates_block_scales(a, b, arch, native_there):
+    """As docs/results/triton.md has it: there the factors are decoded and multiplied in bf16."""
+    types = {"e2m1": "*u8", "e4m3": "*fp8e4nv"}
+    signature = {"a": types[a], "b": types[b], "out": "*fp32", "zero": "fp32", "steps": "i32"}
+    signature |= dict.fromkeys(("a_scale", "b_scale"), "*u8")
+    ptx = compiled(scaled_tile, signature, {"A": a, "B": b}, arch).asm["ptx"]
+    assert bool(re.search(r"mma\S*block_scale", ptx)) == native_there
+    assert bool(re.search(r"mma\S*bf16", ptx)) != native_there
 
 
 @pytest.mark.parametrize("arch", [80, 90])

@@ -51,6 +51,8 @@ def test_nothing_runs_on_tensor_cores_on_a_cpu():
         ("w4a8", "nvfp4", (9, 0), "W4A8 on FP8 tensor cores, few tokens W4A16"),
         ("w4a8", "mxfp4", (8, 9), "W4A8 on FP8 tensor cores, few tokens W4A16"),
         ("w4a8", "nvfp4", (8, 6), "W4A8 on INT8 tensor cores, few tokens W4A16"),
+        ("w4a8_int8", "nvfp4", (9, 0), "W4A8 on INT8 tensor cores"),
+        ("w4a8_fp8", "mxfp4", (9, 0), "W4A8 on FP8 tensor cores"),
         ("w4a16", "nvfp4", (8, 0), "W4A16 on bf16 tensor cores"),
         ("kitchen", "nvfp4", (10, 0), "W4A4 on FP4 tensor cores"),
         ("kitchen", "mxfp8", (12, 0), "W8A8 on MXFP8 tensor cores"),
@@ -110,6 +112,19 @@ def test_wish_for_a_format_with_one_way_is_refused():
         arithmetic.check("int8", "w4a8", CPU)
     with pytest.raises(ValueError, match="arithmetic is 'w2a2'"):
         arithmetic.check("nvfp4", "w2a2", CPU)
+
+
+def test_summary_counts_the_layers_of_each_kind_of_8_bits(gpu, monkeypatch):
+    gpu((9, 0))
+    monkeypatch.setattr(registry, "_has_package", lambda name: True)
+    monkeypatch.setattr(registry, "_wrong_version", lambda needs: None)
+    plain = formats.get("nvfp4").quantize(WEIGHT)
+    weights = [with_arithmetic(plain, w) for w in ("w4a8_int8", "w4a8_fp8", "w4a8_int8", "w4a8")]
+    text = arithmetic.summary(weights, torch.device("cuda", 4))
+    assert text == (
+        "2 of nvfp4 weights, W4A8 on INT8 tensor cores; "
+        "2 of nvfp4 weights, W4A8 on FP8 tensor cores"
+    )
 
 
 def test_summary_names_what_a_weight_wishes_for(gpu):

@@ -6,9 +6,10 @@ import torch.nn.functional as F
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from lowbit.ops import registry, tuning
-from lowbit.ops.attention import router
+from lowbit.ops.attention import router, ways
 from lowbit.ops.attention.modes import MODES
 from lowbit.ops.attention.table import AUTO
+from lowbit.ops.attention_fp4 import attention_fp4
 
 LOWBIT = [f"lowbit_{mode}" for mode in MODES]
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -203,7 +204,7 @@ def test_ways_of_gpus_are_refused_on_a_cpu(mode):
     assert "needs a device" in router.missing(mode, CPU)
 
 
-@pytest.mark.parametrize("mode", ["auto", "sdpa", *LOWBIT, "sageattn_3_fp8"])
+@pytest.mark.parametrize("mode", ["auto", "sdpa", *LOWBIT, "lowbit_fp4", "sageattn_3_fp8"])
 def test_what_a_cpu_runs_is_not_missing(mode):
     assert router.missing(mode, CPU) is None
 
@@ -234,12 +235,51 @@ def test_old_gpu_is_named(hopper, monkeypatch):
         ("sageattn", {}, {"mask": torch.ones(9, 11)}, "does not know bfloat16_masked"),
         ("sageattn", {}, {}, "sageattention is missing"),
         ("sageattn3_fp4", {}, {}, "needs compute capability (10, 0), got (9, 0)"),
+        ("lowbit_fp4", {}, {}, "needs compute capability (10, 0), got (9, 0)"),
     ],
     ids=lambda x: str(x)[:20],
 )
 def test_call_that_a_way_does_not_take_is_refused(hopper, mode, change, options, text):
     q, k, v = on_gpu(*inputs(**change))
     assert text in router.refusal(mode, q, k, v, **options)
+
+
+@pytest.mark.parametrize("has", [(10, 0), (12, 0)])
+def test_fp4_is_for_gpus_that_have_it_plain_calls_and_its_heads(hopper, monkeypatch, has):
+    monkeypatch.setattr(registry, "capability", lambda device: has)
+    assert router.missing("lowbit_fp4", CUDA) is None
+    for change, options, text in (
+        ({"d": 96}, {}, "K=96 is not a multiple of 64"),
+        ({"d": 256}, {}, "above 128"),
+        ({}, {"mask": torch.ones(9, 11)}, "does not know bfloat16_masked"),
+        ({}, {"causal": True}, "does not know bfloat16_causal"),
+        ({"dtype": torch.float32}, {}, "does not know float32"),
+    ):
+        assert text in router.refusal("lowbit_fp4", *on_gpu(*inputs(**change)), **options)
+
+
+def test_fp4_on_a_gpu_runs_the_kernel_and_is_tried_first(hopper, monkeypatch):
+    """Never the reference, which would be an emulation that nobody asked for."""
+    monkeypatch.setattr(registry, "capability", lambda device: (12, 0))
+    asked = []
+    monkeypatch.setattr(ways, "attention_fp4", lambda *given: asked.append(given[-1]) or given[0])
+    on_cuda, on_cpu = (b for b in registry.backends(ways.OP) if b.name == "lowbit_fp4")
+    for q, k, v in (inputs(), on_gpu(*inputs())):
+        on_cuda.run(q, k, v, None, False, None)
+    assert asked == ["reference", "triton"] and on_cuda.needs.self_test
+    assert on_cpu.needs.devices == {"cpu"}
+    monkeypatch.setattr(registry, "_self_test", lambda test, device: "errs by 0.70 here")
+    assert router.missing("lowbit_fp4", CUDA) == "lowbit_fp4: errs by 0.70 here"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_fp4_on_a_cpu_gives_the_numbers_of_its_format(dtype):
+    q, k, v = inputs(h=4, kv=2, length=140, keys=300, dtype=dtype)
+    got = router.route(q, k, v, "lowbit_fp4", guard="first_call")
+    assert (got.dtype, got.shape) == (dtype, q.shape)
+    assert torch.equal(got, attention_fp4(q, k, v))
+    assert 0.05 < error(got, sdpa(q, k, v)) < 0.25
+    assert router.bits("lowbit_fp4") == 4 and not router.takes_prologue("lowbit_fp4")
 
 
 def test_inputs_are_not_written_to():
@@ -249,7 +289,7 @@ def test_inputs_are_not_written_to():
     assert all(torch.equal(x, y) for x, y in zip((q, k, v), before, strict=True))
 
 
-@pytest.mark.parametrize("mode", ["auto", "lowbit_exact"])
+@pytest.mark.parametrize("mode", ["auto", "lowbit_exact", "lowbit_fp4"])
 def test_compiled_router_is_one_graph(mode):
     q, k, v = inputs()
     compiled = torch.compile(

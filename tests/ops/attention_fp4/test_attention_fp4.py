@@ -6,6 +6,7 @@ import re
 import pytest
 import torch
 
+from lowbit.ops import attention_fp4 as module
 from lowbit.ops import registry
 from lowbit.ops.attention_fp4 import OP, attention_fp4
 from lowbit.ops.attention_fp4.prepare import TILE, prepare, quantize
@@ -84,6 +85,19 @@ def test_scale_is_used_and_inputs_stay():
     got = attention_fp4(q, k, v, scale=0.01)
     assert error(got, exact(q, k, v, scale=0.01)) < 1.3 * GAUSSIAN_L1
     assert all(torch.equal(a, b) for a, b in zip(before, (q, k, v), strict=True))
+
+
+def test_heads_at_a_time_are_the_heads_each_alone(monkeypatch):
+    """Apart from the scale of a tensor, which is then that of the heads."""
+    q, k, v = make(b=2, h=6, kv=3, length=140, keys=70)
+    whole = attention_fp4(q, k, v)
+    monkeypatch.setattr(module, "CORRECTION_BYTES", 1)
+    got = attention_fp4(q, k, v)
+    for head in range(3):
+        few = (q[:, 2 * head : 2 * head + 2], k[:, head : head + 1], v[:, head : head + 1])
+        assert torch.equal(got[:, 2 * head : 2 * head + 2], attention_fp4(*few))
+    assert error(got, whole.double()) < GAUSSIAN_L1
+    assert error(got, exact(q, k, v)) < 1.1 * GAUSSIAN_L1
 
 
 def test_quantized_values_are_the_nearest():

@@ -24,7 +24,7 @@ from lowbit.ops.linear import (
 )
 from lowbit.ops.linear import activation as activation_module
 from lowbit.ops.linear.activation import Kind
-from lowbit.ops.linear.arithmetic import BACKENDS, arithmetic_of
+from lowbit.ops.linear.arithmetic import arithmetic_of, backend_named
 from lowbit.ops.linear.four_bit import FEW_ROWS, GROUPS, four_bit
 from lowbit.quant import formats
 
@@ -159,7 +159,9 @@ def test_blackwell_multiplies_four_bits_itself(gpu):
 def test_native_is_refused_with_the_reason_elsewhere(gpu):
     gpu(9, 0)
     with pytest.raises(registry.NoBackendError, match=r"kitchen: needs compute capability \(10, 0"):
-        chosen("nvfp4", False, BACKENDS["native"])
+        chosen("nvfp4", False, backend_named("native", "nvfp4"))
+    with pytest.raises(registry.NoBackendError, match=r"w4a4: needs compute capability \(10, 0"):
+        chosen("mxfp4", False, backend_named("native", "mxfp4"))
 
 
 @pytest.mark.parametrize("capability", [(8, 6), (8, 9)])
@@ -172,7 +174,7 @@ def test_w4a8_is_int8_where_there_is_no_fp8(gpu, capability):
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("arithmetic", ["w4a16", "w4a8", "native"])
+@pytest.mark.parametrize("arithmetic", ["w4a16", "w4a8", "native", "w4a8_int8"])
 def test_arithmetic_survives_what_happens_to_a_weight(name, arithmetic):
     plain = weight_of(name, dtype=torch.bfloat16)
     weight = with_arithmetic(plain, arithmetic)
@@ -214,7 +216,7 @@ def test_a_wish_that_cannot_be_met_is_an_error(arithmetic):
 
 
 def test_arithmetic_is_for_four_bits_and_by_known_names():
-    with pytest.raises(ValueError, match="'w4a4'; auto, w4a16, w4a8, native are known"):
+    with pytest.raises(ValueError, match="'w4a4'; auto, w4a16, w4a8, native, w4a8_exact, "):
         with_arithmetic(weight_of("nvfp4"), "w4a4")
     with pytest.raises(ValueError, match="not int8_row"):
         with_arithmetic(weight_of("int8"), "w4a8")

@@ -4,10 +4,13 @@ import dataclasses
 
 import pytest
 import torch
+from comfy_kitchen.float_utils import from_blocked
 from comfy_kitchen.tensor import get_layout_class
 from safetensors.torch import load_file, save_file
 
+from lowbit.ops.linear import linear, w4a8, w4a16
 from lowbit.quant import formats
+from lowbit.quant.scale_order import wrong_order
 
 SHAPES = [(160, 512), (33, 256), (37, 100), (1, 256)]
 
@@ -115,6 +118,29 @@ def test_nvfp4s_and_mx_scales_do_not_mix(name, other, plain, quantized):
     if fmt.group == 32:
         with pytest.raises(ValueError, match=rf"{name}: weight_scale .*do not mix"):
             unpack(fmt, {"weight": weight, "weight_scale": scales["weight_scale"]})
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_what_lies_in_the_padding_of_scales_changes_no_value(name, gaussian):
+    """Files of other programs may hold anything there; here NaN, in rows and in columns."""
+    fmt, shape = formats.get(name), (37, 200)
+    tensors = fmt.pack(fmt.quantize(gaussian(*shape)))
+    weight = unpack(fmt, tensors, shape)
+    scale = tensors["weight_scale"].view(torch.uint8).clone()
+    places = torch.arange(scale.numel()).reshape(scale.shape)
+    real = from_blocked(places, num_rows=37, num_cols=-(-200 // fmt.group)).reshape(-1)
+    poisoned = torch.full_like(scale, 0x7F if fmt.group == 16 else 0xFF)
+    poisoned.reshape(-1)[real] = scale.reshape(-1)[real]
+    assert 0 < real.numel() < scale.numel()
+    tensors["weight_scale"] = poisoned.view(tensors["weight_scale"].dtype)
+    bad, x = unpack(fmt, tensors, shape), gaussian(3, 200)
+    assert torch.equal(bad.dequantize(), weight.dequantize())
+    assert torch.equal(linear(x, bad), linear(x, weight))
+    if fmt.packed == 2:
+        for run in (w4a16.run, w4a8.run):
+            assert torch.equal(run(x, bad, None, "reference"), run(x, weight, None, "reference"))
+    # Nor is its order put into question.
+    assert wrong_order(tensors["weight_scale"], 37, real.numel() // 37) is None
 
 
 def test_payload_of_another_type_is_refused(fmt, packed):

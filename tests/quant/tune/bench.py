@@ -2,6 +2,7 @@
 
 import torch
 
+from lowbit.ops.fp4_mm.choice import Tile as FewTile
 from lowbit.ops.scaled_mm import scaled_mm, tiles
 from lowbit.ops.scaled_mm.candidates import Limits
 from lowbit.ops.scaled_mm.tiles import Tile
@@ -18,10 +19,13 @@ def made_up_ms(name) -> float:
     if isinstance(name, Tile):
         order = 8 * name.group_m + 4 * name.per_sm + 2 * name.flatten + name.warps / 8
         return (10 / (name.block_n * name.stages)) * (1 + order / 100) + name.block_k * 1e-6
+    if isinstance(name, FewTile):
+        # Many that share a sum are fast.
+        return 10 / (name.block_n * name.stages * name.splits) + name.block_k * 1e-6
     return BACKENDS_MS[name]
 
 
-def bench(*, ms=made_up_ms, schemes=("int8", "fp8"), formats=()) -> Bench:
+def bench(*, ms=made_up_ms, schemes=("int8", "fp8"), formats=(), four_bit=()) -> Bench:
     """Return a bench whose timer runs everything once and says that it took `ms(name)`."""
 
     def timer(runs, samples):
@@ -29,7 +33,7 @@ def bench(*, ms=made_up_ms, schemes=("int8", "fp8"), formats=()) -> Bench:
             run()
         return {name: [ms(name)] * samples for name in runs}
 
-    return Bench(torch.device("cpu"), GPU, LIMITS, timer, schemes, formats)
+    return Bench(torch.device("cpu"), GPU, LIMITS, timer, schemes, formats, four_bit)
 
 
 def by_reference(*, out, a, b, scale_a, scale_b, bias, zero_point, column_sum, tile, processors):

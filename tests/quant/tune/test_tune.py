@@ -24,6 +24,7 @@ from tests.quant.tune.bench import GPU, bench, by_reference, made_up_ms, taken
 pytest.importorskip("triton", reason="Triton, whose errors tuning knows, is missing")
 
 PROBLEM = Problem(20, 48, 64)
+INT8, FOUR = {"int8_row", "int8_row_convrot"}, {"nvfp4", "mxfp4"}
 
 
 @pytest.fixture
@@ -280,9 +281,9 @@ def pretend(monkeypatch):
 @pytest.mark.parametrize(
     ("capability", "schemes", "layers"),
     [
-        ((7, 5), (), {"int8_row", "int8_row_convrot"}),
-        ((8, 6), ("int8",), {"int8_row", "int8_row_convrot"}),
-        ((9, 0), ("int8", "fp8"), {"int8_row", "int8_row_convrot", "fp8_tensor", "fp8_row"}),
+        ((7, 5), (), INT8),
+        ((8, 6), ("int8",), INT8 | FOUR),
+        ((9, 0), ("int8", "fp8"), INT8 | FOUR | {"fp8_tensor", "fp8_row"}),
     ],
 )
 def test_a_gpu_measures_what_it_can_run_and_what_it_has_a_choice_of(
@@ -291,6 +292,7 @@ def test_a_gpu_measures_what_it_can_run_and_what_it_has_a_choice_of(
     pretend(*capability)
     found = gpu_bench()
     assert found.schemes == schemes
+    assert found.four_bit == (("nvfp4_16", "mxfp4_16") if schemes else ())
     names = [formats.get(name).layout.scheme for name in found.formats]
     assert set(names) == layers and len(names) == len(layers)
     assert found.limits.program_bytes == 99 << 10
