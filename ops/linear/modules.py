@@ -16,6 +16,7 @@ from . import linear
 from .fp8 import check_base_dtype, check_input, fp8_linear_forward
 from .nvfp4 import NVFP4Layout, nvfp4_linear
 from .sharing import release, share
+from .weight import parameter
 
 # float32 attributes beside an FP8 weight, not in the state_dict.
 SCALES = ("scale_weight", "scale_input")
@@ -72,7 +73,7 @@ class LowBitLinear:
         if not is_quantized(weight):
             super()._apply(moved, recurse)
         else:
-            replaced = nn.Parameter(fn(weight), requires_grad=False)
+            replaced = parameter(fn(weight))
             # nn.Module would set `.data`, which leaves the payload where it was.
             self._parameters["weight"] = None
             try:
@@ -90,7 +91,7 @@ class LowBitLinear:
         memo[id(self)] = new
         weight = self._parameters.get("weight")
         if is_quantized(weight):
-            memo[id(weight)] = nn.Parameter(weight.clone(), requires_grad=False)
+            memo[id(weight)] = parameter(weight.clone())
         new.__dict__.update(copy.deepcopy(self.__dict__, memo))
         return new
 

@@ -8,9 +8,10 @@ from .. import families
 
 # What wrappers put between a model and its tensors -> how to get the model itself.
 WRAPPERS = {
-    "base_layer": "PEFT; merge the LoRA first (the pipeline's fuse_lora and then "
-    "unload_lora_weights, or merge_and_unload)",
-    "modules_to_save": "PEFT; merge the adapter first (merge_and_unload)",
+    "base_layer": "PEFT; a LoRA is no part of the file: take it off first (unload_lora_weights or "
+    "unload_lora) and load it beside the model that load_model gives, or merge the LoRA into the "
+    "16-bit model, before quantizing (fuse_lora and then unload_lora_weights)",
+    "modules_to_save": "PEFT; take the adapter off first (unload_lora)",
     "_orig_mod": "torch.compile; pass the model that was compiled",
 }
 

@@ -12,6 +12,7 @@ from torch import nn
 
 from ...ops.linear import linear
 from ...ops.linear.modules import LowBitLinear, converted, is_quantized
+from ...ops.linear.weight import parameter
 from .. import formats, fusion, recipe, report
 from ..checkpoint.stored import FP8_DTYPES
 from ..convert import DENSE_DTYPE
@@ -157,7 +158,7 @@ def _record(name, weight, fmt: Format | None, error=None, reason="") -> LayerRec
 
 def stand_in(original: nn.Linear, weight, record: LayerRecord) -> nn.Linear:
     """Return a Linear with a quantized `weight` for `original`, which stays as it is."""
-    module = converted(original, None, nn.Parameter(weight, requires_grad=False))
+    module = converted(original, None, parameter(weight))
     for name in HOOKS:
         module.__dict__[name] = copy.copy(module.__dict__[name])
     module.record = record

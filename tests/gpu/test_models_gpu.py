@@ -146,3 +146,21 @@ def test_attention_is_captured(mode, masked):
         return attention(q, k, v, mode, mask=mask)
 
     assert torch.equal(captured(attend, q, k, v), attend(q * 2, k * 2, v * 2))
+
+
+@pytest.mark.parametrize("streamed", [False, True], ids=["waiting", "streamed"])
+@pytest.mark.parametrize("name", ["int8_convrot", "nvfp4"])
+def test_groups_that_are_offloaded_compute_the_same(model, run, name, streamed):
+    pytest.importorskip("accelerate", reason="accelerate is not installed")
+    lowbit.quantize_model(model, name)
+    want = run(model)
+    options = {"use_stream": True, "record_stream": True} if streamed else {}
+    model.enable_group_offload(
+        onload_device=torch.device("cuda"),
+        offload_device=torch.device("cpu"),
+        offload_type="leaf_level",
+        **options,
+    )
+    assert all(p.device.type == "cpu" for block in model.children() for p in block.parameters())
+    for _ in range(2):
+        assert torch.equal(run(model), want)

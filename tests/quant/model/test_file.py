@@ -248,7 +248,7 @@ class Adapted(torch.nn.Module):
 def test_model_with_an_unmerged_lora_is_refused_before_anything_is_written(model, path, tmp_path):
     attention = model.blocks[1].attn1
     attention.to_q = Adapted(attention.to_q)
-    message = r"^blocks\.1\.attn1\.to_q\.base_layer\.weight is no name .* merge the LoRA first"
+    message = r"^blocks\.1\.attn1\.to_q\.base_layer\.weight is no name .* take it off first"
     with pytest.raises(ValueError, match=message):
         lowbit.save_model(model, path)
     assert list(tmp_path.iterdir()) == []

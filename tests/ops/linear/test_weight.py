@@ -1,0 +1,76 @@
+"""Quantized weights as parameters: their data can be assigned, and is not written to by mistake."""
+
+import pytest
+import torch
+from torch import nn
+
+from lowbit.ops.linear.weight import Weight, parameter
+from lowbit.quant import formats
+
+
+@pytest.fixture(params=["int8_convrot", "fp8_e4m3", "nvfp4", "asym_w4a8_int8"])
+def weight(request):
+    dense = torch.randn(64, 256, generator=torch.Generator().manual_seed(0)).bfloat16()
+    return parameter(formats.get(request.param).quantize(dense))
+
+
+def test_data_that_is_assigned_moves_all_of_it(weight):
+    held, want = {weight: 1}, weight.dequantize()
+    here = weight.data.cpu()
+    weight.data = weight.data.to("meta")
+    names, _ = weight.__tensor_flatten__()
+    assert weight.is_meta and all(getattr(weight, name).is_meta for name in names)
+    assert type(weight) is Weight and isinstance(weight, nn.Parameter) and weight in held
+    weight.data = here
+    assert weight.device.type == "cpu" and torch.equal(weight.dequantize(), want)
+    assert not weight.requires_grad
+
+
+def test_copies_are_of_the_same_kind(weight):
+    for made in (weight.data, weight.detach(), weight.to("meta"), weight.clone(), weight.half()):
+        assert type(made) is Weight and made is not weight
+    assert weight.half().dtype == torch.float16
+    assert weight.data._qdata.data_ptr() == weight._qdata.data_ptr()
+
+
+def test_other_data_is_refused(weight):
+    before = weight.dequantize()
+    other = formats.get("int8").quantize(torch.ones(64, 256))
+    for source in (torch.zeros(64, 256), parameter(other), weight.data + 1):
+        with pytest.raises(TypeError, match=r"is one such, not .*merge before quantizing"):
+            weight.data = source
+    assert torch.equal(weight.dequantize(), before)
+
+
+@pytest.mark.parametrize("write", ["add_", "sub_", "mul_", "zero_", "iadd"])
+def test_writing_into_it_is_refused_and_not_lost(weight, write):
+    before = weight.dequantize()
+    arguments = () if write == "zero_" else (torch.ones(64, 256).bfloat16(),)
+    with torch.no_grad(), pytest.raises(TypeError, match="merge before quantizing"):
+        if write == "iadd":
+            weight.data += arguments[0]
+        else:
+            getattr(weight, write)(*arguments)
+    assert torch.equal(weight.dequantize(), before)
+
+
+def test_nobody_reads_it_at_its_address(weight, tmp_path):
+    """safetensors would write what follows it in memory, too."""
+    from safetensors.torch import save_file
+
+    with pytest.raises(TypeError, match=r"lowbit\.save_model"):
+        save_file({"weight": weight.data}, tmp_path / "file.safetensors")
+
+
+def test_streams_and_pinning_reach_each_tensor(weight, monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        torch.Tensor, "record_stream", lambda self, stream: seen.append((self.shape, stream))
+    )
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: self.clone())
+    weight.data.record_stream("stream")
+    names, _ = weight.__tensor_flatten__()
+    assert seen == [(getattr(weight, name).shape, "stream") for name in names]
+    pinned = weight.data.pin_memory()
+    assert type(pinned) is Weight and torch.equal(pinned.dequantize(), weight.dequantize())
+    assert pinned._qdata.data_ptr() != weight._qdata.data_ptr()

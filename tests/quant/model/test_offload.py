@@ -1,0 +1,34 @@
+"""diffusers' group offloading of quantized models; a CPU alone moves everything to where it is."""
+
+import pytest
+import torch
+
+import lowbit
+from lowbit.ops.linear.weight import Weight
+
+# Without it diffusers lacks a function that its own offloading calls.
+pytest.importorskip("accelerate", reason="accelerate is not installed")
+CPU = torch.device("cpu")
+WAYS = [
+    {"offload_type": "leaf_level"},
+    {"offload_type": "block_level", "num_blocks_per_group": 1},
+]
+
+
+@pytest.mark.parametrize("way", WAYS, ids=lambda way: way["offload_type"])
+@pytest.mark.parametrize("name", ["int8_convrot", "nvfp4"])
+def test_model_that_is_moved_group_by_group_computes_the_same(model, run, name, way):
+    model.bfloat16()
+    lowbit.quantize_model(model, name)
+    want = run(model, torch.bfloat16)
+    model.enable_group_offload(onload_device=CPU, offload_device=CPU, **way)
+    assert torch.equal(run(model, torch.bfloat16), want)
+    assert any(type(p) is Weight for p in model.parameters())
+
+
+def test_offloading_to_disk_is_refused(model, tmp_path):
+    model.bfloat16()
+    lowbit.quantize_model(model, "int8_convrot")
+    options = {"offload_device": CPU, "offload_to_disk_path": str(tmp_path)}
+    with pytest.raises(TypeError, match="offloading is to memory, not to disk"):
+        model.enable_group_offload(onload_device=CPU, **WAYS[0], **options)
