@@ -50,6 +50,7 @@ CASES = (
     Case("wan 14B 480p", WAN, (21, 60, 104)),
     Case("wan 14B 720p", WAN, (21, 90, 160)),
     Case("qwen_image 1328", QWEN, (1, 166, 166)),
+    Case("qwen_image 1024", QWEN, (1, 128, 128)),
     Case("qwen_image edit 1328", QWEN, (1, 166, 166), references=1, text_tokens=512),
 )
 
