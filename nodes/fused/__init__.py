@@ -2,8 +2,8 @@
 
 A layer is replaced by a copy of the same children below its own class. Where ours take no call,
 where another patch or hook wants what lies between, and in training, the host's own code runs.
-Attention: of all Wans and of Qwen-Image, without a mask. Blocks: of Wan but VACE's own and those of
-other classes, of Qwen-Image but with a mask or references at a time of their own.
+Attention: of all Wans and of Qwen-Image, without a mask. Blocks: of Wan and VACE but those of other
+classes, of Qwen-Image but with a mask.
 Source: ComfyUI 0.33 comfy/ldm/wan/model.py, comfy/ldm/qwen_image/model.py.
 """
 
@@ -17,7 +17,7 @@ import torch
 from ...quant import fusion
 from .base import Host
 from .qwen_image import QwenAttention, QwenBlock
-from .wan import WanBlock, WanSelfAttention
+from .wan import VaceBlock, WanBlock, WanSelfAttention
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +45,12 @@ BLOCKS = {
         "addcmul cast_to chunk comfy contiguous cross_attn device dtype ffn get model_management "
         "modulation ndim norm1 norm2 norm3 repeat_e self_attn torch unbind unsqueeze",
     ),
+    # Between two layers what its base class does, which is looked at too.
+    "comfy.ldm.wan.model.VaceWanAttentionBlock": (
+        VaceBlock,
+        "c x **kwargs",
+        "after_proj before_proj block_id forward super",
+    ),
     "comfy.ldm.qwen_image.model.QwenImageTransformerBlock": (
         QwenBlock,
         "hidden_states encoder_hidden_states encoder_hidden_states_mask temb image_rotary_emb "
@@ -62,24 +68,41 @@ def fused(plain: torch.nn.Module, known: dict, host: Host) -> torch.nn.Module:
     version of it, or computes something else than the copy would.
     """
     kind = type(plain)
-    mixin, arguments, names = known.get(f"{kind.__module__}.{kind.__qualname__}", (None, "", ""))
+    mixin = known.get(_name(kind), (None,))[0]
     if mixin is None:
         return plain
-    if not _is_known(kind, tuple(arguments.split()), frozenset(names.split())):
+    if not _is_known(kind, known):
         _warn_of(kind.__qualname__)
         return plain
     return fusion.copied(plain, mixin, host) if mixin.fits(plain) else plain
 
 
-def _is_known(kind: type, arguments: tuple[str, ...], names: frozenset[str]) -> bool:
-    """Return whether a class computes what it did when ours was written."""
+def _name(kind: type) -> str:
+    return f"{kind.__module__}.{kind.__qualname__}"
+
+
+def _is_known(kind: type, known: dict) -> bool:
+    """Return whether a class, and that whose forward its own calls, are as when ours was made."""
     method, code = kind.forward, getattr(kind.forward, "__code__", None)
-    if code is None or method.__module__ != kind.__module__ or code.co_freevars:
+    if code is None or method.__module__ != kind.__module__ or _name(kind) not in known:
         return False
-    more = code.co_kwonlyargcount or code.co_flags & (CO_VARARGS | CO_VARKEYWORDS)
-    # The first one is self.
-    same = not more and code.co_varnames[1 : code.co_argcount] == arguments
-    return same and _names(code) == names
+    _, arguments, names = known[_name(kind)]
+    calls_base = "super" in names.split()
+    # Python's own cell, for super().
+    same = code.co_freevars == (("__class__",) if calls_base else ())
+    same = same and _arguments(code) == arguments and _names(code) == set(names.split())
+    return same and (not calls_base or _is_known(kind.__base__, known))
+
+
+def _arguments(code: CodeType) -> str:
+    """Return the arguments of a method as its table has them; the first one is self."""
+    count = code.co_argcount + code.co_kwonlyargcount
+    flags = (("*", CO_VARARGS), ("**", CO_VARKEYWORDS))
+    # In this order they follow the others, in one count.
+    stars = [star for star, flag in flags if code.co_flags & flag]
+    more = zip(stars, code.co_varnames[count:], strict=False)
+    words = [*code.co_varnames[1:count], *(star + name for star, name in more)]
+    return " ".join(["*,", *words] if code.co_kwonlyargcount else words)
 
 
 @functools.cache

@@ -1,6 +1,6 @@
 """Qwen-Image: attention of text and image together, the norm over a head, and the block."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -62,16 +62,16 @@ class QwenAttention(Layer):
                 image_rotary_emb,
                 transformer_options=transformer_options,
             )
-        of_image, of_text = attend(
-            [layer(image) for layer in self.of_image], [layer(text) for layer in self.of_text]
-        )
+        streams = (text, self.of_text), (image, self.of_image)
+        of_text, of_image = attend([[layer(x) for layer in layers] for x, layers in streams])
         return self.to_out[1](self.to_out[0](of_image)), self.to_add_out(of_text)
 
     def attention(
         self, image, text, freqs, transformer_options: dict
-    ) -> Callable[[Projections, Projections], tuple[torch.Tensor, torch.Tensor]] | None:
-        """Return what makes of q, k and v of the image and of the text the attention of either.
+    ) -> Callable[[Sequence[Projections]], tuple[torch.Tensor, torch.Tensor]] | None:
+        """Return what makes attention, of the text and of the image, of q, k and v.
 
+        It takes those of the text, then of the image, in one piece or several along its tokens.
         None where the host's own code is to run. image, text: [B, L, C] and [B, T, C], as q, k and
         v of either are.
         """
@@ -87,12 +87,12 @@ class QwenAttention(Layer):
         if override is None:
             return None
 
-        def run(of_image: Projections, of_text: Projections) -> tuple[torch.Tensor, torch.Tensor]:
-            q, k, v = (torch.cat(pair, dim=1) for pair in zip(of_text, of_image, strict=True))
+        def run(streams: Sequence[Projections]) -> tuple[torch.Tensor, torch.Tensor]:
+            q, k, v = (torch.cat(pieces, dim=1) for pieces in zip(*streams, strict=True))
             weights = self._weights("q", q), self._weights("k", k)
             prologue = Prologue(HEAD, self.norm_q.eps, *weights, first, *found)
             out = attend(override, (q, k, v), self.heads, transformer_options, prologue)
-            return out[:, first:], out[:, :first]
+            return out[:, :first], out[:, first:]
 
         return run
 
@@ -143,10 +143,13 @@ class QwenBlock(Layer):
         timestep_zero_index=None,
         transformer_options={},  # noqa: B006
     ):
-        """Return the block of the text [B, T, C] and of the image [B, L, C]."""
+        """Return the block of the text [B, T, C] and of the image [B, L, C].
+
+        timestep_zero_index: from which of the image's tokens on the second half of temb holds.
+        """
         image, text, layer = hidden_states, encoder_hidden_states, self.attn
-        attend = None
-        known = timestep_zero_index is None and encoder_hidden_states_mask is None
+        attend, zero = None, timestep_zero_index
+        known = encoder_hidden_states_mask is None and (zero is None or 0 < zero < image.shape[1])
         known = known and isinstance(layer, QwenAttention) and not torch.is_grad_enabled()
         if known and are_untouched(layer, layer.to_out[1], *self.norms()):
             attend = layer.attention(image, text, image_rotary_emb, transformer_options)
@@ -160,21 +163,34 @@ class QwenBlock(Layer):
                 timestep_zero_index,
                 transformer_options,
             )
-        host, image, text = self._fusion, image.contiguous(), text.contiguous()
+        host, text = self._fusion, text.contiguous()
+        images = [part.contiguous() for part in image.tensor_split([zero] if zero else [], dim=1)]
         # Shift, scale and gate of the attention, then of the MLP.
-        mods = self.img_mod, self.txt_mod
-        of_image, of_text = (mod(temb).unsqueeze(1).chunk(6, dim=-1) for mod in mods)
-        out, out_text = attend(
-            host.run_after(layer.of_image, Modulated(image, self.img_norm1, *of_image[:2])),
-            host.run_after(layer.of_text, Modulated(text, self.txt_norm1, *of_text[:2])),
+        mods = [_modulation(m) for m in self.img_mod(temb).chunk(len(images))]
+        of_text = _modulation(self.txt_mod(temb.chunk(len(images))[0]))
+        out_text, out = attend(
+            [
+                host.run_after(layer.of_text, Modulated(text, self.txt_norm1, *of_text[:2])),
+                *(
+                    host.run_after(layer.of_image, Modulated(part, self.img_norm1, *mod[:2]))
+                    for part, mod in zip(images, mods, strict=True)
+                ),
+            ]
         )
-        image = host.run(layer.to_out[0], out, None, of_image[2], image)
         text = host.run(layer.to_add_out, out_text, None, of_text[2], text)
-        given = Modulated(image, self.img_norm2, *of_image[3:5])
-        image = run_feed_forward(host, self.img_mlp, _layers, _between, given, of_image[5])
         given = Modulated(text, self.txt_norm2, *of_text[3:5])
         text = run_feed_forward(host, self.txt_mlp, _layers, _between, given, of_text[5])
-        return text, image
+        outs = out.split([part.shape[1] for part in images], dim=1)
+        for i, mod in enumerate(mods):
+            part = host.run(layer.to_out[0], outs[i], None, mod[2], images[i])
+            given = Modulated(part, self.img_norm2, *mod[3:5])
+            images[i] = run_feed_forward(host, self.img_mlp, _layers, _between, given, mod[5])
+        return text, images[0] if len(images) == 1 else torch.cat(images, dim=1)
+
+
+def _modulation(mod: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Return the six parts of a modulation [B, 6·C], [B, 1, C] each."""
+    return mod.unsqueeze(1).chunk(6, dim=-1)
 
 
 def _layers(mlp: torch.nn.Module) -> tuple[torch.nn.Module, torch.nn.Module]:

@@ -52,8 +52,8 @@ class WanSelfAttention(Layer):
         return attend(override, projections, self.num_heads, transformer_options, prologue)
 
 
-class WanBlock(Layer):
-    """A block; modulated norms join the quantization, gates and residuals the products."""
+class _Block(Layer):
+    """What blocks have in common: modulated norms join quantizers, gates and residuals products."""
 
     @classmethod
     def fits(cls, plain) -> bool:
@@ -64,7 +64,7 @@ class WanBlock(Layer):
         linear = all(hasattr(layer, "in_features") for layer in _layers(plain.ffn))
         return linear and getattr(plain.ffn[1], "approximate", None) == "tanh"
 
-    def forward(
+    def joined(
         self,
         x,
         e,
@@ -72,13 +72,14 @@ class WanBlock(Layer):
         context,
         context_img_len=257,
         transformer_options={},  # noqa: B006
-    ):
-        """Return the block of x [B, L, C]; e: [B, 6, C], or [B, T, 6, C], each for L / T tokens."""
+    ) -> torch.Tensor | None:
+        """Return the block of x [B, L, C], or None where the host's own code is to run.
+
+        e: [B, 6, C], or [B, T, 6, C], each for L / T tokens.
+        """
         e = e.unsqueeze(1) if e.ndim == 3 else e
         if e.shape[0] != x.shape[0] or x.shape[1] % e.shape[1] or torch.is_grad_enabled():
-            return super().forward(
-                x, e, freqs, context, context_img_len, transformer_options=transformer_options
-            )
+            return None
         host, x = self._fusion, x.contiguous()
         modulation = (host.cast(self.modulation, x).unsqueeze(0) + e).unbind(2)
         x = self._attend(x, *modulation[:3], freqs, transformer_options)
@@ -108,6 +109,35 @@ class WanBlock(Layer):
             y = layer(given.plain(), freqs, transformer_options=transformer_options)
             return gated(x, y, gate)
         return host.run(layer.o, out, None, gate, x)
+
+
+class WanBlock(_Block):
+    """A block of a model."""
+
+    def forward(
+        self,
+        x,
+        e,
+        freqs,
+        context,
+        context_img_len=257,
+        transformer_options={},  # noqa: B006
+    ):
+        """Return the block of x [B, L, C]; e: [B, 6, C], or [B, T, 6, C], each for L / T tokens."""
+        given = (e, freqs, context, context_img_len, transformer_options)
+        out = self.joined(x, *given)
+        return super().forward(x, *given) if out is None else out
+
+
+class VaceBlock(_Block):
+    """A block of VACE's own: the same, between two layers."""
+
+    def forward(self, c, x, **kwargs):
+        """Return (what is added to the model's tokens, the block of c), both [B, L, C]."""
+        out = self.joined(self.before_proj(c) + x if self.block_id == 0 else c, **kwargs)
+        if out is None:
+            return super().forward(c, x, **kwargs)
+        return self.after_proj(out), out
 
 
 def _layers(ffn: torch.nn.Module) -> tuple[torch.nn.Module, torch.nn.Module]:

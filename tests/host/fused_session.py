@@ -4,6 +4,7 @@ Run as a program by ComfyUI's Python: fused_session.py PACK HOST.
 """
 
 import dataclasses
+import functools
 import importlib
 import json
 import sys
@@ -21,13 +22,20 @@ def sample_video(model, cfg: float = 1.0):
     return compile_session.sample(model, steps=STEPS, cfg=cfg)
 
 
-def sample_image(model, cfg: float = 1.0):
+def sample_image(model, cfg: float = 1.0, reference: bool = False):
+    """reference: of another size, at a time of its own."""
     import comfy.sample
     import torch
 
     noise = torch.randn(1, 16, 1, 8, 8, generator=torch.Generator().manual_seed(0))
     text = torch.randn(1, 12, 3584, generator=torch.Generator().manual_seed(1))
-    cond, other, empty = [[text, {}]], [[text.flip(1), {}]], torch.zeros_like(noise)
+    options = {}
+    if reference:
+        latent = torch.randn(1, 16, 1, 4, 8, generator=torch.Generator().manual_seed(2))
+        method = {"reference_latents_method": "index_timestep_zero"}
+        options = {"reference_latents": [latent], **method}
+    cond, other = [[text, options]], [[text.flip(1), options]]
+    empty = torch.zeros_like(noise)
     arguments = (STEPS, cfg, "euler", "simple", cond, other, empty)
     return comfy.sample.sample(model, noise, *arguments, seed=0)
 
@@ -227,6 +235,21 @@ def session(pack: Path, host: str, base: str) -> dict:
 
             seen[name]["blocks"] = blocks_of(model, attend, sample, quantize, add_lora)
             seen[name]["strangers"] = strangers_of(model, attend, sample, quantize)
+            if name == "qwen_image":
+                edit = functools.partial(sample_image, reference=True)
+                blocks = blocks_of(model, attend, edit, quantize, add_lora)
+                seen["qwen_edit"] = {
+                    "blocks": blocks,
+                    "felt": difference(edit(model), sample(model)),
+                }
+        path = checkpoints.write_wan(Path(base) / "vace.safetensors", variant="vace")
+        model = comfy.sd.load_diffusion_model(str(path))
+        lora = checkpoints.write_lora(loras / "vace.safetensors", path)
+
+        def add_lora(model):
+            return node("LowBitLoraLoader", model, lora_name="vace.safetensors")
+
+        seen["wan_vace"] = {"blocks": blocks_of(model, attend, sample_video, quantize, add_lora)}
     return seen
 
 

@@ -10,8 +10,8 @@ SESSION = Path(__file__).with_name("fused_session.py")
 MODELS = {"wan": "WanSelfAttention", "qwen_image": "Attention"}
 # Latents of two samplings that round to 16 bits in another order.
 ROUNDING = 0.003
-# Of the small Wan.
-BLOCKS = 2
+# Norms that join products: two of each block, or of its image and its text.
+NORMS = {"wan": 4, "wan_vace": 6, "qwen_image": 4, "qwen_edit": 4}
 
 
 @pytest.fixture(scope="module")
@@ -52,19 +52,22 @@ def test_order_of_the_nodes_does_not_matter(seen):
 
 # With LoRAs the same norms: their first matrices multiply what is quantized.
 @pytest.mark.parametrize("which", ["quantized", "lora"])
-def test_norms_gates_and_residuals_join_the_products_of_quantized_blocks(seen, which):
-    name, row = seen
-    blocks = row["blocks"]
-    # Two norms of each block, or of its image and its text.
-    joined = {"wan": 2 * BLOCKS, "qwen_image": 4}[name]
-    assert blocks[f"{which}, joined: norms"] == blocks[f"{which}, apart: norms"] - joined
+@pytest.mark.parametrize("name", NORMS)
+def test_norms_gates_and_residuals_join_the_products_of_quantized_blocks(sessions, name, which):
+    blocks = sessions[name]["blocks"]
+    assert blocks[f"{which}, joined: norms"] == blocks[f"{which}, apart: norms"] - NORMS[name]
     # Nothing is rounded between norm and quantization, so that a few values fall to another step.
     assert 0 < blocks[f"{which}: layers"] < ROUNDING
     assert blocks[f"{which}, joined: error"] < 1.05 * blocks[f"{which}, apart: error"]
 
 
-def test_lora_beside_quantized_blocks_is_felt(seen):
-    blocks = seen[1]["blocks"]
+def test_references_at_a_time_of_their_own_are_felt(sessions):
+    assert sessions["qwen_edit"]["felt"] > 0.1
+
+
+@pytest.mark.parametrize("name", NORMS)
+def test_lora_beside_quantized_blocks_is_felt(sessions, name):
+    blocks = sessions[name]["blocks"]
     assert blocks["lora changed"] > 10 * blocks["lora, joined: error"]
 
 

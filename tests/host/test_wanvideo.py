@@ -8,8 +8,9 @@ from lowbit.ops.attention.modes import MODES
 from lowbit.quant import formats
 from lowbit.quant.quantize_file import quantize_file
 from tests.checkpoints import write_lora, write_wan
-from tests.host import graphs
+from tests.host import graphs, schemata
 from tests.host.server import HostMissingError, PromptError, Server, find_wrapper
+from tests.workflows import shipped
 
 # That pack reads the number of blocks from the width: 30, of 12 heads.
 LAYERS = 30
@@ -37,6 +38,17 @@ SAMPLER = {
 ROTATED = ("int8_convrot", "asym_w4a8_int8")
 # All blocks but two: on a CPU a layer takes a second in some formats.
 MOST = r"blocks\.(?!1[01]\.)"
+
+# Of shipped workflows: what needs files that tests do not have, and what makes the others quick.
+NEEDS_FILES = {"CLIPLoader", "WanVideoVAELoader", "WanVideoDecode", "SaveAnimatedWEBP"}
+SMALLER = {
+    "WanVideoModelLoader": {"base_precision": "fp32"},
+    "WanVideoEmptyEmbeds": {"width": 64, "height": 64, "num_frames": 5},
+    "WanVideoSampler": {"steps": 1, "cfg": 1.0},
+    "WanVideoBlockSwap": {"blocks_to_swap": 2},
+    "LowBitQuantizeWanVideo": {"keep": MOST},
+}
+WIDGETS = ("INT", "FLOAT", "BOOLEAN", "STRING", "COMBO")
 
 
 @pytest.fixture(scope="module")
@@ -322,3 +334,35 @@ def test_what_cannot_run_is_refused_with_the_reason(comfy, build, message):
     graphs.save(graph, sampler(graph, build(graph)))
     with pytest.raises(PromptError, match=message):
         comfy.run(graph)
+
+
+@pytest.mark.parametrize("name", [n for n in shipped.NAMES if shipped.needs_wrapper(n)])
+def test_shipped_workflow_fits_the_wrappers_nodes_and_samples(comfy, wide, name):
+    schemas, prompt = comfy.object_info(), shipped.api(name)
+    schemata.check_inputs(schemas, prompt)
+    schemata.check_order(schemas, prompt)
+    # Editors give an own value to each widget up to the last of a node.
+    for node in prompt.values():
+        if node["class_type"].startswith(shipped.WRAPPER):
+            inputs = schemas[node["class_type"]]["input"]
+            known = inputs.get("required", {}) | inputs.get("optional", {})
+            widgets = {
+                n for n, (kind, *_) in known.items() if isinstance(kind, list) or kind in WIDGETS
+            }
+            given = {n for n, value in node["inputs"].items() if not shipped.is_link(value)}
+            assert widgets == given, node["class_type"]
+    graph = graphs.Graph()
+    for key, node in prompt.items():
+        kind, inputs = node["class_type"], dict(node["inputs"])
+        if kind in NEEDS_FILES:
+            continue
+        if kind == "CLIPTextEncode":
+            kind = "LowBitTestConditioning"
+            inputs = {"length": 16, "width": 4096, "seed": int(key), "nonce": 0}
+        small = SMALLER.get(kind, {}) | ({"model": wide} if kind == "WanVideoModelLoader" else {})
+        graph[key] = {"class_type": kind, "inputs": inputs | small}
+    last = next(k for k, node in graph.items() if node["class_type"] == "WanVideoSampler")
+    node_id = "save"
+    inputs = {"samples": [last, 0], "filename_prefix": "workflow"}
+    graph[node_id] = {"class_type": "SaveLatent", "inputs": inputs}
+    assert comfy.latent(comfy.run(graph), node_id).isfinite().all()

@@ -118,6 +118,22 @@ def test_class_that_is_changed_later_is_looked_at_again():
     assert fused.fused(plain, KNOWN, HOST) is plain
 
 
+@pytest.mark.parametrize("changed", [None, "its own", "its base's"])
+def test_class_that_calls_its_base_is_known_with_it(changed):
+    base = host_class(forward=forward_with_more if changed == "its base's" else forward)
+
+    class Wider(base):
+        def forward(self, c, **kwargs):
+            return self.k(super().forward(c, **kwargs))
+
+        __qualname__, __module__ = "Wider", HOST_MODULE
+
+    Wider.forward.__module__ = HOST_MODULE
+    names = "forward k super" if changed != "its own" else "forward super"
+    known = KNOWN | {f"{HOST_MODULE}.Wider": (WanSelfAttention, "c **kwargs", names)}
+    assert isinstance(fused.fused(Wider(), known, HOST), Fused) == (changed is None)
+
+
 def test_hook_or_another_class_is_a_touch():
     norm = torch.nn.RMSNorm(DIM)
     assert are_untouched(norm)

@@ -27,6 +27,8 @@ STOCK_NODES = frozenset(
         "VAELoader",
     }
 )
+# those of WanVideoWrapper begin so
+WRAPPER = "WanVideo"
 
 
 def editor(name: str) -> dict:
@@ -42,3 +44,8 @@ def api(name: str) -> dict:
 def is_link(value) -> bool:
     """Whether an input of the API format is a link: [node id, output index]."""
     return isinstance(value, list)
+
+
+def needs_wrapper(name: str) -> bool:
+    """Whether a workflow is for WanVideoWrapper, whose nodes it has."""
+    return any(node["class_type"].startswith(WRAPPER) for node in api(name).values())
