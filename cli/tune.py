@@ -16,7 +16,7 @@ from . import output
 
 NAME = "tune"
 WRONG = 1
-# Half an hour, in which a fast GPU is done with everything.
+# Half an hour, in which a fast GPU is done with everything of 8 bits.
 MAX_SECONDS = 1800
 MICRO = 1000
 BITS = (4, 8)

@@ -4,6 +4,8 @@ Two elements share a byte, the even column in the high nibble; block scales are 
 wants them, in blocks of 128 rows; N and K are padded to multiples of 16.
 """
 
+import contextlib
+
 import comfy_kitchen
 import torch
 import torch.nn.functional as F
@@ -25,6 +27,10 @@ E2M1_MAX = GRIDS["e2m1"][2]
 # the whole, byte for byte, without several float32 copies of it.
 PIECE_ELEMENTS = 1 << 22
 SCALE_BLOCK_ROWS = 128
+# comfy-kitchen's CUDA kernel (0.2.31) dequantizes whole blocks of threads, four elements a thread,
+# at most 1,024 threads, and asks nowhere where the weight ends: beyond that it writes to memory
+# that is another's, such as the codes that are dequantized. Weights that fill them are safe.
+KITCHEN_ELEMENTS = 4 * 1024
 
 
 class NVFP4Layout(TensorCoreNVFP4Layout):
@@ -66,9 +72,11 @@ class NVFP4Layout(TensorCoreNVFP4Layout):
 
         The scale of the tensor alone is often too small for float16.
         """
-        values = comfy_kitchen.dequantize_nvfp4(
-            qdata, params.scale, params.block_scale, torch.float32
-        )
+        overruns = qdata.is_cuda and 2 * qdata.numel() % KITCHEN_ELEMENTS
+        with kitchen_eager() if overruns else contextlib.nullcontext():
+            values = comfy_kitchen.dequantize_nvfp4(
+                qdata, params.scale, params.block_scale, torch.float32
+            )
         return values.to(params.orig_dtype)
 
 

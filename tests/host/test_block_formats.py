@@ -73,6 +73,10 @@ def test_log_says_which_arithmetic_runs(comfy, sample, wan):
 def test_arithmetic_that_a_cpu_lacks_stops_both_nodes_with_the_reason(sample, wan):
     with pytest.raises(PromptError, match="w4a8: needs a device of"):
         sample(lambda graph: graphs.load_lowbit(graph, wan, "nvfp4", arithmetic="w4a8"))
+    with pytest.raises(PromptError, match="w4a8: needs a device of"):
+        sample(lambda graph: graphs.load_lowbit(graph, wan, "nvfp4", arithmetic="w4a8_exact"))
+    with pytest.raises(PromptError, match="w4a4: needs a device of"):
+        sample(lambda graph: graphs.load_lowbit(graph, wan, "mxfp4", arithmetic="native"))
     with pytest.raises(PromptError, match="w4a8 is for nvfp4, mxfp4, not for int8"):
         sample(lambda graph: graphs.load_lowbit(graph, wan, "int8", arithmetic="w4a8"))
     with pytest.raises(PromptError, match="the model has no layers of nvfp4, mxfp4"):

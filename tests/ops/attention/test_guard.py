@@ -179,7 +179,9 @@ def test_trial_passes_on_why_a_package_fails(error):
 def test_ways_of_torch_and_of_packages_are_tried_before_they_are_used():
     for backend in registry.backends(ways.OP):
         ours = backend.name == "sdpa" or backend.name.startswith("lowbit_")
-        assert (backend.needs.self_test is None) == ours, backend.name
+        # Of ours only what no GPU has run yet.
+        unproven = backend.name == ways.FP4 and "cuda" in backend.needs.devices
+        assert (backend.needs.self_test is None) == (ours and not unproven), backend.name
 
 
 def test_results_lie_in_memory_as_the_queries_do(monkeypatch):

@@ -103,3 +103,25 @@ def test_wish_for_an_arithmetic_reaches_the_product():
     model[0].weight = nn.Parameter(weight, requires_grad=False)
     with pytest.raises(NoBackendError, match="w4a8: needs a device"):
         model(torch.ones(3, 64))
+
+
+class OnGpu(torch.Tensor):
+    """A tensor that says it is on a GPU."""
+
+    is_cuda = True
+
+
+@pytest.mark.parametrize(
+    ("shape", "safe"), [((1, 1), False), ((48, 80), False), ((64, 64), True), ((16, 512), True)]
+)
+def test_weight_that_comfy_kitchens_kernel_would_write_beyond_is_dequantized_by_torch(
+    monkeypatch, shape, safe
+):
+    weight = nvfp4.quantize_weight(make(*shape), torch.float32)
+    want, entered, real = weight.dequantize(), [], nvfp4.kitchen_eager
+    monkeypatch.setattr(nvfp4, "kitchen_eager", lambda: entered.append(shape) or real())
+    assert torch.equal(weight.dequantize(), want) and not entered
+    stored = weight._qdata.as_subclass(OnGpu)
+    got = nvfp4.NVFP4Layout.dequantize(stored, weight._params).as_subclass(torch.Tensor)
+    assert entered == ([] if safe else [shape])
+    assert torch.equal(got[: shape[0], : shape[1]], want)
