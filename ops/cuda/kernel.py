@@ -22,11 +22,15 @@ _Parameters = ctypes.c_char_p * 1
 class CudaKernel:
     """A kernel as `ops.launch` takes it, in place of one of Triton's."""
 
-    def __init__(self, name: str, layout: str, source: Callable[[], str]):
-        """name: of the function. layout: of its parameter, for `struct`. source: gives the text."""
+    def __init__(self, name: str, pointers: int, layout: str, source: Callable[[], str]):
+        """name: of the function. source: gives the text.
+
+        pointers, layout: of its parameter, so many pointers and then what `struct` takes.
+        """
         # By this `ops.launch` tells kernels apart.
         self.fn = self
         self._name = name
+        self._pointers = pointers
         self._layout = layout
         self._source = source
 
@@ -43,7 +47,9 @@ class CudaKernel:
         """
         code = nvrtc.compile_source(self._source(), options(capability(device), defined))
         enter(device.index)
-        return Loaded(code, self._name, shared_bytes, self._layout, threads, device.index)
+        loaded = Loaded(code, self._name, shared_bytes)
+        loaded.prepare(self._pointers, self._layout, threads, device.index)
+        return loaded
 
 
 def options(capability: tuple[int, int], defined: Sequence[tuple[str, int]]) -> tuple[str, ...]:
@@ -78,19 +84,21 @@ def enter(device: int) -> None:
 class Loaded(nvrtc.Kernel):
     """A `CudaKernel` on the current device."""
 
-    def __init__(self, code, name, shared_bytes, layout, threads, device):
-        super().__init__(code, name, shared_bytes)
-        self._pack = struct.Struct(layout).pack
+    def prepare(self, pointers: int, layout: str, threads: int, device: int) -> None:
+        """Set what all launches have in common."""
+        self._pointers = pointers
+        self._pack = struct.Struct(f"{pointers}P{layout}").pack
         self._threads = threads
         self._device = device
 
     def start(self, programs: int, arguments: Sequence) -> None:
         """Run so many blocks on the current stream.
 
-        arguments: the fields of the parameter, tensors for pointers. Raises NvrtcError.
+        arguments: tensors or None for the pointers, then the other fields. Raises NvrtcError.
         """
-        values = [x.data_ptr() if isinstance(x, torch.Tensor) else x for x in arguments]
-        parameters = _Parameters(self._pack(*values))
+        n = self._pointers
+        addresses = [0 if x is None else x.data_ptr() for x in arguments[:n]]
+        parameters = _Parameters(self._pack(*addresses, *arguments[n:]))
         # As `torch.cuda.current_stream` finds it, without an object for it.
         stream = torch._C._cuda_getCurrentRawStream(self._device)
         sizes = (programs, 1, 1, self._threads, 1, 1, self._shared_bytes)

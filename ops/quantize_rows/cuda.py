@@ -90,7 +90,7 @@ def source() -> str:
 
 
 # The fields of `struct Params`.
-KERNEL = CudaKernel("quantize_rows", "8P3q6I2f3I4x", source)
+KERNEL = CudaKernel("quantize_rows", 8, "3q6I2f3I4x", source)
 
 
 def run(
@@ -129,9 +129,8 @@ def _run(x, dtype, rotated, input_scale, headroom, *steps) -> tuple[torch.Tensor
     parts = max(1, processors * cut.resident * tokens // m) if shared else m
     magic_scale, bits_scale = _magic(tokens_scale)
     magic_shift, bits_shift = _magic(tokens_shift)
-    tensors = (x, stored, row_scale, input_scale, *modulation)
     arguments = (
-        *(0 if t is None else t for t in tensors),
+        *(x, stored, row_scale, input_scale, *modulation),
         *(x.stride(0), stride_scale, stride_shift),
         *(magic_scale, magic_shift, bits_scale, bits_shift, tokens, parts),
         *(p.eps, limit_of(dtype, headroom), 0, 0, 0),
