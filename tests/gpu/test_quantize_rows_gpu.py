@@ -163,3 +163,18 @@ def test_quantizer_can_be_captured_in_a_graph_and_called_from_a_new_thread():
         other = pool.submit(quantize_rows, x, torch.int8, True, "cuda").result()
     for tensors in (got, other):
         assert all(torch.equal(a, b) for a, b in zip(tensors, want, strict=True))
+
+
+def test_product_that_starts_early_waits_for_the_quantizer():
+    """Launched while the quantizer runs, it would multiply what was in its memory before."""
+    weight = formats.get("int8_convrot").quantize(make(256, 5120) * 0.02)
+    inputs = [make(3000, 5120, seed=i, dtype=torch.bfloat16) for i in range(4)]
+    want = []
+    for x in inputs:
+        rows = quantize_activation(x, weight)
+        torch.cuda.synchronize()
+        want.append(linear(rows, weight, backend="triton"))
+    torch.cuda.synchronize()
+    got = [linear(x, weight, backend="triton") for _ in range(10) for x in inputs]
+    for i, out in enumerate(got):
+        assert torch.equal(out, want[i % len(inputs)])
