@@ -61,7 +61,7 @@ def options(capability: tuple[int, int], defined: Sequence[tuple[str, int]]) -> 
 
 
 @functools.cache
-def _start() -> Callable:
+def _cu_launch_kernel() -> Callable:
     """Return cuLaunchKernel with its types."""
     number, pointer = ctypes.c_uint, ctypes.c_void_p
     types = (pointer, *(number,) * 7, pointer, pointer, pointer)
@@ -88,7 +88,8 @@ class Loaded(nvrtc.Kernel):
         """Set what all launches have in common."""
         self._pointers = pointers
         self._pack = struct.Struct(f"{pointers}P{layout}").pack
-        self._threads = threads
+        # After the number of blocks, as cuLaunchKernel takes them.
+        self._sizes = (1, 1, threads, 1, 1, self._shared_bytes)
         self._device = device
 
     def start(self, programs: int, arguments: Sequence) -> None:
@@ -101,9 +102,10 @@ class Loaded(nvrtc.Kernel):
         parameters = _Parameters(self._pack(*addresses, *arguments[n:]))
         # As `torch.cuda.current_stream` finds it, without an object for it.
         stream = torch._C._cuda_getCurrentRawStream(self._device)
-        sizes = (programs, 1, 1, self._threads, 1, 1, self._shared_bytes)
-        result = _start()(self._function, *sizes, stream, parameters, None)
+        launch, rest = _cu_launch_kernel(), (*self._sizes, stream, parameters, None)
+        result = launch(self._function, programs, *rest)
         if result == NO_CONTEXT:
             enter(self._device)
-            result = _start()(self._function, *sizes, stream, parameters, None)
-        nvrtc.check(result, "cuLaunchKernel")
+            result = launch(self._function, programs, *rest)
+        if result:
+            nvrtc.check(result, "cuLaunchKernel")

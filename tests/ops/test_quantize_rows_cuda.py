@@ -114,6 +114,14 @@ def layout_of(kernel) -> str:
     return f"{kernel._pointers}P{kernel._layout}"
 
 
+def test_cuts_of_wide_models_are_those_that_were_measured():
+    shared = {1536: (1, 6, 15, 1), 3072: (2, 6, 8, 1), 5120: (4, 5, 5, 1), 8960: (5, 7, 3, 1)}
+    shared |= {12288: (8, 6, 2, 1), 13824: (8, 7, 2, 1), 14336: (8, 7, 2, 1)}
+    direct = {5120: (4, 5, 1, 6), 12288: (8, 6, 1, 3), 13824: (9, 6, 1, 3), 14336: (14, 4, 1, 2)}
+    for wanted, is_shared in ((shared, True), (direct, False)):
+        assert {k: cuda.cut_of(k // 256, is_shared, 4) for k in wanted} == wanted
+
+
 def test_parameters_are_laid_out_as_in_the_source():
     struct = re.search(r"struct Params \{(.*?)\};", cuda.source(), re.S)[1]
     letters = {"long long": "q", "u32": "I", "float": "f"}
@@ -234,3 +242,15 @@ def test_auto_takes_it_on_hopper_alone(monkeypatch):
     call = registry.Call("int8", device, 0, 1000)
     assert registry.unmet(backend.needs, call) == "K=1000 is not a multiple of 256"
     registry._self_test.cache_clear()
+
+
+def test_rounding_alone_is_triton_s_where_there_is_triton():
+    """By rank: both can."""
+    ranks = {}
+    for backend in registry.backends(OP):
+        for scheme in backend.needs.schemes:
+            ranks[backend.name, scheme] = backend.rank
+    for kind in ("int8", "fp8"):
+        assert ranks["triton", f"{kind}_bare"] < ranks["cuda", f"{kind}_bare"]
+        for suffix in ("", "_rotated"):
+            assert ranks["cuda", kind + suffix] < ranks["triton", kind + suffix]
