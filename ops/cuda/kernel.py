@@ -1,7 +1,7 @@
 """Kernels of CUDA C++ for `ops.launch`: compiled when first launched, then started by one call.
 
-Such a kernel has one parameter, a struct. To pack that and to call the driver takes less time than
-Triton's launcher does.
+Such a kernel has one parameter, a struct: packed in one step, it costs the host about what Triton's
+launcher does.
 """
 
 import ctypes
