@@ -1,5 +1,6 @@
 """The CUDA C++ of `quantize_rows`: the layouts that it rests on, its cuts, and its machine code."""
 
+import cProfile
 import re
 
 import pytest
@@ -8,7 +9,7 @@ from comfy_kitchen.tensor.int8_utils import _build_hadamard
 
 from lowbit.ops import launch, registry
 from lowbit.ops.cuda import kernel as cuda_kernel
-from lowbit.ops.quantize_rows import OP, Prologue, cuda
+from lowbit.ops.quantize_rows import OP, Prologue, cuda, triton
 
 from .cuda.compiled import compiled, disassembled
 
@@ -257,3 +258,19 @@ def test_rounding_alone_is_triton_s_where_there_is_triton():
         assert ranks["triton", f"{kind}_bare"] < ranks["cuda", f"{kind}_bare"]
         for suffix in ("", "_rotated"):
             assert ranks["cuda", kind + suffix] < ranks["triton", kind + suffix]
+
+
+def test_a_call_runs_no_more_python_than_triton_s(started, monkeypatch):
+    """Up to the launch itself, once prepared."""
+    pytest.importorskip("triton", reason="Triton, whose kernel is named here, is missing")
+    monkeypatch.setattr(launch, "launch", lambda kernel, *rest: kernel)
+    monkeypatch.setattr(launch, "again", lambda *arguments: None)
+    monkeypatch.setattr(triton, "capability", lambda device: (9, 0))
+    x = torch.ones(3, 512)
+    counts = {}
+    for backend in (cuda, triton):
+        for _ in range(3):
+            profile = cProfile.Profile()
+            profile.runcall(backend.run, x, INT8, True, GELU)
+        counts[backend] = sum(entry.callcount for entry in profile.getstats())
+    assert counts[cuda] <= counts[triton]
