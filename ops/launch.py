@@ -1,4 +1,4 @@
-"""Launching Triton kernels at a third of the usual cost on the host.
+"""Launching kernels, Triton's at a third of the usual cost on the host.
 
 Triton looks at every argument of every call to find the compiled kernel that fits. Here the caller
 says what the code depends on, and the compiled kernel is called directly.
@@ -9,6 +9,7 @@ from collections.abc import Hashable, Sequence
 
 import torch
 
+from .cuda.kernel import CudaKernel, Loaded
 from .registry import capability
 
 # The first Triton that tests compile the kernels with; 3.4 does not compile the scaled product.
@@ -52,7 +53,7 @@ def launch(
 
     arguments: all of them, constants included, in the order of the signature. key: everything
     about them that changes the compiled code: dtypes, constants, alignments, absent ones. options:
-    of Triton's compiler, num_warps among them.
+    of Triton's compiler, num_warps among them, or of `CudaKernel.load`.
     """
     if device.type == "cuda" and device.index != torch.cuda.current_device():
         with torch.cuda.device(device):
@@ -60,7 +61,10 @@ def launch(
     # The function itself: the hash of a kernel is Triton's, of its source.
     key = (kernel.fn, device.index, key, *options.values())
     compiled = _compiled.get(key)
-    if compiled is None:
+    if compiled is None and isinstance(kernel, CudaKernel):
+        compiled = _compiled[key] = kernel.load(device, **options)
+        compiled.start(programs, arguments)
+    elif compiled is None:
         # Triton's interpreter gives nothing.
         compiled = _compiled[key] = kernel[programs, 1, 1](*arguments, **options)
     else:
@@ -91,6 +95,9 @@ def _start(compiled, programs: int, arguments: Sequence) -> None:
     As Triton's own `run` does it (triton/runtime/jit.py, alike in 3.5 to 3.9), but for hooks, such
     as those of its profiler: where nobody has any, none are called.
     """
+    if isinstance(compiled, Loaded):
+        compiled.start(programs, arguments)
+        return
     driver, runtime = _triton()
     enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
     if getattr(enter, "calls", True) or getattr(leave, "calls", True):

@@ -39,9 +39,9 @@ SOURCES = {
         "scaled_mm/kernel*.py",
         "scaled_mm/triton.py",
     ),
-    "linear": tuple(
-        f"{folder}/*.py"
-        for folder in ("linear", "quantize_rows", "scaled_mm", "decode_fp4", "fp4_mm")
+    "linear": (
+        *(f"{folder}/*.py" for folder in ("linear", "quantize_rows", "scaled_mm", "decode_fp4")),
+        *("fp4_mm/*.py", "quantize_rows/kernels/*.cu", "cuda/*.cu"),
     ),
 }
 # Calls that are remembered; to look one up again costs microseconds.

@@ -13,6 +13,8 @@ INPUTS = (torch.bfloat16, torch.float16, torch.float32)
 # Largest magnitude stored: symmetric for INT8, so -128 is not used.
 LIMITS = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
 NOTHING = Prologue()
+# Of the schemes under which backends register, after "int8" and "fp8".
+SUFFIXES = ("", "_rotated", "_bare")
 
 __all__ = ["Prologue", "quantize_rows"]
 
@@ -77,9 +79,13 @@ def _check_input_scale(scale: torch.Tensor, dtype: torch.dtype, device: torch.de
         raise ValueError("quantize_rows: a static input_scale is for FP8; INT8 takes the row's own")
 
 
-def scheme(dtype: torch.dtype, rotate: bool) -> str:
-    """Return the name under which backends register what they can do."""
-    return ("int8" if dtype == torch.int8 else "fp8") + ("_rotated" if rotate else "")
+def scheme(dtype: torch.dtype, rotate: bool, bare: bool = False) -> str:
+    """Return the name under which backends register what they can do.
+
+    bare: nothing but the rounding is done, neither a rotation nor steps of a prologue.
+    """
+    suffix = "_rotated" if rotate else "_bare" if bare else ""
+    return ("int8" if dtype == torch.int8 else "fp8") + suffix
 
 
 def limit_of(dtype: torch.dtype, headroom: int) -> float:
@@ -89,12 +95,13 @@ def limit_of(dtype: torch.dtype, headroom: int) -> float:
 
 def _run(x, dtype, rotate, backend, input_scale, *steps):
     norm, eps, weight, bias, scale, shift, activation, headroom = steps
-    call = registry.Call(scheme(dtype, rotate), x.device, 0, x.shape[1])
+    bare = not (norm or activation) and weight is bias is scale is shift is None
+    call = registry.Call(scheme(dtype, rotate, bare), x.device, 0, x.shape[1])
     run = registry.select(OP, call, backend).run
     if x.numel() == 0:
         return _empty(x, dtype, rotate, backend, input_scale)
     prologue = NOTHING
-    if norm or activation or not (weight is bias is scale is shift is None):
+    if not bare:
         prologue = Prologue(norm or None, eps, weight, bias, scale, shift, activation or None)
     stored, scale = run(x, dtype, rotate, prologue, input_scale, headroom)
     # A result of an operation is no alias of its arguments.

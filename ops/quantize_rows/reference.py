@@ -7,7 +7,7 @@ from comfy_kitchen.tensor.int8_utils import _build_hadamard
 from ..custom_op import custom_op
 from ..registry import Backend, Needs, register
 from ..rounding import SMALLEST_SCALE
-from . import NOTHING, OP, ROTATION, limit_of
+from . import NOTHING, OP, ROTATION, SUFFIXES, limit_of
 from .prologue import Prologue
 
 
@@ -80,5 +80,5 @@ def run(
     return value.clamp(-limit, limit).to(dtype), scale
 
 
-SCHEMES = frozenset({"int8", "int8_rotated", "fp8", "fp8_rotated"})
+SCHEMES = frozenset(f"{kind}{suffix}" for kind in ("int8", "fp8") for suffix in SUFFIXES)
 register(Backend(OP, "reference", 100, Needs(SCHEMES), run))

@@ -7,7 +7,7 @@ import torch
 from ..launch import ALIGNMENT, TRITON_MIN, alignment
 from ..registry import Backend, Needs, capability, register
 from ..replay import empty, launch, replayed
-from . import NOTHING, OP, ROTATION, limit_of
+from . import NOTHING, OP, ROTATION, SUFFIXES, limit_of
 from .prologue import Prologue
 
 # Powers of two that a row is cut into at most.
@@ -108,9 +108,9 @@ def _rows(value: torch.Tensor | None, m: int) -> tuple[int, int]:
     return value.stride(0), m // value.shape[0]
 
 
-def _register(schemes: set[str], capability: tuple[int, int]) -> None:
+def _register(kind: str, capability: tuple[int, int]) -> None:
     needs = Needs(
-        frozenset(schemes),
+        frozenset(f"{kind}{suffix}" for suffix in SUFFIXES),
         devices=frozenset({"cuda"}),
         capability=capability,
         k_max=K_MAX,
@@ -120,6 +120,6 @@ def _register(schemes: set[str], capability: tuple[int, int]) -> None:
     register(Backend(OP, "triton", 10, needs, run))
 
 
-_register({"int8", "int8_rotated"}, (8, 0))
+_register("int8", (8, 0))
 # Triton has no FP8 types below.
-_register({"fp8", "fp8_rotated"}, (8, 9))
+_register("fp8", (8, 9))

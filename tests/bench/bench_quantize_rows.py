@@ -1,5 +1,7 @@
 """Activation quantizers at the sizes of real models, against a copy of the same bytes.
 
+By the backend that `auto` takes, and by Triton's.
+
 Run on a GPU: `python -m tests.bench.bench_quantize_rows`. Prints a table and appends it to
 docs/results/quantize_rows.jsonl.
 """
@@ -16,6 +18,8 @@ from tests.bench import runner
 
 MODELS = (("wan", "14B"), ("wan", "5B"), ("qwen_image", "20B"))
 FP8 = torch.float8_e4m3fn
+# What a way's name gets after it, and the backend.
+BACKENDS = {"": "auto", ", triton": "triton"}
 CHECKED_ROWS = 64
 # Two roundings to 8 bits of values that lie between two codes.
 MAX_ERROR = 0.04
@@ -61,20 +65,19 @@ def bench(m: int, k: int) -> dict[str, dict]:
     target = torch.empty_like(x)
     runs = {"copy": lambda: target.copy_(x)}
     for name, dtype, rotated, prologue, step in ways(x):
-        got, scale = quantize_rows(x, dtype, rotated, "triton", prologue=prologue)
         want, unit = plain.run(x[:CHECKED_ROWS], dtype, rotated, prologue)
-        value = got[:CHECKED_ROWS].float() * scale[:CHECKED_ROWS]
-        error = runner.relative_error(value, want.float() * unit)
-        # Not `>`, which NaN would pass.
-        if not error <= MAX_ERROR:
-            raise RuntimeError(f"{name} errs by {error:.3f} at {m}x{k}: not timed")
-        runs[name] = lambda d=dtype, r=rotated, p=prologue: quantize_rows(
-            x, d, r, "triton", prologue=p
-        )
-        if prologue != Prologue():
-            runs[f"{name}, apart"] = lambda d=dtype, r=rotated, s=step: quantize_rows(
-                s(x), d, r, "triton"
+        for suffix, backend in BACKENDS.items():
+            got, scale = quantize_rows(x, dtype, rotated, backend, prologue=prologue)
+            value = got[:CHECKED_ROWS].float() * scale[:CHECKED_ROWS]
+            error = runner.relative_error(value, want.float() * unit)
+            # Not `>`, which NaN would pass.
+            if not error <= MAX_ERROR:
+                raise RuntimeError(f"{name}{suffix} errs by {error:.3f} at {m}x{k}: not timed")
+            runs[f"{name}{suffix}"] = lambda d=dtype, r=rotated, b=backend, p=prologue: (
+                quantize_rows(x, d, r, b, prologue=p)
             )
+        if prologue != Prologue():
+            runs[f"{name}, apart"] = lambda d=dtype, r=rotated, s=step: quantize_rows(s(x), d, r)
     timings = runner.measure(runs)
     copied = 2 * x.nbytes / timings["copy"].median_ms
     return {

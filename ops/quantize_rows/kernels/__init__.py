@@ -1,0 +1,1 @@
+"""CUDA C++ of `quantize_rows`."""
