@@ -4,6 +4,7 @@ import torch
 
 from .. import registry
 from ..custom_op import custom_op
+from .order import BLOCK, interleave, restore
 from .prologue import Prologue
 
 OP = "quantize_rows"
@@ -14,7 +15,7 @@ INPUTS = (torch.bfloat16, torch.float16, torch.float32)
 LIMITS = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
 NOTHING = Prologue()
 
-__all__ = ["Prologue", "quantize_rows"]
+__all__ = ["Prologue", "interleave", "quantize_rows", "restore"]
 
 
 def quantize_rows(
@@ -26,6 +27,7 @@ def quantize_rows(
     prologue: Prologue = NOTHING,
     input_scale: torch.Tensor | None = None,
     headroom: int = 0,
+    interleaved: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return (stored [M, K] of `dtype`, scale [M, 1] float32): x ≈ stored · scale, row by row.
 
@@ -34,7 +36,8 @@ def quantize_rows(
     prologue: what is done to each token before: norm, modulation, activation.
     input_scale: a static scale, one float32 element, FP8 only; it is then the scale returned, and
     larger values are cut off at ±448. headroom: so many powers of two are left above the largest
-    value stored, FP8 without a static scale only.
+    value stored, FP8 without a static scale only. interleaved: columns are stored in the order of
+    `interleave`, FP8 without rotation only; K % 128 = 0.
     The arithmetic is float32: scale = largest magnitude / (limit / 2^headroom), at least the
     smallest normal float32; stored = x · (1 / scale), rounded to nearest even. A row with NaN or
     Inf has a scale that is NaN or Inf, and stored values without meaning (with a static scale,
@@ -58,9 +61,14 @@ def quantize_rows(
         _check_input_scale(input_scale, dtype, x.device)
     if headroom and (dtype == torch.int8 or input_scale is not None):
         raise ValueError("quantize_rows: headroom is for FP8 with scales of the rows' own")
+    if interleaved and (dtype == torch.int8 or rotate or x.shape[1] % BLOCK):
+        raise ValueError(
+            f"quantize_rows: interleaved columns are for FP8 without rotation, K a multiple of "
+            f"{BLOCK}; got {dtype}, K={x.shape[1]}"
+        )
     p = prologue
     steps = (p.norm or "", float(p.eps), p.weight, p.bias, p.scale, p.shift, p.activation or "")
-    stored, scale = _OP(x, dtype, rotate, backend, input_scale, *steps, headroom)
+    stored, scale = _OP(x, dtype, rotate, backend, input_scale, *steps, headroom, interleaved)
     return stored, scale if input_scale is None else input_scale.reshape(1, 1)
 
 
@@ -88,7 +96,7 @@ def limit_of(dtype: torch.dtype, headroom: int) -> float:
 
 
 def _run(x, dtype, rotate, backend, input_scale, *steps):
-    norm, eps, weight, bias, scale, shift, activation, headroom = steps
+    norm, eps, weight, bias, scale, shift, activation, headroom, interleaved = steps
     call = registry.Call(scheme(dtype, rotate), x.device, 0, x.shape[1])
     run = registry.select(OP, call, backend).run
     if x.numel() == 0:
@@ -96,7 +104,7 @@ def _run(x, dtype, rotate, backend, input_scale, *steps):
     prologue = NOTHING
     if norm or activation or not (weight is bias is scale is shift is None):
         prologue = Prologue(norm or None, eps, weight, bias, scale, shift, activation or None)
-    stored, scale = run(x, dtype, rotate, prologue, input_scale, headroom)
+    stored, scale = run(x, dtype, rotate, prologue, input_scale, headroom, interleaved)
     # A result of an operation is no alias of its arguments.
     return stored, scale if input_scale is None else x.new_empty(0, 1, dtype=torch.float32)
 
@@ -110,7 +118,7 @@ def _empty(x, dtype, rotate, backend, input_scale, *steps) -> tuple[torch.Tensor
 _OP = custom_op(
     "quantize_rows(Tensor x, ScalarType dtype, bool rotate, str backend, Tensor? input_scale, "
     "str norm, float eps, Tensor? weight, Tensor? bias, Tensor? scale, Tensor? shift, "
-    "str activation, int headroom) -> (Tensor, Tensor)",
+    "str activation, int headroom, bool interleaved) -> (Tensor, Tensor)",
     _run,
     _empty,
 )
