@@ -116,7 +116,7 @@ def linear(
 def input_kind(weight: QuantizedTensor, device: torch.device, rows: int) -> Kind | None:
     """Return the kind to which `linear` quantizes floats [rows, K] on `device`; None: to none."""
     chosen = _chosen(weight, device, rows, "auto")
-    return kind_on(device, weight) if chosen.quantizes else None
+    return kind_on(device, weight, rows) if chosen.quantizes else None
 
 
 def _chosen(weight, device: torch.device, rows: int, backend: str) -> registry.Backend:
@@ -187,14 +187,11 @@ def _prepared(
     """Return act(x), quantized with so much headroom or not; x itself where nothing is to do."""
     if not quantize:
         return _plain(x, input_act)
+    kind = kind_on(x.device, weight, math.prod(x.shape[:-1]))
+    options = {"kind": kind, "headroom": headroom}
     if input_act is not None:
-        act = Prologue(activation=input_act)
-        return quantize_activation(x, weight, prologue=act, headroom=headroom)
-    return quantized_once(
-        x,
-        (kind_on(x.device, weight), headroom),
-        lambda: quantize_activation(x, weight, headroom=headroom),
-    )
+        return quantize_activation(x, weight, prologue=Prologue(activation=input_act), **options)
+    return quantized_once(x, (kind, headroom), lambda: quantize_activation(x, weight, **options))
 
 
 def _check_act(x, weight: QuantizedTensor, input_act: str | None) -> None:
