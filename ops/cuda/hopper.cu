@@ -40,7 +40,8 @@ __device__ __forceinline__ void copy_box(u32 to, const TensorMap* map, int d, in
         " [%0], [%1, {%2, %3, %4, %5}], [%6];"
         ::"r"(to), "l"(map), "r"(d), "r"(l), "r"(h), "r"(b), "r"(bar) : "memory");
 }
-__device__ __forceinline__ void copy_box(u32 to, const TensorMap* map, int column, int row, u32 bar) {
+__device__ __forceinline__ void copy_box(u32 to, const TensorMap* map, int column, int row,
+                                         u32 bar) {
     asm volatile(
         "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
         " [%0], [%1, {%2, %3}], [%4];"

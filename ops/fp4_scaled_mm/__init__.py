@@ -70,7 +70,9 @@ def prefers_interleaved(scheme: str, device: torch.device, n: int, k: int, token
     """
     if tokens > MOST_TOKENS:
         return False
-    return registry.select(OP, registry.Call(scheme, device, n, k)).needs.measured is not None
+    call = registry.Call(scheme, device, n, k)
+    measured = (b.needs for b in registry.backends(OP) if b.needs.measured)
+    return any(registry.unmet(needs, call) is None for needs in measured)
 
 
 def scheme(group: int) -> str:

@@ -21,8 +21,11 @@ FOLDER = Path(__file__).with_name("kernels")
 # Of the result and of the bias, as the kernel names them.
 TYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 GROUP_THREADS = 128
-SCALE_ROWS, SCALE_BLOCK_BYTES, SCALE_COLUMNS = 128, 512, 4
+# Of a block of swizzled scales.
+SCALE_BLOCK_BYTES, SCALE_COLUMNS = 512, 4
 ALIGNMENT = 1024
+# That the kernel counts with, and its compiler is not to know.
+NUMBERS = (2, 0x40404040)
 
 
 class Params(ctypes.Structure):
@@ -100,6 +103,7 @@ def run_tile(
     m, k = x.shape
     # Copies start at multiples of 16 bytes; a weight that is mapped from a file may not.
     x, packed, scale = (t if t.data_ptr() % 16 == 0 else t.clone() for t in (x, packed, scale))
+    bias = None if bias is None else bias.contiguous()
     out = x.new_empty(m, n, dtype=out_dtype)
     scale_columns = k // group // SCALE_COLUMNS
     tensors = (scale, x_scale, tensor_scale, bias, out)
@@ -109,7 +113,7 @@ def run_tile(
         0 if bias is None else TYPES[bias.dtype],
         *(n, m, k // BLOCK),
         *(scale.numel() // (scale_columns * SCALE_BLOCK_BYTES), scale_columns),
-        *(2, 0x40404040),
+        *NUMBERS,
     )
     maps = (
         tensor_map(x, (tile.tokens, BLOCK)),

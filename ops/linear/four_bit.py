@@ -12,7 +12,7 @@ from ..quantize_rows import ROTATION, quantize_rows
 GROUPS = {"nvfp4": NVFP4_GROUP, "mxfp4": MXFP4_GROUP}
 FIRST_WITH_FP8 = (8, 9)
 # So many tokens are multiplied in 16 bits by a kernel that decodes the weight, beyond them in 8
-# bits after it is decoded: so it was the fastest on an H200.
+# bits: so it was the fastest on an H200.
 FEW_ROWS = 64
 
 

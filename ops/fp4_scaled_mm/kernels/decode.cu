@@ -42,12 +42,11 @@ __device__ __forceinline__ RowScale row_scale(u32 largest) {
 constexpr int FACTORS = NVFP4 ? 2 : 1;
 __device__ __forceinline__ void factors_of(float (&factor)[FACTORS], u32 address, float inverse) {
 #if NVFP4
-    u32 both, halves;
+    u32 halves;
     asm volatile("{.reg .b16 h; ld.shared.u16 h, [%1]; cvt.rn.f16x2.e4m3x2 %0, h;}"
                  : "=r"(halves) : "r"(address) : "memory");
-    both = halves;
     asm("{.reg .b16 l, h; mov.b32 {l, h}, %2; cvt.f32.f16 %0, l; cvt.f32.f16 %1, h;}"
-        : "=f"(factor[0]), "=f"(factor[1]) : "r"(both));
+        : "=f"(factor[0]), "=f"(factor[1]) : "r"(halves));
     factor[0] *= inverse;
     factor[1] *= inverse;
 #else
@@ -87,8 +86,7 @@ struct Numbers {
 // Four codes, the low half of `codes`, as bytes of E4M3, negated. `prmt` looks magnitudes up by
 // three bits. By four it gives a byte, 0x40, or its sign instead, 0: doubled, the bit of the sign
 // that the negated number has.
-__device__ __forceinline__ u32 look_up(u32 codes, const Table& table,
-                                       const Numbers& numbers) {
+__device__ __forceinline__ u32 look_up(u32 codes, const Table& table, const Numbers& numbers) {
     u32 magnitudes, positive;
     asm("prmt.b32 %0, %1, %2, %3;"
         : "=r"(magnitudes) : "r"(table.low), "r"(table.high), "r"(codes & 0x7777));

@@ -30,6 +30,9 @@ def test_kernel_uses_wgmma_and_no_local_memory(tile, group, dtype, tmp_path):
     code = compiled(hopper.source(tile), hopper.options(tile, group, dtype))
     sass, usage = disassembled(code, tmp_path)
     assert re.search(r"STACK:0\b.*LOCAL:0\b", usage)
+    # This grid may be set up while the kernel before it ends: no memory is touched before the wait.
+    memory = re.search(r"\b(LDG|LDGSTS|STG|UTMALDG|UBLKCP)\b", sass)
+    assert memory.start() > sass.index("ACQBULK")
     # Four products of 32 columns; the tensor cores work on one half while the other is decoded.
     assert len(re.findall(rf"\bQGMMA\.64x{tile.tokens}x32", sass)) == 4
     assert len(re.findall(r"WARPGROUP\.DEPBAR\.LE gsb0, 0x1\b", sass)) == 2
