@@ -157,6 +157,7 @@ def _wrong_version(needs: Needs) -> str | None:
 
 
 @functools.cache
+@torch.compiler.assume_constant_result
 def _self_test(test: Callable[[torch.device], str | None], device: torch.device) -> str | None:
     return test(device)
 

@@ -41,7 +41,8 @@ SOURCES = {
     ),
     "linear": (
         *(f"{folder}/*.py" for folder in ("linear", "quantize_rows", "scaled_mm", "decode_fp4")),
-        *("fp4_mm/*.py", "quantize_rows/kernels/*.cu", "cuda/*.cu"),
+        *("fp4_mm/*.py", "fp4_scaled_mm/*.py", "fp4_scaled_mm/kernels/*.cu"),
+        *("quantize_rows/kernels/*.cu", "cuda/*.cu"),
     ),
 }
 # Calls that are remembered; to look one up again costs microseconds.

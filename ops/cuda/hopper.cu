@@ -40,6 +40,28 @@ __device__ __forceinline__ void copy_box(u32 to, const TensorMap* map, int d, in
         " [%0], [%1, {%2, %3, %4, %5}], [%6];"
         ::"r"(to), "l"(map), "r"(d), "r"(l), "r"(h), "r"(b), "r"(bar) : "memory");
 }
+__device__ __forceinline__ void copy_box(u32 to, const TensorMap* map, int column, int row,
+                                         u32 bar) {
+    asm volatile(
+        "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
+        " [%0], [%1, {%2, %3}], [%4];"
+        ::"r"(to), "l"(map), "r"(column), "r"(row), "r"(bar) : "memory");
+}
+// A word that a thread copies by itself; it waits for all its words.
+__device__ __forceinline__ void copy_word(u32 to, const void* from) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(to), "l"(from) : "memory");
+}
+__device__ __forceinline__ void await_words() {
+    asm volatile("cp.async.wait_all;" ::: "memory");
+}
+__device__ __forceinline__ void prefetch_map(const TensorMap* map) {
+    asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
+}
+// Until the kernel before it in the stream has ended, a grid that was launched early may touch no
+// memory.
+__device__ __forceinline__ void await_kernel_before() {
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+}
 
 // ---- tensor cores
 

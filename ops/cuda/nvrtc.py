@@ -12,6 +12,8 @@ import torch
 WINDOWS = hasattr(ctypes, "WinDLL")
 # CUfunction_attribute: most dynamic shared memory that a launch may ask for.
 MAX_DYNAMIC_SHARED_BYTES = 8
+# CUlaunchAttributeID: the kernel may be set up while the one before it in the stream ends.
+PROGRAMMATIC_STREAM_SERIALIZATION = 6
 # Shared memory that a kernel has without asking.
 DEFAULT_SHARED_BYTES = 48 * 1024
 
@@ -91,6 +93,22 @@ def _bytes_of(size_of, read, program: ctypes.c_void_p) -> bytes:
     return buffer.raw
 
 
+class _Attribute(ctypes.Structure):
+    """CUlaunchAttribute, whose value, of 64 bytes from byte 8 on, is a number here."""
+
+    _fields_ = (("id", ctypes.c_int), ("padding", ctypes.c_int), ("value", ctypes.c_int * 16))
+
+
+class _Launch(ctypes.Structure):
+    """CUlaunchConfig."""
+
+    _fields_ = (
+        *(("grid", ctypes.c_uint * 3), ("block", ctypes.c_uint * 3)),
+        *(("shared_bytes", ctypes.c_uint), ("stream", ctypes.c_void_p)),
+        *(("attributes", ctypes.c_void_p), ("count", ctypes.c_uint)),
+    )
+
+
 class Kernel:
     """A compiled kernel, loaded on the current device."""
 
@@ -111,16 +129,27 @@ class Kernel:
             )
 
     def launch(
-        self, grid: tuple[int, int, int], threads: int, arguments: Sequence, stream: int
+        self,
+        grid: tuple[int, int, int],
+        threads: int,
+        arguments: Sequence,
+        stream: int,
+        early: bool = False,
     ) -> None:
-        """Run on `stream`; arguments: ctypes values, in the order of the kernel's parameters."""
+        """Run on `stream`; arguments: ctypes values, in the order of the kernel's parameters.
+
+        early: while the kernel before it ends, for which this one waits itself before it touches
+        memory (`await_kernel_before` in hopper.cu).
+        """
         pointers = (ctypes.c_void_p * len(arguments))(
             *(ctypes.addressof(argument) for argument in arguments)
         )
+        attribute = _Attribute(PROGRAMMATIC_STREAM_SERIALIZATION, 0, (int(early),))
+        config = _Launch(
+            *(grid, (threads, 1, 1), self._shared_bytes, stream),
+            *(ctypes.addressof(attribute), int(early)),
+        )
         check(
-            driver().cuLaunchKernel(
-                *(self._function, *grid, threads, 1, 1, self._shared_bytes),
-                *(ctypes.c_void_p(stream), pointers, None),
-            ),
-            "cuLaunchKernel",
+            driver().cuLaunchKernelEx(ctypes.byref(config), self._function, pointers, None),
+            "cuLaunchKernelEx",
         )

@@ -1,6 +1,7 @@
 """Tensor maps: how Hopper's copies find boxes of a tensor (CUDA driver, cuTensorMapEncodeTiled)."""
 
 import ctypes
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -14,6 +15,8 @@ BYTES = 0
 SWIZZLES = {0: 0, 32: 1, 64: 2, 128: 3}
 PROMOTE_256 = 3
 MAP_BYTES = 128
+# Maps that are remembered: to make one takes the host longer than to launch a kernel.
+REMEMBERED = 4096
 MAP_ALIGNMENT = 64
 
 
@@ -37,17 +40,22 @@ def tensor_map(x: torch.Tensor, box: Sequence[int], swizzle: int = 128) -> Tenso
     swizzle: bytes of a row within which chunks of 16 bytes are XORed with the row's number, or 0.
     Raises NvrtcError where the driver refuses.
     """
-    size = x.element_size()
-    rank = x.ndim
+    return _map(x.data_ptr(), x.dtype, tuple(x.shape), x.stride(), tuple(box), swizzle)
+
+
+# A map follows from these: memory that is used again has the map that it had.
+@functools.lru_cache(maxsize=REMEMBERED)
+def _map(pointer, dtype, shape, stride, box, swizzle) -> TensorMap:
+    size, rank = dtype.itemsize, len(shape)
     encoded = no_map()
     result = nvrtc.driver().cuTensorMapEncodeTiled(
-        *(ctypes.byref(encoded), BYTES if size == 1 else DTYPES[x.dtype], rank),
-        ctypes.c_void_p(x.data_ptr()),
-        (ctypes.c_uint64 * rank)(*reversed(x.shape)),
-        (ctypes.c_uint64 * (rank - 1))(*(stride * size for stride in reversed(x.stride()[:-1]))),
+        *(ctypes.byref(encoded), BYTES if size == 1 else DTYPES[dtype], rank),
+        ctypes.c_void_p(pointer),
+        (ctypes.c_uint64 * rank)(*reversed(shape)),
+        (ctypes.c_uint64 * (rank - 1))(*(step * size for step in reversed(stride[:-1]))),
         (ctypes.c_uint32 * rank)(*reversed(box)),
         (ctypes.c_uint32 * rank)(*(1 for _ in box)),
         *(0, SWIZZLES[swizzle], PROMOTE_256, 0),
     )
-    nvrtc.check(result, f"cuTensorMapEncodeTiled of {tuple(x.shape)}, box {tuple(box)}")
+    nvrtc.check(result, f"cuTensorMapEncodeTiled of {shape}, box {box}")
     return encoded

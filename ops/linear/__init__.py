@@ -158,7 +158,7 @@ def _shaped(x: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
 def input_kind(weight: QuantizedTensor, device: torch.device, rows: int) -> Kind | None:
     """Return the kind to which `linear` quantizes floats [rows, K] on `device`; None: to none."""
     chosen = _chosen(weight, device, rows, "auto")
-    return kind_on(device, weight, chosen.name) if chosen.quantizes else None
+    return kind_on(device, weight, rows, chosen.name) if chosen.quantizes else None
 
 
 def input_headroom(
@@ -256,15 +256,11 @@ def _prepared(
     """Return act(x), quantized with so much headroom or not; x itself where nothing is to do."""
     if not chosen.quantizes:
         return _plain(x, input_act)
-    kind = kind_on(x.device, weight, chosen.name)
+    kind = kind_on(x.device, weight, math.prod(x.shape[:-1]), chosen.name)
+    options = {"kind": kind, "headroom": headroom}
     if input_act is not None:
-        act = Prologue(activation=input_act)
-        return quantize_activation(x, weight, kind=kind, prologue=act, headroom=headroom)
-    return quantized_once(
-        x,
-        (kind, headroom),
-        lambda: quantize_activation(x, weight, kind=kind, headroom=headroom),
-    )
+        return quantize_activation(x, weight, prologue=Prologue(activation=input_act), **options)
+    return quantized_once(x, (kind, headroom), lambda: quantize_activation(x, weight, **options))
 
 
 def _check_act(x, weight: QuantizedTensor, input_act: str | None, backend: str) -> None:
@@ -278,7 +274,7 @@ def _check_act(x, weight: QuantizedTensor, input_act: str | None, backend: str) 
             Prologue(activation=input_act).check(math.prod(x.shape[:-1]), x.shape[-1])
         return
     if not takes(weight, x.kind, backend):
-        wanted = kind_on(x.device, weight, backend)
+        wanted = kind_on(x.device, weight, len(x.stored), backend)
         raise ValueError(f"linear: the activation is {x.kind}, the weight multiplies {wanted}")
     if input_act is not None:
         raise ValueError("linear: input_act comes before the quantization of x; give it there")

@@ -7,7 +7,9 @@ from typing import NamedTuple
 import torch
 from comfy_kitchen.tensor import QuantizedTensor
 
-from ..quantize_rows import NOTHING, ROTATION, Prologue, quantize_rows
+from ..fp4_scaled_mm import prefers_interleaved
+from ..quantize_rows import NOTHING, ROTATION, Prologue, quantize_rows, restore
+from ..quantize_rows.order import BLOCK
 from ..quantize_rows.reference import prepare, rotate
 from .arithmetic import AUTO, backend_of
 from .four_bit import EIGHT_BITS, GROUPS, has_fp8, rotation_of
@@ -16,15 +18,19 @@ FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 
 
 class Kind(NamedTuple):
-    """What a weight multiplies: `dtype`, rotated over `rotation` columns at a time (0: not)."""
+    """What a weight multiplies: `dtype`, rotated over `rotation` columns at a time (0: not).
+
+    interleaved: columns lie in the order in which FP8 meets packed 4-bit weights (`interleave`).
+    """
 
     dtype: torch.dtype
     rotation: int
+    interleaved: bool = False
 
 
 @dataclass(frozen=True)
 class QuantizedActivation:
-    """x ≈ stored · scale, after the rotation of its kind.
+    """x ≈ stored · scale, after the rotation of its kind, its columns in the order of its kind.
 
     stored: [M, K] INT8 or FP8. scale: float32, [M, 1] or one element. shape: of x, [..., K]. dtype:
     of x and of what linear layers make of it. headroom: powers of two that are left above the
@@ -52,11 +58,15 @@ class QuantizedActivation:
 
     def dequantize(self) -> torch.Tensor:
         """Return x as it was rounded, [..., K]."""
-        value = self.stored.float() * self.scale
+        value = self.in_order().float() * self.scale
         if self.kind.rotation:
             # The matrix is symmetric and its own inverse.
             value = rotate(value, self.kind.rotation)
         return value.to(self.dtype).reshape(self.shape)
+
+    def in_order(self) -> torch.Tensor:
+        """Return `stored` with its columns as those of x, [M, K]."""
+        return restore(self.stored) if self.kind.interleaved else self.stored
 
 
 def kind_of(weight: QuantizedTensor) -> Kind | None:
@@ -70,17 +80,22 @@ def kind_of(weight: QuantizedTensor) -> Kind | None:
     return Kind(dtype, rotation)
 
 
-def kind_on(device: torch.device, weight: QuantizedTensor, backend: str = AUTO) -> Kind | None:
-    """Return the kind of activation to quantize to for `weight` on `device`; None: to none.
+def kind_on(
+    device: torch.device, weight: QuantizedTensor, rows: int, backend: str = AUTO
+) -> Kind | None:
+    """Return the kind of [rows, K] to quantize to for `weight` on `device`; None: to none.
 
-    A 4-bit weight is multiplied as FP8 where the GPU has it, else as INT8, rotated where K allows,
-    unless the backend of `linear`, or with `auto` the weight, asks for one of them.
+    A 4-bit weight is multiplied as FP8 where the GPU has it, interleaved where so few rows are
+    faster multiplied so, else as INT8, rotated where K allows, unless the backend of `linear`, or
+    with `auto` the weight, asks for one of them.
     """
-    if weight.layout_cls.scheme not in GROUPS:
+    scheme = weight.layout_cls.scheme
+    if scheme not in GROUPS:
         return kind_of(weight)
     named = EIGHT_BITS.get(backend_of(weight) if backend == AUTO else backend)
     if named == torch.float8_e4m3fn or (named is None and has_fp8(device)):
-        return Kind(torch.float8_e4m3fn, 0)
+        interleaved = prefers_interleaved(scheme, device, *weight.shape, rows)
+        return Kind(torch.float8_e4m3fn, 0, interleaved)
     return Kind(torch.int8, rotation_of(tuple(weight.shape)))
 
 
@@ -95,7 +110,9 @@ def takes(weight: QuantizedTensor, kind: Kind, backend: str = AUTO) -> bool:
     if named not in (None, kind.dtype):
         return False
     if kind.dtype == torch.int8:
-        return kind.rotation in (0, rotation_of(tuple(weight.shape)))
+        return kind.rotation in (0, rotation_of(tuple(weight.shape))) and not kind.interleaved
+    if kind.interleaved and weight.shape[1] % BLOCK:
+        return False
     return kind.dtype in FP8 and not kind.rotation
 
 
@@ -119,13 +136,13 @@ def quantize_activation(
         raise ValueError(
             f"quantize_activation: weights of {weight.layout_cls.scheme} do not multiply {kind}"
         )
-    kind = kind or kind_on(x.device, weight)
+    flat = x.reshape(-1, x.shape[-1])
+    kind = kind or kind_on(x.device, weight, flat.shape[0])
     if kind is None:
         raise ValueError(
             f"quantize_activation: weights of {weight.layout_cls.scheme} take no 8-bit activation; "
             "give the linear layer x itself"
         )
-    flat = x.reshape(-1, x.shape[-1])
     if kind.rotation not in (0, ROTATION):
         flat = rotate(flat if prologue == NOTHING else prepare(flat, prologue), kind.rotation)
         prologue = NOTHING
@@ -137,6 +154,7 @@ def quantize_activation(
         prologue=prologue,
         input_scale=input_scale,
         headroom=headroom,
+        interleaved=kind.interleaved,
     )
     return QuantizedActivation(stored, scale, kind, tuple(x.shape), x.dtype, headroom)
 
@@ -156,6 +174,6 @@ def from_host(x: QuantizedTensor, weight: QuantizedTensor) -> QuantizedActivatio
 
 def fits(kind: Kind, wanted: Kind | None) -> bool:
     """Return whether a weight that multiplies `wanted` multiplies `kind`: both FP8 types do."""
-    if wanted is None or kind.rotation != wanted.rotation:
+    if wanted is None or kind[1:] != wanted[1:]:
         return False
     return kind.dtype == wanted.dtype or (kind.dtype in FP8 and wanted.dtype in FP8)

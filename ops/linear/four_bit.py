@@ -15,7 +15,7 @@ FIRST_WITH_FP8 = (8, 9)
 W4A8_FP8, W4A8_INT8 = "w4a8_fp8", "w4a8_int8"
 EIGHT_BITS = {W4A8_FP8: torch.float8_e4m3fn, W4A8_INT8: torch.int8}
 # So many tokens are multiplied in 16 bits by a kernel that decodes the weight, beyond them in 8
-# bits after it is decoded: so it was the fastest on an H200.
+# bits: so it was the fastest on an H200.
 FEW_ROWS = 64
 
 

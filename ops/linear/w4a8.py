@@ -1,13 +1,16 @@
 """W4A8: the 4-bit weight re-expressed in 8 bits, multiplied by activations of 8 bits.
 
 E4M3 where the GPU multiplies FP8, with a scale per channel that leaves most codes exact; rotated
-INT8 elsewhere, and for an activation that comes so.
+INT8 elsewhere, and for an activation that comes so. Where tokens are so few that to decode the
+weight costs more than to multiply it, its activation is interleaved, and it is decoded while it is
+multiplied.
 """
 
 import torch
 import torch.nn.functional as F
 from comfy_kitchen.tensor import QuantizedTensor
 
+from ..fp4_scaled_mm import fp4_scaled_mm
 from ..launch import TRITON_MIN
 from ..quantize_rows.triton import K_MAX
 from ..registry import BY_NAME, Backend, Needs, register
@@ -22,13 +25,17 @@ def run_quantized(
     bias: torch.Tensor | None,
     backend: str = "triton",
 ) -> torch.Tensor:
-    """Return x · Wᵀ + bias, [M, N]. backend: of everything that is called.
+    """Return x · Wᵀ + bias, [M, N]. backend: of everything that is called for columns in order.
 
     The weight in 8 bits is scratch: allocated here and let go of here, so that all layers and all
     models use the same memory in turn, and CUDA graphs see nothing but ordinary memory.
     """
+    w = four_bit(weight)
+    if x.kind.interleaved:
+        packed = (w.packed, w.scale, w.tensor_scale, w.shape, w.group)
+        return fp4_scaled_mm(x.stored, x.scale, *packed, bias, out_dtype=x.dtype)
     a = x.stored
-    stored, scale = eight_bit(four_bit(weight), x.kind.dtype, x.kind.rotation > 0, backend)
+    stored, scale = eight_bit(w, x.kind.dtype, x.kind.rotation > 0, backend)
     if stored.shape[1] > a.shape[1]:
         missing = stored.shape[1] - a.shape[1]
         a = F.pad(a.view(torch.uint8), (0, missing)).view(a.dtype)

@@ -4,6 +4,7 @@ import torch
 
 from .. import registry
 from ..custom_op import custom_op
+from .order import BLOCK, interleave, restore
 from .prologue import Prologue
 
 OP = "quantize_rows"
@@ -14,9 +15,9 @@ INPUTS = (torch.bfloat16, torch.float16, torch.float32)
 LIMITS = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
 NOTHING = Prologue()
 # Of the schemes under which backends register, after "int8" and "fp8".
-SUFFIXES = ("", "_rotated", "_bare")
+SUFFIXES = ("", "_rotated", "_bare", "_interleaved")
 
-__all__ = ["Prologue", "quantize_rows"]
+__all__ = ["Prologue", "interleave", "quantize_rows", "restore"]
 
 
 def quantize_rows(
@@ -28,6 +29,7 @@ def quantize_rows(
     prologue: Prologue = NOTHING,
     input_scale: torch.Tensor | None = None,
     headroom: int = 0,
+    interleaved: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return (stored [M, K] of `dtype`, scale [M, 1] float32): x ≈ stored · scale, row by row.
 
@@ -36,7 +38,8 @@ def quantize_rows(
     prologue: what is done to each token before: norm, modulation, activation.
     input_scale: a static scale, one float32 element, FP8 only; it is then the scale returned, and
     larger values are cut off at ±448. headroom: so many powers of two are left above the largest
-    value stored, FP8 without a static scale only.
+    value stored, FP8 without a static scale only. interleaved: columns are stored in the order of
+    `interleave`, FP8 without rotation only; K % 128 = 0.
     The arithmetic is float32: scale = largest magnitude / (limit / 2^headroom), at least the
     smallest normal float32; stored = x · (1 / scale), rounded to nearest even. A row with NaN or
     Inf has a scale that is NaN or Inf, and stored values without meaning (with a static scale,
@@ -60,9 +63,14 @@ def quantize_rows(
         _check_input_scale(input_scale, dtype, x.device)
     if headroom and (dtype == torch.int8 or input_scale is not None):
         raise ValueError("quantize_rows: headroom is for FP8 with scales of the rows' own")
+    if interleaved and (dtype == torch.int8 or rotate or x.shape[1] % BLOCK):
+        raise ValueError(
+            f"quantize_rows: interleaved columns are for FP8 without rotation, K a multiple of "
+            f"{BLOCK}; got {dtype}, K={x.shape[1]}"
+        )
     p = prologue
     steps = (p.norm or "", float(p.eps), p.weight, p.bias, p.scale, p.shift, p.activation or "")
-    stored, scale = _OP(x, dtype, rotate, backend, input_scale, *steps, headroom)
+    stored, scale = _OP(x, dtype, rotate, backend, input_scale, *steps, headroom, interleaved)
     return stored, scale if input_scale is None else input_scale.reshape(1, 1)
 
 
@@ -79,12 +87,12 @@ def _check_input_scale(scale: torch.Tensor, dtype: torch.dtype, device: torch.de
         raise ValueError("quantize_rows: a static input_scale is for FP8; INT8 takes the row's own")
 
 
-def scheme(dtype: torch.dtype, rotate: bool, bare: bool = False) -> str:
+def scheme(dtype: torch.dtype, rotate: bool, bare: bool = False, interleaved: bool = False) -> str:
     """Return the name under which backends register what they can do.
 
     bare: nothing but the rounding is done, neither a rotation nor steps of a prologue.
     """
-    suffix = "_rotated" if rotate else "_bare" if bare else ""
+    suffix = "_rotated" if rotate else "_interleaved" if interleaved else "_bare" if bare else ""
     return ("int8" if dtype == torch.int8 else "fp8") + suffix
 
 
@@ -94,16 +102,17 @@ def limit_of(dtype: torch.dtype, headroom: int) -> float:
 
 
 def _run(x, dtype, rotate, backend, input_scale, *steps):
-    norm, eps, weight, bias, scale, shift, activation, headroom = steps
+    norm, eps, weight, bias, scale, shift, activation, headroom, interleaved = steps
     bare = not (norm or activation) and weight is bias is scale is shift is None
-    call = registry.Call(scheme(dtype, rotate, bare), x.device, 0, x.shape[1])
+    name = scheme(dtype, rotate, bare, interleaved)
+    call = registry.Call(name, x.device, 0, x.shape[1])
     run = registry.select(OP, call, backend).run
     if x.numel() == 0:
         return _empty(x, dtype, rotate, backend, input_scale)
     prologue = NOTHING
     if not bare:
         prologue = Prologue(norm or None, eps, weight, bias, scale, shift, activation or None)
-    stored, scale = run(x, dtype, rotate, prologue, input_scale, headroom)
+    stored, scale = run(x, dtype, rotate, prologue, input_scale, headroom, interleaved)
     # A result of an operation is no alias of its arguments.
     return stored, scale if input_scale is None else x.new_empty(0, 1, dtype=torch.float32)
 
@@ -117,7 +126,7 @@ def _empty(x, dtype, rotate, backend, input_scale, *steps) -> tuple[torch.Tensor
 _OP = custom_op(
     "quantize_rows(Tensor x, ScalarType dtype, bool rotate, str backend, Tensor? input_scale, "
     "str norm, float eps, Tensor? weight, Tensor? bias, Tensor? scale, Tensor? shift, "
-    "str activation, int headroom) -> (Tensor, Tensor)",
+    "str activation, int headroom, bool interleaved) -> (Tensor, Tensor)",
     _run,
     _empty,
 )

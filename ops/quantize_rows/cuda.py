@@ -101,8 +101,14 @@ def run(
     prologue: Prologue = NOTHING,
     input_scale: torch.Tensor | None = None,
     headroom: int = 0,
+    interleaved: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return (stored, scale) as `quantize_rows` describes them."""
+    """Return (stored, scale) as `quantize_rows` describes them, but for interleaved columns.
+
+    Raises ValueError for these, which are none of its schemes.
+    """
+    if interleaved:
+        raise ValueError("quantize_rows: the backend cuda stores columns in order")
     p = prologue
     steps = (p.norm, p.eps, p.weight, p.bias, p.scale, p.shift, p.activation)
     return _run(x, dtype, rotated, input_scale, headroom, *steps)

@@ -164,6 +164,15 @@ def _round(value, DTYPE, LIMIT: tl.constexpr, ROTATE: tl.constexpr, STATIC: tl.c
 
 
 @triton.jit
+def _interleave(code, GROUPS: tl.constexpr):
+    """Return codes [GROUPS · 16, 16] in the order of `interleave`."""
+    # Of 128 columns: lane, product and half, pair, place in the pair.
+    first, second = tl.split(tl.reshape(code, (GROUPS * 2, 4, 8, 2, 2)))
+    code = tl.permute(tl.join(second, first), (0, 2, 1, 3, 4))
+    return tl.reshape(code, (GROUPS * SIDE, SIDE))
+
+
+@triton.jit
 def _store(
     stored,
     value,
@@ -175,6 +184,7 @@ def _store(
     ROTATE: tl.constexpr,
     STATIC: tl.constexpr,
     EXACT: tl.constexpr,
+    INTERLEAVE: tl.constexpr,
 ):
     """Store value · inverse, rounded, from group `start` on."""
     DTYPE: tl.constexpr = stored.dtype.element_ty
@@ -185,7 +195,11 @@ def _store(
         value *= inverse
     # 8 bits are turned as integers: Triton has no transposition of FP8 on every architecture.
     code = _round(value, DTYPE, LIMIT, ROTATE, STATIC).to(tl.int8, bitcast=True)
-    code = (_turn(code, GROUPS) if ROTATE else code).to(DTYPE, bitcast=True)
+    if ROTATE:
+        code = _turn(code, GROUPS)
+    if INTERLEAVE:
+        code = _interleave(code, GROUPS)
+    code = code.to(DTYPE, bitcast=True)
     at = _at(start, GROUPS)
     if EXACT:
         tl.store(stored + at, code)
@@ -231,6 +245,7 @@ def quantize_rows_kernel(
     PREPARE: tl.constexpr,
     NORM: tl.constexpr,
     GELU: tl.constexpr,
+    INTERLEAVE: tl.constexpr = False,
 ):
     """stored, row_scale = the prepared row of `program_id(0)` over its largest magnitude.
 
@@ -239,7 +254,7 @@ def quantize_rows_kernel(
     [K]. scale, shift: rows stride_scale and stride_shift apart, each of so many tokens.
     GROUPS: groups of 256 columns, each number a power of two, which cover the row from STARTS on:
     a block of Triton's is a power of two wide, and one alone would compute up to twice the row.
-    EXACT: they end where the row ends.
+    EXACT: they end where the row ends. INTERLEAVE: columns are stored in that order, K % 128 = 0.
     """
     row = tl.program_id(0).to(tl.int64)
     x += row * stride_x
@@ -277,5 +292,5 @@ def quantize_rows_kernel(
     for i in tl.static_range(len(GROUPS)):
         _store(
             *(stored, values[i], unstep, STARTS[i], K, GROUPS[i]),
-            *(LIMIT, ROTATE, STATIC, EXACT),
+            *(LIMIT, ROTATE, STATIC, EXACT, INTERLEAVE),
         )

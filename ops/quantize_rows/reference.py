@@ -8,6 +8,7 @@ from ..custom_op import custom_op
 from ..registry import Backend, Needs, register
 from ..rounding import SMALLEST_SCALE
 from . import NOTHING, OP, ROTATION, SUFFIXES, limit_of
+from .order import interleave
 from .prologue import Prologue
 
 
@@ -60,8 +61,12 @@ def run(
     prologue: Prologue = NOTHING,
     input_scale: torch.Tensor | None = None,
     headroom: int = 0,
+    interleaved: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return (stored, scale) as `quantize_rows` describes them."""
+    if interleaved:
+        stored, scale = run(x, dtype, rotated, prologue, input_scale, headroom)
+        return interleave(stored), scale
     # Rows of the result lie one after the other, whatever those of x do.
     value = (x.float() if prologue == NOTHING else prepare(x, prologue)).contiguous()
     if rotated:

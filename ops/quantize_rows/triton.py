@@ -63,17 +63,20 @@ def run(
     prologue: Prologue = NOTHING,
     input_scale: torch.Tensor | None = None,
     headroom: int = 0,
+    interleaved: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return (stored, scale) as `quantize_rows` describes them."""
     if x.stride(1) != 1:
         x = x.contiguous()
     p = prologue
     steps = (p.norm, p.eps, p.weight, p.bias, p.scale, p.shift, p.activation)
-    return _run(x, dtype, rotated, input_scale, headroom, *steps)
+    return _run(x, dtype, rotated, input_scale, headroom, interleaved, *steps)
 
 
 @replayed
-def _run(x, dtype, rotated, input_scale, headroom, *steps) -> tuple[torch.Tensor, torch.Tensor]:
+def _run(
+    x, dtype, rotated, input_scale, headroom, interleaved, *steps
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Return what `run` does, for rows that are K-contiguous; steps: the fields of a prologue."""
     from .kernel import quantize_rows_kernel
 
@@ -88,7 +91,7 @@ def _run(x, dtype, rotated, input_scale, headroom, *steps) -> tuple[torch.Tensor
     sizes = (k, x.stride(0), rows[0][0], rows[1][0], rows[0][1], rows[1][1])
     constants = (
         *(limit_of(dtype, headroom), *cover(k), rotated),
-        *(p != NOTHING, p.norm or "", p.activation == "gelu_tanh"),
+        *(p != NOTHING, p.norm or "", p.activation == "gelu_tanh", interleaved),
     )
     arguments = (x, stored, row_scale, *tensors, *sizes, p.eps, *constants)
     types = tuple(None if t is None else t.dtype for t in tensors)

@@ -5,7 +5,7 @@ quantization are included everywhere. Results go to docs/results/linear4.jsonl.
 """
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -29,9 +29,20 @@ HOST = "host nvfp4"
 MAX_ERROR = 0.25
 
 
-def shapes() -> Iterator[tuple[str, int, int, int]]:
-    """Yield (name, M, N, K) of the layers of real models, then of a few tokens."""
-    return (shape for shape in bench_linear.shapes() if not shape[0].startswith(LEFT_OUT))
+def shapes(tokens: Sequence[int] = ()) -> Iterator[tuple[str, int, int, int]]:
+    """Yield (name, M, N, K) of the layers of real models, then of a few tokens.
+
+    tokens: M of each layer instead of these, where given.
+    """
+    seen = set()
+    for name, m, n, k in bench_linear.shapes():
+        if name.startswith(LEFT_OUT):
+            continue
+        if not tokens:
+            yield name, m, n, k
+        elif (n, k) not in seen:
+            seen.add((n, k))
+            yield from ((name, few, n, k) for few in tokens)
 
 
 def quantized(name: str, weight: torch.Tensor, scales: str) -> QuantizedTensor:
@@ -119,6 +130,7 @@ def main() -> None:
     """Time every shape, print the table, append the results."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", default="", help="only shapes whose name holds this")
+    parser.add_argument("--tokens", type=int, nargs="*", default=[], help="M of every layer")
     parser.add_argument(
         "--format", action="append", choices=FORMATS, help="may be given again (default: all)"
     )
@@ -130,7 +142,7 @@ def main() -> None:
     names, scales = arguments.format or FORMATS, arguments.scales
     if scales == ABSMAX and set(names) != {"nvfp4"}:
         parser.error("--scales absmax goes with --format nvfp4")
-    for name, m, n, k in shapes():
+    for name, m, n, k in shapes(arguments.tokens):
         if arguments.only in name:
             results = bench(m, n, k, names, scales, arguments.way or WAYS)
             print(row(name, m, n, k, results), flush=True)

@@ -10,6 +10,9 @@ from lowbit.ops import registry
 from lowbit.ops.decode_fp4 import reference as decode_reference
 from lowbit.ops.decode_fp4 import triton as decode_triton
 from lowbit.ops.fp4_mm import fp4_mm
+from lowbit.ops.fp4_scaled_mm import hopper, prefers_interleaved
+from lowbit.ops.fp4_scaled_mm import reference as product_reference
+from lowbit.ops.fp4_scaled_mm.tiles import Tile
 from lowbit.ops.linear import linear, quantize_activation, release, share, with_arithmetic
 from lowbit.ops.linear.activation import Kind
 from lowbit.ops.linear.arithmetic import arithmetic_of
@@ -17,12 +20,17 @@ from lowbit.ops.linear.eight_bits import eight_bit_errors
 from lowbit.ops.linear.four_bit import FEW_ROWS, GROUPS, four_bit
 from lowbit.ops.mxfp4_mm import reference as mxfp4_reference
 from lowbit.ops.mxfp4_mm import triton as mxfp4_triton
+from lowbit.ops.quantize_rows import interleave, quantize_rows, restore
+from lowbit.ops.scaled_mm import scaled_mm
 from lowbit.quant import formats
 
 NAMES = [name for name in formats.names() if formats.get(name).layout.scheme in GROUPS]
 E4M3 = torch.float8_e4m3fn
 N, K = 1040, 1280
-KIND_ERROR = {Kind(E4M3, 0): 0.03, Kind(torch.int8, 256): 0.015}
+INTERLEAVED = Kind(E4M3, 0, True)
+KIND_ERROR = {Kind(E4M3, 0): 0.03, INTERLEAVED: 0.03, Kind(torch.int8, 256): 0.015}
+# One of each number of warpgroups, with and without rows that share a block of scales.
+PRODUCT_TILES = (Tile(1, 64), Tile(1, 256), Tile(2, 96), Tile(2, 256), Tile(3, 128), Tile(3, 192))
 
 
 def make(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -166,7 +174,8 @@ def test_w4a8_errs_as_the_activation_and_the_new_weight_do(name, tokens, kind):
     x, weight, bias = make(tokens, K, seed=2).bfloat16(), weight_of(name), make(N, seed=3)
     got = linear(quantize_activation(x, weight, kind=kind), weight, bias, "w4a8")
     assert error(got, exact(x, weight, bias)) <= KIND_ERROR[kind] + 2**-8
-    if kind.dtype == E4M3:
+    chosen = Kind(E4M3, 0, prefers_interleaved(weight.layout_cls.scheme, x.device, N, K, tokens))
+    if kind == chosen:
         assert torch.equal(got, linear(x, weight, bias, "w4a8"))
 
 
@@ -217,6 +226,65 @@ def test_product_of_two_mxfp4_is_that_of_the_reference(tokens, n, k, dtype):
     same = of_x == scales
     assert same.float().mean() > 0.99
     assert torch.equal(packed[same.repeat_interleave(16, 1)], wanted[same.repeat_interleave(16, 1)])
+
+
+hopper_only = pytest.mark.skipif(
+    torch.cuda.is_available() and torch.cuda.get_device_capability() != (9, 0),
+    reason="the kernel is for Hopper",
+)
+
+
+@hopper_only
+@pytest.mark.parametrize("group", [16, 32])
+@pytest.mark.parametrize("tile", PRODUCT_TILES, ids=str)
+def test_weight_that_is_decoded_in_registers_is_the_decoders_bit_for_bit(group, tile):
+    """The product with the unit matrix, of rows and tokens that end within a tile."""
+    n, k = 328, 384
+    packed, scale = raw(n, k, group)
+    tensor_scale = torch.tensor([0.37], device="cuda")
+    eye, one = interleave(torch.eye(k, device="cuda")).to(E4M3), torch.ones(k, 1, device="cuda")
+    weight = (packed, scale, tensor_scale)
+    got = hopper.run_tile(eye, one, *weight, None, n, group, torch.float32, tile)
+    stored, rows = decode_triton.run(*weight, n, k, group, E4M3)
+    assert torch.equal(got, (stored.float() * rows).t())
+
+
+@hopper_only
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    ("m", "n", "k"),
+    [
+        *((1, 8, 128), (65, 5120, 5120), (100, 1040, 1280), (300, 13824, 5120), (512, 3072, 12288)),
+        *((512, 5120, 13824), (1000, 3072, 3072), (1500, 3080, 1536), (70, 40, 16384)),
+    ],
+)
+def test_interleaved_product_errs_as_the_one_in_order(name, m, n, k):
+    x, w = make(m, k).bfloat16(), four_bit(weight_of(name, n, k))
+    x[:, ::97] *= 10
+    rows, scale = quantize_rows(x, E4M3, interleaved=True)
+    weight = (w.packed, w.scale.view(torch.uint8), w.tensor_scale)
+    decoded = decode_triton.run(*weight, n, k, w.group, E4M3)
+    for dtype in (torch.bfloat16, torch.float16, torch.float32) if n < 2000 else (torch.bfloat16,):
+        bias = make(n, seed=3).to(dtype)
+        operands = (rows, scale, *weight, bias, n, w.group)
+        want = product_reference.run(*operands, torch.float32)
+        other = scaled_mm(restore(rows), decoded[0], scale, decoded[1], bias, out_dtype=dtype)
+        got = hopper.run(*operands, dtype)
+        assert got.dtype == dtype
+        # The tensor cores cut sums off some 13 bits below their largest term, and what that is
+        # depends on the order of the columns; a small product may run on other instructions.
+        assert error(got, want) <= 1.05 * error(other, want) + 2**-12
+
+
+@hopper_only
+def test_scale_of_nan_shows_in_its_output_and_no_other():
+    packed, scale = raw(256, 512, 16)
+    scale[:] = 0x38
+    eye, one = interleave(torch.eye(512, device="cuda")).to(E4M3), torch.ones(1, device="cuda")
+    scale[5] = 0x7F
+    got = hopper.run(eye, one, packed, scale, None, None, 256, 16, torch.float32)
+    # Times one or zero, NaN is NaN.
+    assert torch.isnan(got).sum() == 512 and torch.isnan(got[:, 32]).all()
 
 
 def test_strides_of_the_input_do_not_matter():

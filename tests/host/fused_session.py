@@ -169,7 +169,7 @@ def blocks_of(model, attend, sample, quantize, add_lora) -> dict:
 
     norm.forward = counted
     fusing.HOST = dataclasses.replace(host, run_after=compared)
-    fusing.input_kind = lambda weight, device, rows: activation.kind_on(device, weight)
+    fusing.input_kind = lambda weight, device, rows: activation.kind_on(device, weight, rows)
     seen, latents = {}, {}
     try:
         for name, of_16_bits in (("quantized", "plain"), ("lora", "plain lora")):

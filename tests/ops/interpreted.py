@@ -6,6 +6,7 @@ Not bf16: `tl.dot` is wrong with it in the interpreter.
 import pytest
 import torch
 
+from lowbit.ops.quantize_rows import NOTHING, interleave
 from lowbit.ops.quantize_rows import reference as rows_reference
 from lowbit.ops.quantize_rows import triton as rows_triton
 from lowbit.ops.scaled_mm import reference as mm_reference
@@ -238,6 +239,15 @@ def test_fp8_rows_are_near_those_of_the_reference(rotate):
     torch.testing.assert_close(scale, want_scale)
     near = torch.isclose(stored.float(), want.float(), rtol=2**-3, atol=2**-9)
     assert near.float().mean() > 0.95
+
+
+@pytest.mark.parametrize("k", [128, 384, 1280])
+def test_interleaved_codes_are_those_in_order_moved(k):
+    x = make(3, k)
+    stored, scale = rows_triton.run(x, FP8, False)
+    got, same = rows_triton.run(x, FP8, False, NOTHING, None, 0, True)
+    assert torch.equal(got.view(torch.uint8), interleave(stored).view(torch.uint8))
+    assert torch.equal(same, scale)
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])

@@ -210,7 +210,14 @@ def test_early_start_touches_no_memory_before_the_wait(arch, which):
     assert "griddepcontrol.launch_dependents" not in ptx
 
 
-def quantizer(k: int, arch: int, dtype: torch.dtype, rotate: bool, prologue: str = ""):
+def quantizer(
+    k: int,
+    arch: int,
+    dtype: torch.dtype,
+    rotate: bool,
+    prologue: str = "",
+    interleave: bool = False,
+):
     """The kernel of a row of k bf16 values; prologue: "layer" with modulation, "gelu" or none."""
     modulation = {"scale": "*bf16", "shift": "*bf16"} if prologue == "layer" else {}
     sizes = ("K", "stride_x", "stride_scale", "stride_shift", "tokens_scale", "tokens_shift")
@@ -225,7 +232,7 @@ def quantizer(k: int, arch: int, dtype: torch.dtype, rotate: bool, prologue: str
         **{name: None for name in ("scale", "shift") if name not in modulation},
         **{"LIMIT": LIMITS[dtype], "STARTS": starts, "GROUPS": groups, "EXACT": exact},
         **{"ROTATE": rotate, "PREPARE": prologue != "", "GELU": prologue == "gelu"},
-        **{"NORM": "layer" if prologue == "layer" else ""},
+        **{"NORM": "layer" if prologue == "layer" else "", "INTERLEAVE": interleave},
     }
     warps = warps_of(divmod(arch, 10), k, rotate, prologue != "")
     options = {"num_warps": warps, "enable_fp_fusion": False}
@@ -271,6 +278,16 @@ def test_rows_are_widened_without_local_memory(arch, tmp_path):
     constants = {"ROWS": ELEMENTS // 64, "RANK": 64, "COLUMNS": COLUMNS}
     kernel = compiled(widen_rows_kernel, types, constants, arch, num_warps=WARPS)
     assert spilled_bytes(kernel, tmp_path) <= SPILLED_BYTES
+
+
+@pytest.mark.parametrize("k", [128, 3072, 5120, 13824])
+@pytest.mark.parametrize("prologue", ["", "layer", "gelu"])
+def test_interleaving_quantizer_stores_whole_words(k, prologue, tmp_path):
+    kernel = quantizer(k, HOPPER, torch.float8_e4m3fn, False, prologue, True)
+    assert spilled_bytes(kernel, tmp_path) <= SPILLED_BYTES
+    stores = re.findall(r"st\.global\.(\S+)", kernel.asm["ptx"])
+    # The scale is one word; codes go four and more at a time.
+    assert stores and not {"b8", "b16"} & set(stores)
 
 
 # Wide rows follow a GELU; norms come before narrower ones.

@@ -103,7 +103,7 @@ def test_the_choice_is_the_one_that_errs_less_in_the_output(name, weight, taken)
     four, x = formats.get(name).quantize(weight), outliers(200, weight.shape[1])
     want, wrong = F.linear(x.double(), four.dequantize().double()), {}
     for arithmetic in EIGHT_BITS:
-        kind = kind_on(CPU, four, arithmetic)
+        kind = kind_on(CPU, four, 512, arithmetic)
         tokens = quantize_activation(x, four, kind=kind, backend="reference")
         wrong[arithmetic] = error(w4a8.run_quantized(tokens, four, None, "reference"), want)
     assert least_error(four) == min(wrong, key=wrong.get) == taken

@@ -30,6 +30,7 @@ from lowbit.quant import formats
 
 CUDA = torch.device("cuda", 0)
 FP8, INT8 = Kind(torch.float8_e4m3fn, 0), Kind(torch.int8, 256)
+INTERLEAVED = Kind(torch.float8_e4m3fn, 0, True)
 NAMES = [name for name in formats.names() if formats.get(name).layout.scheme in GROUPS]
 # The relative error of activations of those kinds, and of weights in that kind.
 KIND_ERROR = {FP8: 0.03, INT8: 0.015, Kind(torch.int8, 0): 0.015}
@@ -168,9 +169,36 @@ def test_native_is_refused_with_the_reason_elsewhere(gpu):
 def test_w4a8_is_int8_where_there_is_no_fp8(gpu, capability):
     gpu(*capability)
     weight = weight_of("nvfp4")
-    kind = activation_module.kind_on(CUDA, weight)
+    kind = activation_module.kind_on(CUDA, weight, 512)
     assert kind == (INT8 if capability == (8, 6) else FP8)
-    assert activation_module.kind_on(CUDA, weight_of("nvfp4", k=250)).rotation == 0
+    assert activation_module.kind_on(CUDA, weight_of("nvfp4", k=250), 512).rotation == 0
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_activations_of_few_tokens_are_interleaved_on_hopper(gpu, name):
+    gpu(9, 0)
+    kinds = [activation_module.kind_on(CUDA, weight_of(name, 40), m) for m in (65, 512, 32760)]
+    assert kinds == [INTERLEAVED, INTERLEAVED, FP8]
+    for n, k in ((40, 448), (44, 512)):
+        assert activation_module.kind_on(CUDA, weight_of(name, n, k), 512) == FP8
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_interleaved_activation_is_the_one_in_order(name):
+    x, weight, bias = make(2, 7, 512), weight_of(name), make(33, seed=2)
+    plain, moved = (quantize_activation(x, weight, kind=kind) for kind in (FP8, INTERLEAVED))
+    assert not torch.equal(plain.stored.view(torch.uint8), moved.stored.view(torch.uint8))
+    assert torch.equal(moved.in_order().view(torch.uint8), plain.stored.view(torch.uint8))
+    assert torch.equal(moved.dequantize(), plain.dequantize())
+    got, want = (w4a8.run_quantized(a, weight, bias, "reference") for a in (moved, plain))
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+    # Here, where no backend multiplies 8 bits.
+    assert torch.equal(linear(moved, weight), linear(plain, weight))
+    # Other formats have no use for it.
+    with pytest.raises(ValueError, match="the activation is"):
+        linear(moved, weight_of("fp8_e4m3"))
+    with pytest.raises(ValueError, match="do not multiply"):
+        quantize_activation(make(5, 448), weight_of(name, k=448), kind=INTERLEAVED)
 
 
 @pytest.mark.parametrize("name", NAMES)

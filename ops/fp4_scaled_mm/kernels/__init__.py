@@ -1,0 +1,1 @@
+"""CUDA C++ of `fp4_scaled_mm`."""
