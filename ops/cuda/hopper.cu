@@ -40,6 +40,18 @@ __device__ __forceinline__ void copy_box(u32 to, const TensorMap* map, int d, in
         " [%0], [%1, {%2, %3, %4, %5}], [%6];"
         ::"r"(to), "l"(map), "r"(d), "r"(l), "r"(h), "r"(b), "r"(bar) : "memory");
 }
+__device__ __forceinline__ void copy_box(u32 to, const TensorMap* map, int x, int y, u32 bar) {
+    asm volatile(
+        "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
+        " [%0], [%1, {%2, %3}], [%4];" ::"r"(to), "l"(map), "r"(x), "r"(y), "r"(bar) : "memory");
+}
+// A box of five dimensions, whole in the three between the first and the last.
+__device__ __forceinline__ void copy_box_5d(u32 to, const TensorMap* map, int x, int y, u32 bar) {
+    asm volatile(
+        "cp.async.bulk.tensor.5d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
+        " [%0], [%1, {%2, %3, %3, %3, %4}], [%5];"
+        ::"r"(to), "l"(map), "r"(x), "r"(0), "r"(y), "r"(bar) : "memory");
+}
 
 // ---- tensor cores
 

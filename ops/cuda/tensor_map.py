@@ -1,6 +1,7 @@
 """Tensor maps: how Hopper's copies find boxes of a tensor (CUDA driver, cuTensorMapEncodeTiled)."""
 
 import ctypes
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -37,17 +38,29 @@ def tensor_map(x: torch.Tensor, box: Sequence[int], swizzle: int = 128) -> Tenso
     swizzle: bytes of a row within which chunks of 16 bytes are XORed with the row's number, or 0.
     Raises NvrtcError where the driver refuses.
     """
-    size = x.element_size()
-    rank = x.ndim
+    return _encoded(x.data_ptr(), x.dtype, x.shape, x.stride(), tuple(box), swizzle)
+
+
+# A map is an address and sizes, and takes the host longer than a launch.
+@functools.lru_cache(maxsize=4096)
+def _encoded(
+    address: int,
+    dtype: torch.dtype,
+    shape: tuple[int, ...],
+    strides: tuple[int, ...],
+    box: tuple[int, ...],
+    swizzle: int,
+) -> TensorMap:
+    size, rank = dtype.itemsize, len(shape)
     encoded = no_map()
     result = nvrtc.driver().cuTensorMapEncodeTiled(
-        *(ctypes.byref(encoded), BYTES if size == 1 else DTYPES[x.dtype], rank),
-        ctypes.c_void_p(x.data_ptr()),
-        (ctypes.c_uint64 * rank)(*reversed(x.shape)),
-        (ctypes.c_uint64 * (rank - 1))(*(stride * size for stride in reversed(x.stride()[:-1]))),
+        *(ctypes.byref(encoded), BYTES if size == 1 else DTYPES[dtype], rank),
+        ctypes.c_void_p(address),
+        (ctypes.c_uint64 * rank)(*reversed(shape)),
+        (ctypes.c_uint64 * (rank - 1))(*(stride * size for stride in reversed(strides[:-1]))),
         (ctypes.c_uint32 * rank)(*reversed(box)),
         (ctypes.c_uint32 * rank)(*(1 for _ in box)),
         *(0, SWIZZLES[swizzle], PROMOTE_256, 0),
     )
-    nvrtc.check(result, f"cuTensorMapEncodeTiled of {tuple(x.shape)}, box {tuple(box)}")
+    nvrtc.check(result, f"cuTensorMapEncodeTiled of {tuple(shape)}, box {box}")
     return encoded

@@ -1,5 +1,7 @@
 """What `scaled_mm` accepts, checked before any kernel runs."""
 
+from typing import NamedTuple
+
 import torch
 
 from ..custom_op import watched
@@ -17,6 +19,18 @@ GIVEN = ("b", "scale_a", "scale_b", "bias", "zero_point", "column_sum", "gate", 
 BLOCK = 128
 # Kinds of tensors that fit together.
 _right: set[tuple] = set()
+
+
+class Down(NamedTuple):
+    """The first matrix of a low-rank term: h = scale_a · scale · (a · storedᵀ) + shift, [M, R].
+
+    stored: [R, K], of a's dtype, K-contiguous rows a multiple of 16 apart. scale: [R, 1] float32,
+    contiguous. shift: [R] float32, contiguous, or None.
+    """
+
+    stored: torch.Tensor
+    scale: torch.Tensor
+    shift: torch.Tensor | None = None
 
 
 def granularity(a, b, scale_a, scale_b) -> str:
