@@ -14,6 +14,8 @@ WINDOWS = hasattr(ctypes, "WinDLL")
 MAX_DYNAMIC_SHARED_BYTES = 8
 # Shared memory that a kernel has without asking.
 DEFAULT_SHARED_BYTES = 48 * 1024
+# CUlaunchAttributeID.
+PROGRAMMATIC_SERIALIZATION = 6
 
 
 class NvrtcError(RuntimeError):
@@ -91,6 +93,25 @@ def _bytes_of(size_of, read, program: ctypes.c_void_p) -> bytes:
     return buffer.raw
 
 
+class _Attribute(ctypes.Structure):
+    """CUlaunchAttribute: an id, and a union of 64 bytes of which an int is used."""
+
+    _fields_ = (
+        *(("id", ctypes.c_int), ("pad", ctypes.c_int), ("value", ctypes.c_int)),
+        ("rest", ctypes.c_char * 60),
+    )
+
+
+class _Config(ctypes.Structure):
+    """CUlaunchConfig."""
+
+    _fields_ = (
+        *((f"{of}_{axis}", ctypes.c_uint) for of in ("grid", "block") for axis in "xyz"),
+        *(("shared_bytes", ctypes.c_uint), ("stream", ctypes.c_void_p)),
+        *(("attributes", ctypes.POINTER(_Attribute)), ("attribute_count", ctypes.c_uint)),
+    )
+
+
 class Kernel:
     """A compiled kernel, loaded on the current device."""
 
@@ -111,16 +132,27 @@ class Kernel:
             )
 
     def launch(
-        self, grid: tuple[int, int, int], threads: int, arguments: Sequence, stream: int
+        self,
+        grid: tuple[int, int, int],
+        threads: int,
+        arguments: Sequence,
+        stream: int,
+        dependent: bool = False,
     ) -> None:
-        """Run on `stream`; arguments: ctypes values, in the order of the kernel's parameters."""
+        """Run on `stream`; arguments: ctypes values, in the order of the kernel's parameters.
+
+        dependent: blocks may start while the kernel before ends (programmatic dependent launch);
+        the kernel itself waits for that before it touches memory (`griddepcontrol.wait`).
+        """
         pointers = (ctypes.c_void_p * len(arguments))(
             *(ctypes.addressof(argument) for argument in arguments)
         )
+        attribute = _Attribute(PROGRAMMATIC_SERIALIZATION, value=1)
+        config = _Config(
+            *(*grid, threads, 1, 1, self._shared_bytes, stream),
+            *(ctypes.pointer(attribute), int(dependent)),
+        )
         check(
-            driver().cuLaunchKernel(
-                *(self._function, *grid, threads, 1, 1, self._shared_bytes),
-                *(ctypes.c_void_p(stream), pointers, None),
-            ),
-            "cuLaunchKernel",
+            driver().cuLaunchKernelEx(ctypes.byref(config), self._function, pointers, None),
+            "cuLaunchKernelEx",
         )

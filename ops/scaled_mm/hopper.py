@@ -16,6 +16,8 @@ from .check import Down, in_8_bits
 from .reference import in_16_bits
 
 HOPPER = (9, 0)
+AHEAD = None
+PDL = True
 FOLDER = Path(__file__).with_name("kernels")
 SOURCES = ("machine.cu", "product.cu")
 THREADS = 384
@@ -32,9 +34,9 @@ MAX_RANKS = RANKS * STAGES
 ALIGNMENT = 16
 # As the source has them.
 TYPES = {None: 0, torch.bfloat16: 1, torch.float16: 2, torch.float32: 3}
-BARRIER_BYTES = 8 * (2 * STAGES + 2)
+BARRIER_BYTES = 8 * (2 * STAGES + 6)
 POINTERS = (
-    *("order", "scale_a", "scale_b", "bias", "gate", "residual", "out", "h", "ready"),
+    *("order", "scale_a", "scale_b", "bias", "gate", "residual", "out", "h", "ready", "taken"),
     *("scale_down", "shift"),
 )
 
@@ -63,30 +65,30 @@ def options(**defined: int) -> tuple[str, ...]:
 def shared_bytes(projects: bool) -> int:
     """Return the shared memory of a block: the stages, scales and biases of a tile, barriers."""
     stage = (TILE_M + TILE_N + (RANKS if projects else 0)) * STEP
-    return STAGES * stage + TILE_N * 8 + BARRIER_BYTES
+    return STAGES * stage + TILE_N * 8 + 8 + BARRIER_BYTES
 
 
-def order(rows: int, columns: int, projects: bool) -> list[int]:
+def order(rows: int, columns: int, ahead: int = 0) -> list[int]:
     """Return the tiles, row | column << 16, in the order in which they are begun.
 
-    In groups of rows that share columns in the L2. projects: the tiles of column 0, which others of
-    their rows wait for, come a group earlier.
+    In groups of rows that share columns in the L2. ahead: 0, or where other tiles wait for those of
+    column 0: so many of these come first, the others a group before their rows.
     """
     groups = [range(i, min(i + GROUP, rows)) for i in range(0, rows, GROUP)]
-    heads = [[row for row in group] for group in groups]
-    if not projects:
-        rests = [[row | column << 16 for column in range(columns) for row in g] for g in groups]
-        return [tile for rest in rests for tile in rest]
-    rests = [[row | column << 16 for column in range(1, columns) for row in g] for g in groups]
-    tiles = heads[0]
-    for i, rest in enumerate(rests):
-        tiles = tiles + (heads[i + 1] if i + 1 < len(heads) else []) + rest
+    if not ahead:
+        return [row | column << 16 for g in groups for column in range(columns) for row in g]
+    first = max(ahead, GROUP)
+    tiles = list(range(min(first, rows)))
+    for i, group in enumerate(groups):
+        later = groups[i + 1] if i + 1 < len(groups) else ()
+        tiles += [row for row in later if row >= first]
+        tiles += [row | column << 16 for column in range(1, columns) for row in group]
     return tiles
 
 
 @functools.cache
-def _order(rows: int, columns: int, projects: bool, device: torch.device) -> torch.Tensor:
-    return torch.tensor(order(rows, columns, projects), dtype=torch.int32, device=device)
+def _order(rows: int, columns: int, ahead: int, device: torch.device) -> torch.Tensor:
+    return torch.tensor(order(rows, columns, ahead), dtype=torch.int32, device=device)
 
 
 @functools.cache
@@ -167,15 +169,18 @@ def run(
     h, u = _term(low_rank, scale_a, scale_b)
     down = h if isinstance(h, Down) else None
     rows, columns = -(-m // TILE_M), -(-n // TILE_N)
-    tiles = _order(rows, columns, down is not None, a.device)
-    ready, maps = None, [_map(a, TILE_M), _permuted(b), no_map(), no_map(), no_map()]
+    processors = _processors(a.device)
+    tiles = _order(rows, columns, AHEAD if down is not None and AHEAD is not None else processors if down is not None else 0, a.device)
+    ready = taken = None
+    maps = [_map(a, TILE_M), _permuted(b), no_map(), no_map(), no_map()]
     if u is not None:
         if down is not None:
             h = torch.empty((rows * TILE_M, RANKS), dtype=u.dtype, device=a.device)
-            ready = torch.zeros(rows, dtype=torch.int32, device=a.device)
+            ready = torch.zeros(rows + 1, dtype=torch.int32, device=a.device)
+            taken = ready[rows:]
             maps[4] = _map(_matrix(down.stored), RANKS)
         maps[2:4] = _map(h, TILE_M), _permuted(u)
-    tensors = (tiles, scale_a, scale_b, bias, gate, residual, out, h, ready)
+    tensors = (tiles, scale_a, scale_b, bias, gate, residual, out, h, ready, taken)
     tensors += (None, None) if down is None else (down.scale, down.shift)
     gate_rows = 0 if gate is None else m // gate.shape[0]
     params = Params(
@@ -197,9 +202,9 @@ def run(
     }
     with torch.cuda.device(a.device):
         kernel = _kernel(a.device.index, down is not None, *defined.items())
-        blocks = min(tiles.numel(), _processors(a.device))
+        blocks = min(tiles.numel(), processors)
         stream = torch.cuda.current_stream(a.device).cuda_stream
-        kernel.launch((blocks, 1, 1), THREADS, (params, *maps), stream)
+        kernel.launch((blocks, 1, 1), THREADS, (params, *maps), stream, PDL)
     return out
 
 

@@ -11,8 +11,8 @@
 // With DOWN, H = scale_a · scale_down · A·Downᵀ + shift is made here, too: the tiles of the first
 // columns, "heads", multiply the A that stands in their stages with the 64 rows of Down as well.
 // A head stores H and raises the flag of its rows, for which other tiles wait before they load it.
-// Heads come so early in the order that these rarely wait. Nothing can wait for ever: each tile
-// waits only for an earlier one, and blocks take their tiles in order.
+// Heads come so early in the order that these rarely wait. Nothing can wait for ever: a tile waits
+// only for one that is earlier in the order, which a block has taken that is running.
 //
 // Layouts: rows of 128 bytes whose 16-byte chunks are XORed with the row's number modulo 8, as
 // wgmma's 128-byte swizzle reads them. The rows of B and U are put in shared memory in such an
@@ -44,6 +44,7 @@ struct Params {
     void* out;             // [M, N], contiguous
     void* h;               // DOWN: [row tiles · 128, 64], written
     int* ready;            // DOWN: [row tiles], zeros: warpgroups that wrote their rows of h
+    int* taken;            // DOWN: zero: tiles that were taken after each block's first
     const float* scale_down;  // DOWN: [ranks]
     const float* shift;       // DOWN: [ranks], or null
     long long stride_gate, stride_residual;
@@ -63,6 +64,7 @@ constexpr int STAGE_BYTES = A_BYTES + B_BYTES + DOWN_BYTES;
 // Scales of B and biases of a tile's columns.
 constexpr bool VECTORS = ROWS_B || BIAS;
 constexpr int BIAS_BYTES = BIAS == FP32_TYPE ? 4 : 2;
+constexpr int NO_TILE = -1;
 constexpr int SUMS = 128;
 constexpr int H_SUMS = 32;
 // The epilogue has a quarter of the sums at a time: 64 columns.

@@ -5,22 +5,24 @@ struct Maps {
 };
 
 struct Shared {
-    u32 stages, vectors, full, empty, vectors_full, vectors_empty;
+    u32 stages, vectors, tiles;
+    u32 full, empty, vectors_full, vectors_empty, tiles_full, tiles_empty;
 };
 
-// A place in the ring of stages.
-struct Ring {
-    int stage = 0;
+// A place in a ring of so many slots.
+template <int COUNT> struct Slots {
+    int slot = 0;
     u32 phase = 0;
     __device__ __forceinline__ void next() {
-        if (++stage == STAGES) {
-            stage = 0;
+        if (++slot == COUNT) {
+            slot = 0;
             phase ^= 1;
         }
     }
 };
+typedef Slots<STAGES> Ring;
 
-// A tile's first row and column, of those that the block takes in turn.
+// A tile's row and column, in tiles.
 struct Tile {
     int row, column;
     __device__ __forceinline__ Tile(int packed) : row(packed & 0xffff), column(packed >> 16) {}
@@ -51,8 +53,8 @@ __device__ __forceinline__ void copy_vectors(const Params& args, const Shared& a
 __device__ __forceinline__ void copy_term(const Params& args, const Maps& maps, const Shared& at,
                                           Tile tile, Ring& ring) {
     for (int rank = 0; rank < args.ranks; rank += RANKS) {
-        barrier_wait(at.empty + 8 * ring.stage, ring.phase ^ 1);
-        u32 full = at.full + 8 * ring.stage, to = at.stages + ring.stage * STAGE_BYTES;
+        barrier_wait(at.empty + 8 * ring.slot, ring.phase ^ 1);
+        u32 full = at.full + 8 * ring.slot, to = at.stages + ring.slot * STAGE_BYTES;
         barrier_expect(full, B_BYTES + (tile.is_head() ? 0 : A_BYTES));
         copy_box_5d(to + A_BYTES, maps.u, rank, tile.column * (N / 32), full);
         if (!tile.is_head()) {
@@ -63,26 +65,44 @@ __device__ __forceinline__ void copy_term(const Params& args, const Maps& maps, 
     }
 }
 
+// Tells the consumers which tile is next.
+__device__ __forceinline__ void tell(const Shared& at, Slots<2>& told, int packed) {
+    barrier_wait(at.tiles_empty + 8 * told.slot, told.phase ^ 1);
+    asm volatile("st.shared.s32 [%0], %1;" ::"r"(at.tiles + 4 * told.slot), "r"(packed) : "memory");
+    barrier_arrive(at.tiles_full + 8 * told.slot);
+    told.next();
+}
+
 __device__ __forceinline__ void produce(const Params& args, const Maps& maps, const Shared& at) {
     Ring ring;
-    u32 turn = 1;
-    int packed = args.order[blockIdx.x];
-    for (int t = blockIdx.x; t < args.tiles; t += gridDim.x) {
+    Slots<1> vectors;
+    Slots<2> told;
+    int t = blockIdx.x;
+    int packed = args.order[t];
+    for (;;) {
+        tell(at, told, packed);
+        if (packed == NO_TILE) return;
         Tile tile(packed);
-        if (t + gridDim.x < args.tiles) packed = args.order[t + gridDim.x];
+        // Heads take longer: with them, who is free first takes the next tile. Asked for early, as
+        // the answer takes a while.
+        if (!DOWN) t += gridDim.x;
+        int ask = max(args.steps - 6, 0), look = max(args.steps - 3, 0);
 #pragma unroll 1
         for (int step = 0; step < args.steps; ++step) {
-            barrier_wait(at.empty + 8 * ring.stage, ring.phase ^ 1);
-            u32 full = at.full + 8 * ring.stage, to = at.stages + ring.stage * STAGE_BYTES;
+            if (DOWN && step == ask) t = gridDim.x + atomicAdd(args.taken, 1);
+            if (step == look) packed = t < args.tiles ? args.order[t] : NO_TILE;
+            barrier_wait(at.empty + 8 * ring.slot, ring.phase ^ 1);
+            u32 full = at.full + 8 * ring.slot, to = at.stages + ring.slot * STAGE_BYTES;
             barrier_expect(full, A_BYTES + B_BYTES + (tile.is_head() ? DOWN_BYTES : 0));
             copy_box(to, maps.a, step * ROW_BYTES, tile.row * M, full);
             copy_box_5d(to + A_BYTES, maps.b, step * ROW_BYTES, tile.column * (N / 32), full);
-            if (tile.is_head()) copy_box(to + A_BYTES + B_BYTES, maps.down, step * ROW_BYTES, 0, full);
+            if (tile.is_head())
+                copy_box(to + A_BYTES + B_BYTES, maps.down, step * ROW_BYTES, 0, full);
             ring.next();
         }
         if (VECTORS) {
-            barrier_wait(at.vectors_empty, turn);
-            turn ^= 1;
+            barrier_wait(at.vectors_empty, vectors.phase ^ 1);
+            vectors.next();
             copy_vectors(args, at, tile.column * N);
         }
         if (LOW_RANK) copy_term(args, maps, at, tile, ring);
@@ -114,8 +134,8 @@ __device__ __forceinline__ void multiply(const Params& args, const Shared& at, R
     int before = 0;
 #pragma unroll 1
     for (int step = 0; step < args.steps; ++step) {
-        barrier_wait(at.full + 8 * ring.stage, ring.phase);
-        u32 stage = at.stages + ring.stage * STAGE_BYTES;
+        barrier_wait(at.full + 8 * ring.slot, ring.phase);
+        u32 stage = at.stages + ring.slot * STAGE_BYTES;
         u64 a = descriptor(stage + group_of() * (A_BYTES / CONSUMERS));
         u64 b = descriptor(stage + A_BYTES), down = descriptor(stage + A_BYTES + B_BYTES);
         mma_fence();
@@ -127,7 +147,7 @@ __device__ __forceinline__ void multiply(const Params& args, const Shared& at, R
         mma_commit();
         mma_wait<1>();
         if (step) release(at.empty + 8 * before);
-        before = ring.stage;
+        before = ring.slot;
         ring.next();
     }
     mma_wait<0>();
@@ -210,7 +230,7 @@ struct Epilogue {
         mma_fence();
 #pragma unroll 1
         for (int rank = 0; rank < (DOWN ? RANKS : args.ranks); rank += RANKS) {
-            u32 stage = at.stages + ring.stage * STAGE_BYTES;
+            u32 stage = at.stages + ring.slot * STAGE_BYTES;
             u64 h = descriptor(stage + group_of() * (A_BYTES / CONSUMERS));
             u64 u = descriptor(stage + A_BYTES + QUARTER * 64 * ROW_BYTES);
 #pragma unroll
@@ -266,26 +286,33 @@ __device__ __forceinline__ Ring await_term(const Params& args, const Shared& at,
     Ring first = ring;
 #pragma unroll 1
     for (int rank = 0; rank < args.ranks; rank += RANKS) {
-        barrier_wait(at.full + 8 * ring.stage, ring.phase);
+        barrier_wait(at.full + 8 * ring.slot, ring.phase);
         ring.next();
     }
     return first;
 }
 __device__ __forceinline__ void release_term(const Params& args, const Shared& at, Ring ring) {
     for (int rank = 0; rank < args.ranks; rank += RANKS) {
-        release(at.empty + 8 * ring.stage);
+        release(at.empty + 8 * ring.slot);
         ring.next();
     }
 }
 
 __device__ __forceinline__ void consume(const Params& args, const Shared& at) {
     Ring ring;
-    u32 turn = 0;
+    Slots<1> vectors;
+    Slots<2> told;
     float scale_b = ROWS_B ? 0.0f : *args.scale_b;
-    int packed = args.order[blockIdx.x];
-    for (int t = blockIdx.x; t < args.tiles; t += gridDim.x) {
+    for (;;) {
+        int packed;
+        barrier_wait(at.tiles_full + 8 * told.slot, told.phase);
+        asm volatile("ld.shared.s32 %0, [%1];"
+                     : "=r"(packed) : "r"(at.tiles + 4 * told.slot) : "memory");
+        __syncwarp();
+        release(at.tiles_empty + 8 * told.slot);
+        told.next();
+        if (packed == NO_TILE) return;
         Tile tile(packed);
-        if (t + gridDim.x < args.tiles) packed = args.order[t + gridDim.x];
         Place place;
         place.row = tile.row * M + group_of() * 64 + threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4;
         place.column = threadIdx.x % 4 * 8;
@@ -302,13 +329,13 @@ __device__ __forceinline__ void consume(const Params& args, const Shared& at) {
             u32 h[H_SUMS / 2];
             finish_h(args, place, sums, h);
             publish_h(args, place, tile.row, h);
-            barrier_wait(at.full + 8 * ring.stage, ring.phase);
-            place_h(at.stages + ring.stage * STAGE_BYTES + group_of() * (A_BYTES / CONSUMERS), h);
+            barrier_wait(at.full + 8 * ring.slot, ring.phase);
+            place_h(at.stages + ring.slot * STAGE_BYTES + group_of() * (A_BYTES / CONSUMERS), h);
         } else {
             multiply<false>(args, at, ring, acc, sums);
         }
-        if (VECTORS) barrier_wait(at.vectors_full, turn);
-        turn ^= 1;
+        if (VECTORS) barrier_wait(at.vectors_full, vectors.phase);
+        vectors.next();
         Ring term;
         if (LOW_RANK) term = await_term(args, at, ring);
         Epilogue epilogue = {args, at, place, tile.column * N, scale_b};
@@ -332,10 +359,13 @@ product(const __grid_constant__ Params args, const __grid_constant__ TensorMap a
     Shared at;
     at.stages = shared_address(raw);
     at.vectors = at.stages + STAGES * STAGE_BYTES;
-    at.full = at.vectors + N * 8;
+    at.tiles = at.vectors + N * 8;
+    at.full = at.tiles + 8;
     at.empty = at.full + 8 * STAGES;
     at.vectors_full = at.empty + 8 * STAGES;
     at.vectors_empty = at.vectors_full + 8;
+    at.tiles_full = at.vectors_empty + 8;
+    at.tiles_empty = at.tiles_full + 16;
     if (threadIdx.x == 0) {
         for (int i = 0; i < STAGES; ++i) {
             barrier_init(at.full + 8 * i, 1);
@@ -343,10 +373,16 @@ product(const __grid_constant__ Params args, const __grid_constant__ TensorMap a
         }
         barrier_init(at.vectors_full, 1);
         barrier_init(at.vectors_empty, WARPS);
+        for (int i = 0; i < 2; ++i) {
+            barrier_init(at.tiles_full + 8 * i, 1);
+            barrier_init(at.tiles_empty + 8 * i, WARPS);
+        }
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
         asm volatile("fence.proxy.async;" ::: "memory");
     }
     __syncthreads();
+    // Until here the kernel before in the stream may still run, and read what this one writes.
+    asm volatile("griddepcontrol.wait;" ::: "memory");
     int group = __shfl_sync(0xffffffff, threadIdx.x / 128, 0);
     if (group == CONSUMERS) {
         asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
