@@ -13,7 +13,8 @@ from comfy_kitchen.tensor import QuantizedTensor
 
 from .. import registry, tuning
 from ..quantize_rows import Prologue
-from ..scaled_mm.check import LOW_RANK
+from ..scaled_mm.check import LOW_RANK, is_few
+from ..scaled_mm.hopper import HOPPER
 from ..widen_rows import widen_rows
 from .activation import (
     Kind,
@@ -91,7 +92,7 @@ def linear(
     if x.shape[-1] != k:
         raise ValueError(f"linear: input has {x.shape[-1]} features, weight [{n}, {k}] takes {k}")
     rows = math.prod(x.shape[:-1])
-    chosen = _chosen(weight, x.device, rows, backend)
+    chosen = _chosen(weight, x.device, rows, backend, low_rank)
     if isinstance(x, QuantizedTensor):
         x = from_host(x, weight)
     shape, dtype = (*x.shape[:-1], n), x.dtype
@@ -101,12 +102,14 @@ def linear(
         return weight._qdata.new_empty(shape, dtype=dtype, device=x.device)
     given, one_sum = x, False
     if not isinstance(x, QuantizedActivation):
-        one_sum = chosen.fuses and dtype in LOW_RANK
+        one_sum = chosen.fuses and not chosen.projects and dtype in LOW_RANK
         one_sum = one_sum and joins(low_rank, weight, x.device, rows)
         x = _prepared(x, weight, input_act, chosen.quantizes, HEADROOM if one_sum else 0)
     term = None
     if low_rank is not None:
-        h = low_rank.project(x, lambda: _plain(given, input_act))
+        h = low_rank.unprojected(x) if chosen.projects else None
+        if h is None:
+            h = low_rank.project(x, lambda: _plain(given, input_act))
         term = _joined(h, x, low_rank.up, weight) if one_sum else (h, plain(low_rank.up).to(dtype))
     if residual is not None:
         residual = residual.reshape(rows, n)
@@ -119,10 +122,17 @@ def input_kind(weight: QuantizedTensor, device: torch.device, rows: int) -> Kind
     return kind_on(device, weight) if chosen.quantizes else None
 
 
-def _chosen(weight, device: torch.device, rows: int, backend: str) -> registry.Backend:
+def _chosen(
+    weight, device: torch.device, rows: int, backend: str, low_rank: LowRank | None = None
+) -> registry.Backend:
     (n, k), scheme = weight.shape, weight.layout_cls.scheme
     m = tuning.bucket_if_tuned(OP, scheme, device, n, k, rows)
-    few = rows <= FEW_ROWS if scheme in GROUPS else None
+    few = None
+    if scheme in GROUPS:
+        few = rows <= FEW_ROWS
+    elif registry.capability(device) == HOPPER:
+        # Elsewhere nothing asks, and compiled graphs need not depend on it.
+        few = is_few(rows, 0 if low_rank is None else low_rank.up.shape[1])
     name = backend_of(weight) if backend == "auto" else backend
     return registry.select(OP, registry.Call(scheme, device, n, k, m, few), name)
 

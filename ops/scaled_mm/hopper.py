@@ -2,6 +2,8 @@
 
 import ctypes
 import functools
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -12,32 +14,30 @@ from ..cuda import source as cuda_source
 from ..cuda.tensor_map import TensorMap, no_map, tensor_map
 from ..registry import Backend, Needs, capability, register
 from . import OP
-from .check import Down, in_8_bits
+from .check import MADE_RANKS, MAX_RANKS, Down, in_8_bits
 from .reference import in_16_bits
 
 HOPPER = (9, 0)
-AHEAD = None
-PDL = True
 FOLDER = Path(__file__).with_name("kernels")
-SOURCES = ("machine.cu", "product.cu")
+SOURCES = ("machine.cu", "epilogue.cu", "product.cu")
 THREADS = 384
 # Rows and columns of a tile, bytes of K of a stage.
 TILE_M, TILE_N, STEP = 128, 256, 128
 STAGES = 4
-# Columns of a result are stored eight neighbours a thread, of four threads.
+SHARED_BYTES = 227 * 1024
+# A thread stores eight neighbouring columns of a result, four threads as many as there are here.
 COLUMNS = 32
 # Row tiles that share columns in the L2.
 GROUP = 16
-# Ranks of a stage, which are all that can be projected here, and of all stages.
-RANKS = 64
-MAX_RANKS = RANKS * STAGES
 ALIGNMENT = 16
 # As the source has them.
 TYPES = {None: 0, torch.bfloat16: 1, torch.float16: 2, torch.float32: 3}
-BARRIER_BYTES = 8 * (2 * STAGES + 6)
+# The two slots in which the next tiles are told; barriers of these and of the vectors.
+TILES_BYTES = 2 * 4
+BARRIERS = 2 * (2 + 1)
 POINTERS = (
-    *("order", "scale_a", "scale_b", "bias", "gate", "residual", "out", "h", "ready", "taken"),
-    *("scale_down", "shift"),
+    *("order", "scale_a", "scale_b", "bias", "gate", "zero_point", "column_sum", "out", "h"),
+    *("ready", "taken", "scale_down", "shift"),
 )
 
 
@@ -46,7 +46,7 @@ class Params(ctypes.Structure):
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in POINTERS),
-        *((name, ctypes.c_longlong) for name in ("stride_gate", "stride_residual")),
+        ("stride_gate", ctypes.c_longlong),
         *((name, ctypes.c_int) for name in ("m", "n", "steps", "ranks", "tiles", "gate_rows")),
     )
 
@@ -57,15 +57,21 @@ def source() -> str:
 
 
 def options(**defined: int) -> tuple[str, ...]:
-    """Return NVRTC's options; defined: what machine.cu lists, but STAGES."""
-    names = {"STAGES": STAGES, **defined}
-    return (*HOPPER_OPTIONS, *(f"-D{name}={int(value)}" for name, value in names.items()))
+    """Return NVRTC's options; defined: what machine.cu lists."""
+    return (*HOPPER_OPTIONS, *(f"-D{name}={int(value)}" for name, value in defined.items()))
 
 
-def shared_bytes(projects: bool) -> int:
-    """Return the shared memory of a block: the stages, scales and biases of a tile, barriers."""
-    stage = (TILE_M + TILE_N + (RANKS if projects else 0)) * STEP
-    return STAGES * stage + TILE_N * 8 + 8 + BARRIER_BYTES
+def shared_bytes(stages: int, projects: bool, vectors: Iterable[torch.dtype]) -> int:
+    """Return the shared memory of a block. vectors: the dtypes of those that stay for a tile."""
+    stage = (TILE_M + TILE_N + (MADE_RANKS if projects else 0)) * STEP
+    held = sum(TILE_N * dtype.itemsize for dtype in vectors)
+    return stages * stage + held + TILES_BYTES + 8 * (2 * stages + BARRIERS)
+
+
+def stages_of(projects: bool, vectors: Sequence[torch.dtype]) -> int:
+    """Return how many stages there is room for."""
+    fits = shared_bytes(STAGES, projects, vectors) <= SHARED_BYTES
+    return STAGES if fits else STAGES - 1
 
 
 def order(rows: int, columns: int, ahead: int = 0) -> list[int]:
@@ -92,9 +98,9 @@ def _order(rows: int, columns: int, ahead: int, device: torch.device) -> torch.T
 
 
 @functools.cache
-def _kernel(device: int, projects: bool, *defined: tuple[str, int]) -> nvrtc.Kernel:
-    code = nvrtc.compile_source(source(), options(DOWN=projects, **dict(defined)))
-    return nvrtc.Kernel(code, "product", shared_bytes(projects))
+def _kernel(device: int, shared: int, *defined: tuple[str, int]) -> nvrtc.Kernel:
+    code = nvrtc.compile_source(source(), options(**dict(defined)))
+    return nvrtc.Kernel(code, "product", shared)
 
 
 @functools.cache
@@ -106,8 +112,8 @@ def _aligned(x: torch.Tensor | None) -> torch.Tensor | None:
     """Return x, or a copy where a row of it starts at no multiple of 16 bytes."""
     if x is None:
         return None
-    rows = x.dim() == 2 and len(x) > 1 and x.stride(0) * x.element_size() % ALIGNMENT
-    if x.data_ptr() % ALIGNMENT or rows:
+    apart = x.dim() == 2 and len(x) > 1 and x.stride(0) * x.element_size() % ALIGNMENT
+    if x.data_ptr() % ALIGNMENT or apart:
         return x.clone(memory_format=torch.contiguous_format)
     return x
 
@@ -123,7 +129,7 @@ def _map(x: torch.Tensor, rows: int) -> TensorMap:
 
 
 def _permuted(x: torch.Tensor) -> TensorMap:
-    """Return the map by which 256 rows of x come, ordered as the sums of a thread are neighbours.
+    """Return the map by which 256 rows of x come, in such an order that sums are neighbours.
 
     Of 32 rows, 8·i + 2·j + e arrives as 8·j + 2·i + e (i, j below 4, e below 2).
     """
@@ -131,17 +137,55 @@ def _permuted(x: torch.Tensor) -> TensorMap:
     return tensor_map(parts, (TILE_N // COLUMNS, 4, 4, 2, STEP // x.element_size()))
 
 
-def _term(low_rank, scale_a, scale_b):
-    """Return (h or Down or None, u or None), 16 bits, as maps can describe them."""
+@dataclass(frozen=True)
+class _Term:
+    """A low-rank term as the kernel takes it, with what has to stay alive until the launch.
+
+    h: given, or to be written to; u: both in 16 bits. down: where h is made within.
+    """
+
+    h: torch.Tensor
+    u: torch.Tensor
+    down: Down | None = None
+
+    @property
+    def maps(self) -> tuple[TensorMap, TensorMap, TensorMap]:
+        down = no_map() if self.down is None else _map(self.down.stored, MADE_RANKS)
+        return _map(self.h, TILE_M), _permuted(self.u), down
+
+
+def _term(low_rank, a, scale_a, scale_b) -> _Term | None:
     if low_rank is None:
-        return None, None
+        return None
     h, u = low_rank
-    if not isinstance(h, Down):
-        h, u = in_16_bits(low_rank, scale_a, scale_b) if in_8_bits(low_rank) else low_rank
-        if pad := -h.shape[1] % 8:
-            h, u = F.pad(h, (0, pad)), F.pad(u, (0, pad))
-        return _matrix(h), _matrix(u)
-    return h, _matrix(u)
+    if isinstance(h, Down) and len(h.stored) <= MADE_RANKS:
+        rows = -(-len(a) // TILE_M) * TILE_M
+        made = torch.empty((rows, MADE_RANKS), dtype=u.dtype, device=a.device)
+        return _Term(made, _matrix(u), h._replace(stored=_matrix(h.stored)))
+    if isinstance(h, Down):
+        h = run(a, h.stored, scale_a, h.scale, h.shift, *[None] * 5, u.dtype)
+    elif in_8_bits(low_rank):
+        h, u = in_16_bits(low_rank, scale_a, scale_b)
+    if pad := -h.shape[1] % (ALIGNMENT // 2):
+        h, u = F.pad(h, (0, pad)), F.pad(u, (0, pad))
+    return _Term(_matrix(h), _matrix(u))
+
+
+def _defined(a, scales, bias, gate, residual, term, zero_point, activation, out_dtype) -> dict:
+    """Return what machine.cu wants to be defined, but the stages."""
+    dtypes = {"BIAS": bias, "GATE": gate, "RESIDUAL": residual}
+    return {
+        "INTEGER": a.dtype == torch.int8,
+        "LOW_RANK": term is not None,
+        "FP16": term is not None and term.u.dtype == torch.float16,
+        "DOWN": term is not None and term.down is not None,
+        **{name: x.numel() > 1 for name, x in zip(("ROWS_A", "ROWS_B"), scales, strict=True)},
+        "OUT": TYPES[out_dtype],
+        **{name: TYPES[None if x is None else x.dtype] for name, x in dtypes.items()},
+        "GATES": gate is not None and gate.shape[0] > 1,
+        "GELU": activation is not None,
+        "POINT": zero_point is not None,
+    }
 
 
 def run(
@@ -158,54 +202,62 @@ def run(
     out_dtype,
     low_rank=None,
 ) -> torch.Tensor:
-    """Return the product as `scaled_mm` describes it, without a zero point."""
-    (m, k), n = a.shape, b.shape[0]
-    out = torch.empty((m, n), dtype=out_dtype, device=a.device)
-    a, b, scale_b, bias, gate, residual = (
-        _matrix(a),
-        _matrix(b),
-        *(_aligned(x) for x in (scale_b, bias, gate, residual)),
-    )
-    h, u = _term(low_rank, scale_a, scale_b)
-    down = h if isinstance(h, Down) else None
+    """Return the product as `scaled_mm` describes it.
+
+    Raises ValueError for a term of more than MAX_RANKS ranks.
+    """
+    if low_rank is not None and low_rank[1].shape[1] > MAX_RANKS:
+        raise ValueError(
+            f"scaled_mm: hopper takes {MAX_RANKS} ranks, not {low_rank[1].shape[1]}; name another "
+            "backend, or none"
+        )
+    out = torch.empty((len(a), len(b)), dtype=out_dtype, device=a.device)
+    a, b = _matrix(a), _matrix(b)
+    # Named until the launch: copies among them would be freed.
+    given = [_aligned(x) for x in (scale_b, bias, gate, zero_point, column_sum)]
+    scale_b, bias, gate, zero_point, column_sum = given
+    residual = None if residual is None else _matrix(residual)
+    term = _term(low_rank, a, scale_a, scale_b)
+    scales = (scale_a, scale_b)
+    defined = _defined(a, scales, bias, gate, residual, term, zero_point, activation, out_dtype)
+    _launch(out, a, b, scale_a, given, residual, term, defined)
+    return out
+
+
+def _launch(out, a, b, scale_a, given, residual, term: _Term | None, defined: dict) -> None:
+    """Write the product to `out`; given: scale_b, bias, gate, zero_point and column_sum."""
+    scale_b, bias, gate, zero_point, column_sum = given
+    (m, k), n, device = a.shape, len(b), a.device
     rows, columns = -(-m // TILE_M), -(-n // TILE_N)
-    processors = _processors(a.device)
-    tiles = _order(rows, columns, AHEAD if down is not None and AHEAD is not None else processors if down is not None else 0, a.device)
-    ready = taken = None
-    maps = [_map(a, TILE_M), _permuted(b), no_map(), no_map(), no_map()]
-    if u is not None:
-        if down is not None:
-            h = torch.empty((rows * TILE_M, RANKS), dtype=u.dtype, device=a.device)
-            ready = torch.zeros(rows + 1, dtype=torch.int32, device=a.device)
-            taken = ready[rows:]
-            maps[4] = _map(_matrix(down.stored), RANKS)
-        maps[2:4] = _map(h, TILE_M), _permuted(u)
-    tensors = (tiles, scale_a, scale_b, bias, gate, residual, out, h, ready, taken)
-    tensors += (None, None) if down is None else (down.scale, down.shift)
-    gate_rows = 0 if gate is None else m // gate.shape[0]
+    down, processors = term.down if term else None, _processors(device)
+    tiles = _order(rows, columns, processors if down else 0, device)
+    # Flags, and the number of tiles that were taken.
+    ready = torch.zeros(rows + 1, dtype=torch.int32, device=device) if down else None
+    tensors = (
+        *(tiles, scale_a, scale_b, bias, gate, zero_point, column_sum, out),
+        *(term.h if term else None, ready, ready[rows:] if down else None),
+        *((down.scale, down.shift) if down else (None, None)),
+    )
     params = Params(
         *(None if x is None else x.data_ptr() for x in tensors),
-        *(0 if x is None else x.stride(0) for x in (gate, residual)),
-        *(m, n, -(-k // STEP), 0 if u is None else u.shape[1], tiles.numel(), gate_rows),
+        0 if gate is None else gate.stride(0),
+        *(m, n, -(-k // STEP), term.u.shape[1] if term else 0, len(tiles)),
+        0 if gate is None else m // len(gate),
     )
-    defined = {
-        "INTEGER": a.dtype == torch.int8,
-        "LOW_RANK": u is not None,
-        "FP16": u is not None and u.dtype == torch.float16,
-        "ROWS_A": scale_a.numel() > 1,
-        "ROWS_B": scale_b.numel() > 1,
-        "OUT": TYPES[out_dtype],
-        **{x: TYPES[None if t is None else t.dtype] for x, t in (("BIAS", bias), ("GATE", gate))},
-        "RESIDUAL": TYPES[None if residual is None else residual.dtype],
-        "GATES": gate is not None and gate.shape[0] > 1,
-        "GELU": activation is not None,
-    }
-    with torch.cuda.device(a.device):
-        kernel = _kernel(a.device.index, down is not None, *defined.items())
-        blocks = min(tiles.numel(), processors)
-        stream = torch.cuda.current_stream(a.device).cuda_stream
-        kernel.launch((blocks, 1, 1), THREADS, (params, *maps), stream, PDL)
-    return out
+    maps = (
+        *(_map(a, TILE_M), _permuted(b)),
+        *(term.maps if term else (no_map(),) * 3),
+        no_map() if residual is None else _map(residual, TILE_M),
+    )
+    one_row = (scale_b if scale_b.numel() > 1 else None, bias, None if defined["GATES"] else gate)
+    vectors = [x.dtype for x in one_row if x is not None]
+    stages = stages_of(down is not None, vectors)
+    shared = shared_bytes(stages, down is not None, vectors)
+    with torch.cuda.device(device):
+        kernel = _kernel(device.index, shared, ("STAGES", stages), *defined.items())
+        stream = torch.cuda.current_stream(device).cuda_stream
+        blocks = min(len(tiles), processors)
+        kernel.launch((blocks, 1, 1), THREADS, (params, *maps), stream, dependent=True)
 
 
 def _missing(device: torch.device) -> str | None:
@@ -219,6 +271,8 @@ NEEDS = Needs(
     frozenset(f"{x}_{scales}" for x in ("int8", "fp8") for scales in ("tensor", "row")),
     devices=frozenset({"cuda"}),
     capability=HOPPER,
+    few=False,
     n_multiple=COLUMNS,
     self_test=_missing,
 )
+register(Backend(OP, "hopper", 5, NEEDS, run, projects=True))

@@ -6,7 +6,8 @@
 // tile run behind the epilogue of the one before.
 //
 // The low-rank term is one more stage for each 64 ranks: H and U, of 16 bits, are as wide in bytes
-// as A and B. It is multiplied onto the sums once they are floats and scaled.
+// as A and B. It is multiplied onto the sums once they are floats and scaled. The residual comes by
+// the same ring, two boxes of 128 rows and 128 bytes a stage.
 //
 // With DOWN, H = scale_a · scale_down · A·Downᵀ + shift is made here, too: the tiles of the first
 // columns, "heads", multiply the A that stands in their stages with the 64 rows of Down as well.
@@ -18,8 +19,8 @@
 // wgmma's 128-byte swizzle reads them. The rows of B and U are put in shared memory in such an
 // order that the sums of a thread are of 8 neighbouring columns of C.
 //
-// Two files, compiled as one by NVRTC for sm_90a, after ops/cuda/hopper.cu: this one has the
-// products, product.cu the kernel. Defined from outside:
+// Three files, compiled as one by NVRTC for sm_90a, after ops/cuda/hopper.cu: this one has the
+// products, epilogue.cu what follows them, product.cu the kernel. Defined from outside:
 //   INTEGER      A and B are INT8, else E4M3
 //   STAGES       of the ring
 //   LOW_RANK     there is a term; FP16: H and U are fp16, not bf16
@@ -27,6 +28,7 @@
 //   ROWS_A, ROWS_B  a scale for each row of A, of B, else one for all
 //   OUT          dtype of C, BIAS, GATE, RESIDUAL: of these; dtypes are as below
 //   GATES        gate has more than one row
+//   POINT        zero_point · column_sum is taken from the sums
 //   GELU         act is gelu (tanh)
 
 #define NONE 0
@@ -40,14 +42,15 @@ struct Params {
     const float* scale_b;  // [N] or one
     const void* bias;      // [N]
     const void* gate;      // [M / gate_rows, N]
-    const void* residual;  // [M, N]
+    const int* zero_point;  // POINT: [M]
+    const int* column_sum;  // POINT: [N]
     void* out;             // [M, N], contiguous
     void* h;               // DOWN: [row tiles · 128, 64], written
     int* ready;            // DOWN: [row tiles], zeros: warpgroups that wrote their rows of h
     int* taken;            // DOWN: zero: tiles that were taken after each block's first
     const float* scale_down;  // DOWN: [ranks]
     const float* shift;       // DOWN: [ranks], or null
-    long long stride_gate, stride_residual;
+    long long stride_gate;
     int m, n, steps, ranks, tiles, gate_rows;
 };
 
@@ -61,9 +64,20 @@ constexpr int A_BYTES = M * ROW_BYTES;
 constexpr int B_BYTES = N * ROW_BYTES;
 constexpr int DOWN_BYTES = DOWN ? RANKS * ROW_BYTES : 0;
 constexpr int STAGE_BYTES = A_BYTES + B_BYTES + DOWN_BYTES;
-// Scales of B and biases of a tile's columns.
-constexpr bool VECTORS = ROWS_B || BIAS;
-constexpr int BIAS_BYTES = BIAS == FP32_TYPE ? 4 : 2;
+constexpr int bytes_of(int type) { return type == NONE ? 0 : type == FP32_TYPE ? 4 : 2; }
+// Of a tile's columns: scales of B, biases, and the gate where it is one row.
+constexpr int SCALE_BYTES = ROWS_B ? 4 : 0;
+constexpr int BIAS_BYTES = bytes_of(BIAS);
+constexpr int GATE_BYTES = GATES ? 0 : bytes_of(GATE);
+constexpr int VECTOR_BYTES = SCALE_BYTES + BIAS_BYTES + GATE_BYTES;
+constexpr int BIAS_AT = N * SCALE_BYTES;
+constexpr int GATE_AT = BIAS_AT + N * BIAS_BYTES;
+// Columns of a box of the residual, and boxes that a quarter of the epilogue reads.
+constexpr int BOX_COLUMNS = RESIDUAL == FP32_TYPE ? 32 : 64;
+constexpr int BOXES = 64 / BOX_COLUMNS;
+// Where the warpgroups that multiply need more registers than the copying warp can spare without
+// spilling a few itself.
+constexpr bool TIGHT = DOWN && GATE;
 constexpr int NO_TILE = -1;
 constexpr int SUMS = 128;
 constexpr int H_SUMS = 32;
@@ -170,22 +184,23 @@ template <int TYPE> __device__ __forceinline__ void decode(float (&x)[8], const 
         else if (i % 2 == 0) unpack<TYPE>(bytes[i / 2], x[i], x[i + 1]);
     }
 }
-// Eight numbers of global memory from `index` on, a multiple of 8.
+// Eight numbers of global memory from `index` on, a multiple of 8. Volatile, or the compiler would
+// load early what it then has no registers for.
 template <int TYPE>
 __device__ __forceinline__ void load(float (&x)[8], const void* from, long long index) {
-    constexpr int SIZE = TYPE == FP32_TYPE ? 4 : 2;
+    constexpr int SIZE = bytes_of(TYPE);
     u32 bytes[8];
 #pragma unroll
-    for (int i = 0; i < SIZE / 2; ++i) {
-        const char* at = static_cast<const char*>(from) + index * SIZE + 16 * i;
-        *reinterpret_cast<uint4*>(bytes + 4 * i) = *reinterpret_cast<const uint4*>(at);
-    }
+    for (int i = 0; i < SIZE / 2; ++i)
+        asm volatile("ld.global.v4.b32 {%0, %1, %2, %3}, [%4];"
+                     : "=r"(bytes[4 * i]), "=r"(bytes[4 * i + 1]), "=r"(bytes[4 * i + 2]),
+                       "=r"(bytes[4 * i + 3])
+                     : "l"(static_cast<const char*>(from) + index * SIZE + 16 * i));
     decode<TYPE>(x, bytes);
 }
 template <int TYPE>
 __device__ __forceinline__ void store(void* to, long long index, const float (&x)[8]) {
-    constexpr int SIZE = TYPE == FP32_TYPE ? 4 : 2;
-    char* at = static_cast<char*>(to) + index * SIZE;
+    char* at = static_cast<char*>(to) + index * bytes_of(TYPE);
     if (TYPE == FP32_TYPE) {
         *reinterpret_cast<float4*>(at) = make_float4(x[0], x[1], x[2], x[3]);
         *reinterpret_cast<float4*>(at + 16) = make_float4(x[4], x[5], x[6], x[7]);
@@ -195,14 +210,15 @@ __device__ __forceinline__ void store(void* to, long long index, const float (&x
                        pack<TYPE>(x[6], x[7]));
     }
 }
-// Eight numbers of shared memory.
+// Sixteen bytes, and eight numbers, of shared memory.
+__device__ __forceinline__ void load_words(u32* to, u32 address) {
+    asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3]) : "r"(address) : "memory");
+}
 template <int TYPE> __device__ __forceinline__ void load_shared(float (&x)[8], u32 address) {
     u32 bytes[8];
 #pragma unroll
-    for (int i = 0; i < (TYPE == FP32_TYPE ? 8 : 4); i += 4)
-        asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
-                     : "=r"(bytes[i]), "=r"(bytes[i + 1]), "=r"(bytes[i + 2]), "=r"(bytes[i + 3])
-                     : "r"(address + 4 * i) : "memory");
+    for (int i = 0; i < (TYPE == FP32_TYPE ? 8 : 4); i += 4) load_words(bytes + i, address + 4 * i);
     decode<TYPE>(x, bytes);
 }
 

@@ -1,32 +1,7 @@
 // The kernel: who copies, who multiplies, in which order. See machine.cu.
 
 struct Maps {
-    const TensorMap *a, *b, *h, *u, *down;
-};
-
-struct Shared {
-    u32 stages, vectors, tiles;
-    u32 full, empty, vectors_full, vectors_empty, tiles_full, tiles_empty;
-};
-
-// A place in a ring of so many slots.
-template <int COUNT> struct Slots {
-    int slot = 0;
-    u32 phase = 0;
-    __device__ __forceinline__ void next() {
-        if (++slot == COUNT) {
-            slot = 0;
-            phase ^= 1;
-        }
-    }
-};
-typedef Slots<STAGES> Ring;
-
-// A tile's row and column, in tiles.
-struct Tile {
-    int row, column;
-    __device__ __forceinline__ Tile(int packed) : row(packed & 0xffff), column(packed >> 16) {}
-    __device__ __forceinline__ bool is_head() const { return DOWN && column == 0; }
+    const TensorMap *a, *b, *h, *u, *down, *residual;
 };
 
 // ---- the warp that copies
@@ -42,12 +17,12 @@ __device__ __forceinline__ void await_rows(const int* ready) {
 
 __device__ __forceinline__ void copy_vectors(const Params& args, const Shared& at, int start) {
     u32 count = min(N, args.n - start);
-    barrier_expect(at.vectors_full, count * ((ROWS_B ? 4 : 0) + (BIAS ? BIAS_BYTES : 0)));
-    if (ROWS_B) copy(at.vectors, args.scale_b + start, count * 4, at.vectors_full);
-    if (BIAS) {
-        const char* bias = static_cast<const char*>(args.bias) + u64(start) * BIAS_BYTES;
-        copy(at.vectors + N * 4, bias, count * BIAS_BYTES, at.vectors_full);
-    }
+    const char* bias = static_cast<const char*>(args.bias) + u64(start) * BIAS_BYTES;
+    const char* gate = static_cast<const char*>(args.gate) + u64(start) * GATE_BYTES;
+    barrier_expect(at.vectors_full, count * VECTOR_BYTES);
+    if (ROWS_B) copy(at.vectors, args.scale_b + start, count * SCALE_BYTES, at.vectors_full);
+    if (BIAS) copy(at.vectors + BIAS_AT, bias, count * BIAS_BYTES, at.vectors_full);
+    if (GATE_BYTES) copy(at.vectors + GATE_AT, gate, count * GATE_BYTES, at.vectors_full);
 }
 
 __device__ __forceinline__ void copy_term(const Params& args, const Maps& maps, const Shared& at,
@@ -61,6 +36,21 @@ __device__ __forceinline__ void copy_term(const Params& args, const Maps& maps, 
             if (DOWN) await_rows(args.ready + tile.row);
             copy_box(to, maps.h, rank, tile.row * M, full);
         }
+        ring.next();
+    }
+}
+
+__device__ __forceinline__ void copy_residual(const Maps& maps, const Shared& at, Tile tile,
+                                              Ring& ring) {
+#pragma unroll 1
+    for (int column = 0; column < N; column += 2 * BOX_COLUMNS) {
+        barrier_wait(at.empty + 8 * ring.slot, ring.phase ^ 1);
+        u32 full = at.full + 8 * ring.slot, to = at.stages + ring.slot * STAGE_BYTES;
+        barrier_expect(full, 2 * A_BYTES);
+#pragma unroll
+        for (int i = 0; i < 2; ++i)
+            copy_box(to + i * A_BYTES, maps.residual, tile.column * N + column + i * BOX_COLUMNS,
+                     tile.row * M, full);
         ring.next();
     }
 }
@@ -100,30 +90,17 @@ __device__ __forceinline__ void produce(const Params& args, const Maps& maps, co
                 copy_box(to + A_BYTES + B_BYTES, maps.down, step * ROW_BYTES, 0, full);
             ring.next();
         }
-        if (VECTORS) {
+        if (VECTOR_BYTES) {
             barrier_wait(at.vectors_empty, vectors.phase ^ 1);
             vectors.next();
             copy_vectors(args, at, tile.column * N);
         }
         if (LOW_RANK) copy_term(args, maps, at, tile, ring);
+        if (RESIDUAL) copy_residual(maps, at, tile, ring);
     }
 }
 
 // ---- the warpgroups that multiply
-
-// What a thread knows of a tile: its two rows, 8 apart, their scales, its column in each 32.
-struct Place {
-    int row, column;
-    float scale[2];
-};
-
-__device__ __forceinline__ int group_of() { return threadIdx.x / 128; }
-__device__ __forceinline__ void group_sync() {
-    asm volatile("bar.sync %0, 128;" ::"r"(1 + group_of()) : "memory");
-}
-__device__ __forceinline__ void release(u32 barrier) {
-    if (threadIdx.x % 32 == 0) barrier_arrive(barrier);
-}
 
 // acc = A·Bᵀ of a tile; HEAD: h = A·Downᵀ, too.
 template <bool HEAD>
@@ -155,131 +132,6 @@ __device__ __forceinline__ void multiply(const Params& args, const Shared& at, R
     if (HEAD) settle(h);
     release(at.empty + 8 * before);
 }
-
-// The rows of h of a warpgroup as pairs of 16 bits: h[2 j + r] is of row r, ranks 8 j + 2 (lane % 4).
-__device__ __forceinline__ void finish_h(const Params& args, const Place& place,
-                                         const Sum (&sums)[H_SUMS], u32 (&h)[H_SUMS / 2]) {
-#pragma unroll
-    for (int j = 0; j < 8; ++j) {
-        int rank = 8 * j + 2 * (threadIdx.x % 4);
-        float scale[2] = {0.0f, 0.0f}, shift[2] = {0.0f, 0.0f};
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-            if (rank + i >= args.ranks) continue;
-            scale[i] = args.scale_down[rank + i];
-            if (args.shift) shift[i] = args.shift[rank + i];
-        }
-#pragma unroll
-        for (int r = 0; r < 2; ++r) {
-            float x = float(sums[4 * j + 2 * r]) * place.scale[r] * scale[0] + shift[0];
-            float y = float(sums[4 * j + 2 * r + 1]) * place.scale[r] * scale[1] + shift[1];
-            h[2 * j + r] = pack<FP16 ? FP16_TYPE : BF16_TYPE>(x, y);
-        }
-    }
-}
-__device__ __forceinline__ void publish_h(const Params& args, const Place& place, int tile_row,
-                                          const u32 (&h)[H_SUMS / 2]) {
-    u32* to = static_cast<u32*>(args.h) + u64(place.row) * (RANKS / 2) + threadIdx.x % 4;
-#pragma unroll
-    for (int i = 0; i < H_SUMS / 2; ++i) to[i % 2 * 8 * (RANKS / 2) + i / 2 * 4] = h[i];
-    __threadfence();
-    asm volatile("fence.proxy.async;" ::: "memory");
-    group_sync();
-    if (threadIdx.x % 128 == 0)
-        asm volatile("red.release.gpu.global.add.s32 [%0], 1;" ::"l"(args.ready + tile_row)
-                     : "memory");
-}
-// To a stage, as if it had been copied there.
-__device__ __forceinline__ void place_h(u32 address, const u32 (&h)[H_SUMS / 2]) {
-    u32 row = threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4;
-#pragma unroll
-    for (int i = 0; i < H_SUMS / 2; ++i) {
-        u32 at = address + (row + i % 2 * 8) * ROW_BYTES + (i / 2 ^ row % 8) * 16;
-        asm volatile("st.shared.u32 [%0], %1;" ::"r"(at + threadIdx.x % 4 * 4), "r"(h[i])
-                     : "memory");
-    }
-    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-    group_sync();
-}
-
-// What the sums of a tile become: 64 columns at a time, of which a thread has twice 8 neighbours.
-struct Epilogue {
-    const Params& args;
-    const Shared& at;
-    const Place& place;
-    int start;      // first column of the tile
-    float scale_b;  // where it is one
-
-    // value = scale_a · scale_b · acc + H·Uᵀ of a quarter; the second product is under way after it.
-    template <int QUARTER>
-    __device__ __forceinline__ void begin(const Sum (&acc)[SUMS], float (&value)[PART],
-                                          Ring ring) const {
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-            int column = 64 * QUARTER + 32 * half + place.column;
-            float of_b[8];
-            if (ROWS_B) load_shared<FP32_TYPE>(of_b, at.vectors + column * 4);
-#pragma unroll
-            for (int i = 0; i < 16; ++i) {
-                float x = float(acc[PART * QUARTER + 16 * half + i]) * place.scale[i / 2 % 2];
-                value[16 * half + i] = x * (ROWS_B ? of_b[i / 4 * 2 + i % 2] : scale_b);
-            }
-        }
-        if (!LOW_RANK) return;
-        settle(value);
-        mma_fence();
-#pragma unroll 1
-        for (int rank = 0; rank < (DOWN ? RANKS : args.ranks); rank += RANKS) {
-            u32 stage = at.stages + ring.slot * STAGE_BYTES;
-            u64 h = descriptor(stage + group_of() * (A_BYTES / CONSUMERS));
-            u64 u = descriptor(stage + A_BYTES + QUARTER * 64 * ROW_BYTES);
-#pragma unroll
-            for (int i = 0; i < RANKS / 16; ++i) mma_up(value, h + 2 * i, u + 2 * i);
-            ring.next();
-        }
-        mma_commit();
-    }
-
-    template <int QUARTER>
-    __device__ __forceinline__ void end(float (&value)[PART]) const {
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-            int offset = 64 * QUARTER + 32 * half + place.column, column = start + offset;
-            if (column >= args.n) continue;
-            float bias[8], gate[8], residual[8];
-            if (BIAS) load_shared<BIAS>(bias, at.vectors + N * 4 + offset * BIAS_BYTES);
-            if (GATE && !GATES) load<GATE>(gate, args.gate, column);
-#pragma unroll
-            for (int r = 0; r < 2; ++r) {
-                int row = place.row + 8 * r;
-                if (row >= args.m) continue;
-                if (GATES) load<GATE>(gate, args.gate, row / args.gate_rows * args.stride_gate + column);
-                if (RESIDUAL) load<RESIDUAL>(residual, args.residual, row * args.stride_residual + column);
-                float x[8];
-#pragma unroll
-                for (int i = 0; i < 8; ++i) {
-                    x[i] = value[16 * half + i / 2 * 4 + 2 * r + i % 2];
-                    if (BIAS) x[i] += bias[i];
-                    if (GELU) x[i] = gelu(x[i]);
-                    if (GATE) x[i] *= gate[i];
-                    if (RESIDUAL) x[i] += residual[i];
-                }
-                store<OUT>(args.out, static_cast<long long>(row) * args.n + column, x);
-            }
-        }
-    }
-
-    template <int QUARTER>
-    __device__ __forceinline__ void quarter(const Sum (&acc)[SUMS], const Ring& ring) const {
-        float value[PART];
-        begin<QUARTER>(acc, value, ring);
-        if (LOW_RANK) {
-            mma_wait<0>();
-            settle(value);
-        }
-        end<QUARTER>(value);
-    }
-};
 
 // Waits for the stages that hold H and U, the first of which is returned.
 __device__ __forceinline__ Ring await_term(const Params& args, const Shared& at, Ring& ring) {
@@ -314,12 +166,14 @@ __device__ __forceinline__ void consume(const Params& args, const Shared& at) {
         if (packed == NO_TILE) return;
         Tile tile(packed);
         Place place;
-        place.row = tile.row * M + group_of() * 64 + threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4;
+        place.row = tile.row * M + group_of() * 64;
+        place.row += threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4;
         place.column = threadIdx.x % 4 * 8;
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
-            int row = ROWS_A ? place.row + 8 * r : 0;
-            place.scale[r] = row < args.m ? args.scale_a[row] : 0.0f;
+            int row = place.row + 8 * r;
+            place.scale[r] = row < args.m ? args.scale_a[ROWS_A ? row : 0] : 0.0f;
+            if (POINT) place.point[r] = row < args.m ? args.zero_point[row] : 0;
         }
         Sum acc[SUMS];
         Sum sums[H_SUMS];
@@ -334,17 +188,17 @@ __device__ __forceinline__ void consume(const Params& args, const Shared& at) {
         } else {
             multiply<false>(args, at, ring, acc, sums);
         }
-        if (VECTORS) barrier_wait(at.vectors_full, vectors.phase);
+        if (VECTOR_BYTES) barrier_wait(at.vectors_full, vectors.phase);
         vectors.next();
         Ring term;
         if (LOW_RANK) term = await_term(args, at, ring);
         Epilogue epilogue = {args, at, place, tile.column * N, scale_b};
-        epilogue.quarter<0>(acc, term);
-        epilogue.quarter<1>(acc, term);
-        epilogue.quarter<2>(acc, term);
-        epilogue.quarter<3>(acc, term);
+        epilogue.quarter<0>(acc, term, ring);
+        epilogue.quarter<1>(acc, term, ring);
+        epilogue.quarter<2>(acc, term, ring);
+        epilogue.quarter<3>(acc, term, ring);
         if (LOW_RANK) release_term(args, at, term);
-        if (VECTORS) {
+        if (VECTOR_BYTES) {
             __syncwarp();
             release(at.vectors_empty);
         }
@@ -354,12 +208,13 @@ __device__ __forceinline__ void consume(const Params& args, const Shared& at) {
 extern "C" __global__ void __launch_bounds__(384, 1)
 product(const __grid_constant__ Params args, const __grid_constant__ TensorMap a,
         const __grid_constant__ TensorMap b, const __grid_constant__ TensorMap h,
-        const __grid_constant__ TensorMap u, const __grid_constant__ TensorMap down) {
+        const __grid_constant__ TensorMap u, const __grid_constant__ TensorMap down,
+        const __grid_constant__ TensorMap residual) {
     extern __shared__ __align__(1024) char raw[];
     Shared at;
     at.stages = shared_address(raw);
     at.vectors = at.stages + STAGES * STAGE_BYTES;
-    at.tiles = at.vectors + N * 8;
+    at.tiles = at.vectors + N * VECTOR_BYTES;
     at.full = at.tiles + 8;
     at.empty = at.full + 8 * STAGES;
     at.vectors_full = at.empty + 8 * STAGES;
@@ -385,10 +240,11 @@ product(const __grid_constant__ Params args, const __grid_constant__ TensorMap a
     asm volatile("griddepcontrol.wait;" ::: "memory");
     int group = __shfl_sync(0xffffffff, threadIdx.x / 128, 0);
     if (group == CONSUMERS) {
-        asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
-        if (threadIdx.x == CONSUMERS * 128) produce(args, Maps{&a, &b, &h, &u, &down}, at);
+        asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(TIGHT ? 24 : 40));
+        Maps maps = {&a, &b, &h, &u, &down, &residual};
+        if (threadIdx.x == CONSUMERS * 128) produce(args, maps, at);
     } else {
-        asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
+        asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(TIGHT ? 240 : 232));
         consume(args, at);
     }
 }
