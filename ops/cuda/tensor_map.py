@@ -38,19 +38,20 @@ def tensor_map(x: torch.Tensor, box: Sequence[int], swizzle: int = 128) -> Tenso
     swizzle: bytes of a row within which chunks of 16 bytes are XORed with the row's number, or 0.
     Raises NvrtcError where the driver refuses.
     """
-    return _encoded(x.data_ptr(), x.dtype, x.shape, x.stride(), tuple(box), swizzle)
+    return encoded(x.data_ptr(), x.dtype, x.shape, x.stride(), tuple(box), swizzle)
 
 
 # A map is an address and sizes, and takes the host longer than a launch.
 @functools.lru_cache(maxsize=4096)
-def _encoded(
+def encoded(
     address: int,
     dtype: torch.dtype,
     shape: tuple[int, ...],
     strides: tuple[int, ...],
     box: tuple[int, ...],
-    swizzle: int,
+    swizzle: int = 128,
 ) -> TensorMap:
+    """Return the map of what has this shape and strides in elements at an address: `tensor_map`."""
     size, rank = dtype.itemsize, len(shape)
     encoded = no_map()
     result = nvrtc.driver().cuTensorMapEncodeTiled(

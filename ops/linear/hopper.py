@@ -22,6 +22,7 @@ NEEDS = Needs(
     frozenset({"int8_row", "int8_row_convrot", "fp8_tensor", "fp8_row"}),
     devices=frozenset({"cuda"}),
     capability=hopper.HOPPER,
+    measured=hopper.NEEDS.measured,
     few=False,
     k_multiple=K_MULTIPLE,
     n_multiple=hopper.COLUMNS,

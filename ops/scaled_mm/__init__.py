@@ -4,7 +4,7 @@ import torch
 
 from .. import registry
 from ..custom_op import custom_op
-from .check import Down, check, check_low_rank, is_few, scheme
+from .check import MADE_RANKS, Down, check, check_low_rank, is_few, scheme
 
 OP = "scaled_mm"
 
@@ -77,10 +77,12 @@ def _run(
     if a.shape[0] == 0 or b.shape[0] == 0:
         return _empty(a, b, out_dtype)
     rest = (bias, point, column_sum, activation, gate, residual, out_dtype)
-    if down is not None and chosen.projects:
+    if down is not None and chosen.projects and len(down) <= MADE_RANKS:
         low_a = Down(down, scale_down, shift)
     elif down is not None:
-        low_a = chosen.run(a, down, scale_a, scale_down, shift, *[None] * 5, low_b.dtype)
+        # Narrow, and so not always of the kind that the chosen backend takes.
+        name = "auto" if chosen.projects else backend
+        low_a = _run(a, down, scale_a, scale_down, shift, *[None] * 10, low_b.dtype, name)
     low_rank = None if low_a is None else (low_a, low_b)
     return chosen.run(a, b, scale_a, scale_b, *rest, low_rank)
 

@@ -5,19 +5,20 @@ import functools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 
 from ..cuda import HOPPER_OPTIONS, nvrtc
 from ..cuda import source as cuda_source
-from ..cuda.tensor_map import TensorMap, no_map, tensor_map
+from ..cuda.tensor_map import TensorMap, encoded, no_map, tensor_map
 from ..registry import Backend, Needs, capability, register
 from . import OP
 from .check import MADE_RANKS, MAX_RANKS, Down, in_8_bits
 from .reference import in_16_bits
 
 HOPPER = (9, 0)
+OPERANDS = ("int8", "fp8", "fp8_mixed", "fp8_e5m2")
 FOLDER = Path(__file__).with_name("kernels")
 SOURCES = ("machine.cu", "epilogue.cu", "product.cu")
 THREADS = 384
@@ -68,12 +69,6 @@ def shared_bytes(stages: int, projects: bool, vectors: Iterable[torch.dtype]) ->
     return stages * stage + held + TILES_BYTES + 8 * (2 * stages + BARRIERS)
 
 
-def stages_of(projects: bool, vectors: Sequence[torch.dtype]) -> int:
-    """Return how many stages there is room for."""
-    fits = shared_bytes(STAGES, projects, vectors) <= SHARED_BYTES
-    return STAGES if fits else STAGES - 1
-
-
 def order(rows: int, columns: int, ahead: int = 0) -> list[int]:
     """Return the tiles, row | column << 16, in the order in which they are begun.
 
@@ -97,9 +92,61 @@ def _order(rows: int, columns: int, ahead: int, device: torch.device) -> torch.T
     return torch.tensor(order(rows, columns, ahead), dtype=torch.int32, device=device)
 
 
+class Variant(NamedTuple):
+    """What the kernel is compiled for; dtypes are None where there is no such tensor."""
+
+    a: torch.dtype
+    b: torch.dtype
+    out: torch.dtype
+    rows_a: bool = True
+    rows_b: bool = True
+    bias: torch.dtype | None = None
+    gate: torch.dtype | None = None
+    gates: bool = False
+    residual: torch.dtype | None = None
+    term: torch.dtype | None = None
+    down: bool = False
+    gelu: bool = False
+    point: bool = False
+
+    @property
+    def vectors(self) -> list[torch.dtype]:
+        """The dtypes of what is there for a tile's columns."""
+        found = (torch.float32 if self.rows_b else None, self.bias)
+        return [x for x in (*found, None if self.gates else self.gate) if x is not None]
+
+    @property
+    def stages(self) -> int:
+        """How many there is room for."""
+        fits = shared_bytes(STAGES, self.down, self.vectors) <= SHARED_BYTES
+        return STAGES if fits else STAGES - 1
+
+    def defined(self) -> dict[str, int]:
+        """Return what machine.cu wants to be defined."""
+        dtypes = (("BIAS", self.bias), ("GATE", self.gate), ("RESIDUAL", self.residual))
+        return {
+            "INTEGER": self.a == torch.int8,
+            "A_E5M2": self.a == torch.float8_e5m2,
+            "B_E5M2": self.b == torch.float8_e5m2,
+            "STAGES": self.stages,
+            "LOW_RANK": self.term is not None,
+            "FP16": self.term == torch.float16,
+            "DOWN": self.down,
+            "ROWS_A": self.rows_a,
+            "ROWS_B": self.rows_b,
+            "OUT": TYPES[self.out],
+            **{name: TYPES[dtype] for name, dtype in dtypes},
+            "GATES": self.gates,
+            "GELU": self.gelu,
+            "POINT": self.point,
+        }
+
+
 @functools.cache
-def _kernel(device: int, shared: int, *defined: tuple[str, int]) -> nvrtc.Kernel:
-    code = nvrtc.compile_source(source(), options(**dict(defined)))
+def _kernel(device: int, variant: Variant) -> nvrtc.Kernel:
+    """Return the kernel for `device`, which is the current one."""
+    code = nvrtc.compile_source(source(), options(**variant.defined()))
+    shared = shared_bytes(variant.stages, variant.down, variant.vectors)
     return nvrtc.Kernel(code, "product", shared)
 
 
@@ -108,19 +155,26 @@ def _processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def _aligned(x: torch.Tensor | None) -> torch.Tensor | None:
-    """Return x, or a copy where a row of it starts at no multiple of 16 bytes."""
-    if x is None:
-        return None
-    apart = x.dim() == 2 and len(x) > 1 and x.stride(0) * x.element_size() % ALIGNMENT
-    if x.data_ptr() % ALIGNMENT or apart:
-        return x.clone(memory_format=torch.contiguous_format)
-    return x
+@functools.cache
+def _nothing() -> TensorMap:
+    return no_map()
+
+
+def _aligned(x: torch.Tensor) -> torch.Tensor:
+    """Return x [C] or [R, C], or a copy where a row of it starts at no multiple of 16 bytes."""
+    size = x.element_size()
+    if not x.data_ptr() % ALIGNMENT and (x.dim() == 1 or not x.stride(0) * size % ALIGNMENT):
+        return x
+    unit, count = ALIGNMENT // size, x.shape[-1]
+    copy = x.new_empty((*x.shape[:-1], -(-count // unit) * unit))[..., :count]
+    return copy.copy_(x)
 
 
 def _matrix(x: torch.Tensor) -> torch.Tensor:
     """Return x [R, C] as a map can describe it: the stride of one row may be anything."""
-    return _aligned(x if len(x) > 1 else x.as_strided(x.shape, (x.shape[1], 1)))
+    if x.shape[0] == 1 and x.shape[1] * x.element_size() % ALIGNMENT == 0:
+        x = x.as_strided(x.shape, (x.shape[1], 1))
+    return _aligned(x)
 
 
 def _map(x: torch.Tensor, rows: int) -> TensorMap:
@@ -128,13 +182,20 @@ def _map(x: torch.Tensor, rows: int) -> TensorMap:
     return tensor_map(x, (rows, STEP // x.element_size()))
 
 
-def _permuted(x: torch.Tensor) -> TensorMap:
-    """Return the map by which 256 rows of x come, in such an order that sums are neighbours.
+def permuted(shape: Sequence[int], strides: Sequence[int]) -> tuple[tuple, tuple]:
+    """Return (shape, strides) of a matrix in such an order of rows that sums are neighbours.
 
-    Of 32 rows, 8·i + 2·j + e arrives as 8·j + 2·i + e (i, j below 4, e below 2).
+    Of 32 rows, 8·i + 2·j + e comes as 8·j + 2·i + e (i, j below 4, e below 2).
     """
-    parts = x.unflatten(0, (-1, 4, 4, 2)).transpose(1, 2)
-    return tensor_map(parts, (TILE_N // COLUMNS, 4, 4, 2, STEP // x.element_size()))
+    (rows, columns), (apart, step) = shape, strides
+    sizes = (rows // COLUMNS, 4, 4, 2, columns)
+    return sizes, (COLUMNS * apart, 2 * apart, 8 * apart, apart, step)
+
+
+def _permuted(x: torch.Tensor) -> TensorMap:
+    """Return the map by which 256 rows of x come as `permuted` has them."""
+    box = (TILE_N // COLUMNS, 4, 4, 2, STEP // x.element_size())
+    return encoded(x.data_ptr(), x.dtype, *permuted(x.shape, x.stride()), box)
 
 
 @dataclass(frozen=True)
@@ -150,42 +211,29 @@ class _Term:
 
     @property
     def maps(self) -> tuple[TensorMap, TensorMap, TensorMap]:
-        down = no_map() if self.down is None else _map(self.down.stored, MADE_RANKS)
+        down = _nothing() if self.down is None else _map(self.down.stored, MADE_RANKS)
         return _map(self.h, TILE_M), _permuted(self.u), down
 
 
-def _term(low_rank, a, scale_a, scale_b) -> _Term | None:
-    if low_rank is None:
-        return None
+def _term(low_rank, m: int, scale_a, scale_b) -> _Term:
+    """Return the term of m rows. Raises ValueError where it has too many ranks."""
     h, u = low_rank
-    if isinstance(h, Down) and len(h.stored) <= MADE_RANKS:
-        rows = -(-len(a) // TILE_M) * TILE_M
-        made = torch.empty((rows, MADE_RANKS), dtype=u.dtype, device=a.device)
-        return _Term(made, _matrix(u), h._replace(stored=_matrix(h.stored)))
+    most = MADE_RANKS if isinstance(h, Down) else MAX_RANKS
+    if u.shape[1] > most:
+        raise ValueError(
+            f"scaled_mm: hopper takes {most} ranks, not {u.shape[1]}; name another backend, or none"
+        )
     if isinstance(h, Down):
-        h = run(a, h.stored, scale_a, h.scale, h.shift, *[None] * 5, u.dtype)
-    elif in_8_bits(low_rank):
+        rows = -(-m // TILE_M) * TILE_M
+        made = torch.empty((rows, MADE_RANKS), dtype=u.dtype, device=u.device)
+        return _Term(made, _matrix(u), h._replace(stored=_matrix(h.stored)))
+    if in_8_bits(low_rank):
         h, u = in_16_bits(low_rank, scale_a, scale_b)
-    if pad := -h.shape[1] % (ALIGNMENT // 2):
-        h, u = F.pad(h, (0, pad)), F.pad(u, (0, pad))
     return _Term(_matrix(h), _matrix(u))
 
 
-def _defined(a, scales, bias, gate, residual, term, zero_point, activation, out_dtype) -> dict:
-    """Return what machine.cu wants to be defined, but the stages."""
-    dtypes = {"BIAS": bias, "GATE": gate, "RESIDUAL": residual}
-    return {
-        "INTEGER": a.dtype == torch.int8,
-        "LOW_RANK": term is not None,
-        "FP16": term is not None and term.u.dtype == torch.float16,
-        "DOWN": term is not None and term.down is not None,
-        **{name: x.numel() > 1 for name, x in zip(("ROWS_A", "ROWS_B"), scales, strict=True)},
-        "OUT": TYPES[out_dtype],
-        **{name: TYPES[None if x is None else x.dtype] for name, x in dtypes.items()},
-        "GATES": gate is not None and gate.shape[0] > 1,
-        "GELU": activation is not None,
-        "POINT": zero_point is not None,
-    }
+def _dtype(x: torch.Tensor | None) -> torch.dtype | None:
+    return None if x is None else x.dtype
 
 
 def run(
@@ -204,60 +252,59 @@ def run(
 ) -> torch.Tensor:
     """Return the product as `scaled_mm` describes it.
 
-    Raises ValueError for a term of more than MAX_RANKS ranks.
+    Raises ValueError for a term of more than MAX_RANKS ranks, or a `Down` of more than MADE_RANKS.
     """
-    if low_rank is not None and low_rank[1].shape[1] > MAX_RANKS:
-        raise ValueError(
-            f"scaled_mm: hopper takes {MAX_RANKS} ranks, not {low_rank[1].shape[1]}; name another "
-            "backend, or none"
-        )
-    out = torch.empty((len(a), len(b)), dtype=out_dtype, device=a.device)
-    a, b = _matrix(a), _matrix(b)
-    # Named until the launch: copies among them would be freed.
-    given = [_aligned(x) for x in (scale_b, bias, gate, zero_point, column_sum)]
-    scale_b, bias, gate, zero_point, column_sum = given
-    residual = None if residual is None else _matrix(residual)
-    term = _term(low_rank, a, scale_a, scale_b)
-    scales = (scale_a, scale_b)
-    defined = _defined(a, scales, bias, gate, residual, term, zero_point, activation, out_dtype)
-    _launch(out, a, b, scale_a, given, residual, term, defined)
-    return out
-
-
-def _launch(out, a, b, scale_a, given, residual, term: _Term | None, defined: dict) -> None:
-    """Write the product to `out`; given: scale_b, bias, gate, zero_point and column_sum."""
-    scale_b, bias, gate, zero_point, column_sum = given
-    (m, k), n, device = a.shape, len(b), a.device
-    rows, columns = -(-m // TILE_M), -(-n // TILE_N)
-    down, processors = term.down if term else None, _processors(device)
-    tiles = _order(rows, columns, processors if down else 0, device)
-    # Flags, and the number of tiles that were taken.
-    ready = torch.zeros(rows + 1, dtype=torch.int32, device=device) if down else None
-    tensors = (
-        *(tiles, scale_a, scale_b, bias, gate, zero_point, column_sum, out),
-        *(term.h if term else None, ready, ready[rows:] if down else None),
-        *((down.scale, down.shift) if down else (None, None)),
+    if a.device.index != torch.cuda.current_device():
+        with torch.cuda.device(a.device):
+            rest = (bias, zero_point, column_sum, activation, gate, residual, out_dtype, low_rank)
+            return run(a, b, scale_a, scale_b, *rest)
+    m, n = a.shape[0], b.shape[0]
+    out = torch.empty((m, n), dtype=out_dtype, device=a.device)
+    term = None if low_rank is None else _term(low_rank, m, scale_a, scale_b)
+    a, b, scale_b = _matrix(a), _matrix(b), _aligned(scale_b.reshape(-1))
+    bias, gate, residual, zero_point, column_sum = (
+        x if x is None else _aligned(x) for x in (bias, gate, residual, zero_point, column_sum)
     )
-    params = Params(
-        *(None if x is None else x.data_ptr() for x in tensors),
-        0 if gate is None else gate.stride(0),
-        *(m, n, -(-k // STEP), term.u.shape[1] if term else 0, len(tiles)),
-        0 if gate is None else m // len(gate),
+    variant = Variant(
+        *(a.dtype, b.dtype, out_dtype, scale_a.numel() > 1, scale_b.numel() > 1),
+        *(_dtype(bias), _dtype(gate), gate is not None and gate.shape[0] > 1, _dtype(residual)),
+        *(None if term is None else term.u.dtype, term is not None and term.down is not None),
+        *(activation is not None, zero_point is not None),
     )
     maps = (
         *(_map(a, TILE_M), _permuted(b)),
-        *(term.maps if term else (no_map(),) * 3),
-        no_map() if residual is None else _map(residual, TILE_M),
+        *((_nothing(),) * 3 if term is None else term.maps),
+        _nothing() if residual is None else _map(residual, TILE_M),
     )
-    one_row = (scale_b if scale_b.numel() > 1 else None, bias, None if defined["GATES"] else gate)
-    vectors = [x.dtype for x in one_row if x is not None]
-    stages = stages_of(down is not None, vectors)
-    shared = shared_bytes(stages, down is not None, vectors)
-    with torch.cuda.device(device):
-        kernel = _kernel(device.index, shared, ("STAGES", stages), *defined.items())
-        stream = torch.cuda.current_stream(device).cuda_stream
-        blocks = min(len(tiles), processors)
-        kernel.launch((blocks, 1, 1), THREADS, (params, *maps), stream, dependent=True)
+    rest = (scale_a, scale_b, bias, gate, zero_point, column_sum, out)
+    _launch(variant, maps, rest, term, (m, n, a.shape[1]))
+    return out
+
+
+def _launch(variant: Variant, maps, tensors, term: _Term | None, size: tuple[int, int, int]):
+    """Start the kernel; tensors: those of `Params` from scale_a to out. size: M, N, K."""
+    (m, n, k), device, gate = size, tensors[0].device, tensors[3]
+    rows, processors = -(-m // TILE_M), _processors(device)
+    tiles = _order(rows, -(-n // TILE_N), processors if variant.down else 0, device)
+    pointers = [None if x is None else x.data_ptr() for x in (tiles, *tensors)]
+    if variant.down:
+        # Flags, and the number of tiles that were taken.
+        ready = torch.zeros(rows + 1, dtype=torch.int32, device=device)
+        down, flags = term.down, ready.data_ptr()
+        pointers += [term.h.data_ptr(), flags, flags + rows * ready.element_size()]
+        pointers += [down.scale.data_ptr(), None if down.shift is None else down.shift.data_ptr()]
+    else:
+        pointers += [None] * 5
+    count = rows * -(-n // TILE_N)
+    params = Params(
+        *pointers,
+        0 if gate is None else gate.stride(0),
+        *(m, n, -(-k // STEP), 0 if term is None else term.u.shape[1], count),
+        0 if gate is None else m // gate.shape[0],
+    )
+    kernel, blocks = _kernel(device.index, variant), min(count, processors)
+    stream = torch.cuda.current_stream(device).cuda_stream
+    kernel.launch((blocks, 1, 1), THREADS, (params, *maps), stream, dependent=True)
 
 
 def _missing(device: torch.device) -> str | None:
@@ -268,9 +315,10 @@ def _missing(device: torch.device) -> str | None:
 
 
 NEEDS = Needs(
-    frozenset(f"{x}_{scales}" for x in ("int8", "fp8") for scales in ("tensor", "row")),
+    frozenset(f"{x}_{scales}" for x in OPERANDS for scales in ("tensor", "row")),
     devices=frozenset({"cuda"}),
     capability=HOPPER,
+    measured=(HOPPER, (10, 0)),
     few=False,
     n_multiple=COLUMNS,
     self_test=_missing,

@@ -24,9 +24,10 @@ FOUND = [
     if name.rsplit("_", 1)[0] in ("int8", "fp8") or name.endswith("_row")
 ]
 # Of ours, the variants of the kernel that differ most; of the libraries, all.
+WE = ("triton", "hopper")
 VARIANTS = ("int8_row", "fp8_row", "int8_block", "fp8_block")
-TRIED = [c for c in FOUND if not c.id.startswith("triton") or c.values[1] in VARIANTS]
-OURS = [c for c in TRIED if c.id.startswith(("triton", "hopper"))]
+TRIED = [c for c in FOUND if not c.id.startswith(WE) or c.values[1] in VARIANTS]
+OURS = [c for c in TRIED if c.id.startswith(WE)]
 # Relative L2 error of the sums: Hopper adds FP8 products with some 14 bits, over all of K or, with
 # scales of blocks, over 128 columns; INT8 is exact, and only float32's roundings follow.
 OF_SUMS = {"int8": 2**-20, "fp8": 2**-8, "block": 2**-11}

@@ -21,7 +21,7 @@
 //
 // Three files, compiled as one by NVRTC for sm_90a, after ops/cuda/hopper.cu: this one has the
 // products, epilogue.cu what follows them, product.cu the kernel. Defined from outside:
-//   INTEGER      A and B are INT8, else E4M3
+//   INTEGER      A and B are INT8, else E4M3, or E5M2 where A_E5M2 and B_E5M2 say so
 //   STAGES       of the ring
 //   LOW_RANK     there is a term; FP16: H and U are fp16, not bf16
 //   DOWN         H is made here
@@ -121,10 +121,22 @@ template <int COUNT> __device__ __forceinline__ void settle(float (&x)[COUNT]) {
     "%124, %125, %126, %127"
 #if INTEGER
 #define KIND "s32.s8.s8"
+#define DOWN_KIND KIND
 #define SIGNS ""
 #define SUM_REGISTER "+r"
 #else
-#define KIND "f32.e4m3.e4m3"
+#if A_E5M2
+#define A_KIND "e5m2"
+#else
+#define A_KIND "e4m3"
+#endif
+#if B_E5M2
+#define B_KIND "e5m2"
+#else
+#define B_KIND "e4m3"
+#endif
+#define KIND "f32." A_KIND "." B_KIND
+#define DOWN_KIND "f32." A_KIND "." A_KIND
 #define SIGNS ", 1, 1"
 #define SUM_REGISTER "+f"
 #endif
@@ -143,7 +155,7 @@ __device__ __forceinline__ void mma(Sum (&d)[SUMS], u64 a, u64 b, int add) {
 // d [64, 64] += a·bᵀ, 32 bytes of K.
 __device__ __forceinline__ void mma_down(Sum (&d)[H_SUMS], u64 a, u64 b, int add) {
     asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %34, 0;\n"
-        "wgmma.mma_async.sync.aligned.m64n64k32." KIND " {" NAMES_32 "}, %32, %33, p" SIGNS
+        "wgmma.mma_async.sync.aligned.m64n64k32." DOWN_KIND " {" NAMES_32 "}, %32, %33, p" SIGNS
         ";\n}\n" : FEW(SUM_REGISTER, d) : "l"(a), "l"(b), "r"(add));
 }
 // d [64, 64] += a·bᵀ, 16 ranks.

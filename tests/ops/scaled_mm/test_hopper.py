@@ -21,22 +21,34 @@ from lowbit.ops.scaled_mm.check import (
 from ..cuda.compiled import compiled, disassembled
 
 CUDA = torch.device("cuda", 0)
-BF16, FP32 = hopper.TYPES[torch.bfloat16], hopper.TYPES[torch.float32]
-PLAIN = {
-    **{"INTEGER": 1, "STAGES": 4, "LOW_RANK": 0, "FP16": 0, "DOWN": 0, "ROWS_A": 1, "ROWS_B": 1},
-    **{"OUT": BF16, "BIAS": BF16, "GATE": 0, "RESIDUAL": 0, "GATES": 0, "GELU": 0, "POINT": 0},
-}
+HALF, FULL = torch.bfloat16, torch.float32
+INT8 = hopper.Variant(torch.int8, torch.int8, HALF, bias=HALF)
+FP8 = hopper.Variant(torch.float8_e4m3fn, torch.float8_e5m2, HALF, rows_b=False)
+GATED = {"gate": HALF, "residual": HALF}
 # What layers of models ask for, and everything at once.
 VARIANTS = {
-    "int8": {},
-    "int8, h given": {"LOW_RANK": 1},
-    "int8, h made": {"LOW_RANK": 1, "DOWN": 1},
-    "fp8, h made": {"INTEGER": 0, "LOW_RANK": 1, "DOWN": 1, "ROWS_B": 0},
-    "gated, h made": {"GATE": BF16, "RESIDUAL": BF16, "LOW_RANK": 1, "DOWN": 1},
-    "everything": {
-        **{"LOW_RANK": 1, "DOWN": 1, "FP16": 1, "GELU": 1, "GATES": 1, "POINT": 1},
-        **{"OUT": FP32, "BIAS": FP32, "GATE": FP32, "RESIDUAL": FP32},
-    },
+    "int8": INT8,
+    "int8, h given": INT8._replace(term=HALF),
+    "int8, h made": INT8._replace(term=HALF, down=True),
+    "fp8, h made": FP8._replace(term=HALF, down=True),
+    "gated, h made": INT8._replace(term=HALF, down=True, **GATED),
+    "everything": hopper.Variant(
+        *(
+            torch.int8,
+            torch.int8,
+            FULL,
+            True,
+            True,
+            FULL,
+            FULL,
+            True,
+            FULL,
+            torch.float16,
+            True,
+            True,
+            True,
+        )
+    ),
 }
 # Bytes of the stack where registers do not suffice; the copying warp's, which waits anyway.
 STACK = {"gated, h made": 16, "everything": 48}
@@ -44,7 +56,7 @@ STACK = {"gated, h made": 16, "everything": 48}
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_kernel_uses_wgmma_and_no_local_memory(name, tmp_path):
-    defined = PLAIN | VARIANTS[name]
+    defined = VARIANTS[name].defined()
     code = compiled(hopper.source(), hopper.options(**defined))
     sass, usage = disassembled(code, tmp_path)
     stack = int(re.search(r"STACK:(\d+)\b.*LOCAL:0\b", usage)[1])
@@ -72,23 +84,21 @@ def test_parameters_are_laid_out_as_in_the_source():
     assert fields == [name for name, _ in hopper.Params._fields_]
 
 
-def test_all_that_machine_cu_wants_is_defined():
-    a, row = torch.zeros(4, 16, dtype=torch.int8), torch.zeros(4, 1)
-    defined = hopper._defined(a, (row, row), *[None] * 6, torch.bfloat16)
-    assert {"STAGES", *defined} == set(PLAIN)
+def test_every_variant_defines_what_is_listed():
+    listed = hopper.source().partition("Defined from outside:")[2].partition("#define")[0]
+    names = set(re.findall(r"\b[A-Z][A-Z_0-9]{2,}\b", listed))
+    assert set(INT8.defined()) <= names
 
 
-@pytest.mark.parametrize("projects", [True, False])
-def test_stages_fit_in_shared_memory(projects):
-    kinds = (torch.float32, torch.bfloat16)
-    for vectors in itertools.chain.from_iterable(
-        itertools.product(kinds, repeat=i) for i in (0, 3)
-    ):
-        stages = hopper.stages_of(projects, vectors)
-        assert hopper.shared_bytes(stages, projects, vectors) <= hopper.SHARED_BYTES
-        # A term of all ranks leaves a stage for a residual.
-        assert stages >= 3 if projects else stages * MADE_RANKS > MAX_RANKS
-    assert hopper.stages_of(True, (torch.float32, torch.bfloat16, torch.bfloat16)) == hopper.STAGES
+@pytest.mark.parametrize("down", [True, False])
+def test_stages_fit_in_shared_memory(down):
+    for bias, gate in itertools.product((None, HALF, FULL), repeat=2):
+        variant = INT8._replace(bias=bias, gate=gate, term=HALF, down=down)
+        stages = variant.stages
+        assert hopper.shared_bytes(stages, down, variant.vectors) <= hopper.SHARED_BYTES
+        # Beside a term of the most ranks there is a stage for a residual.
+        assert stages * MADE_RANKS > (MADE_RANKS if down else MAX_RANKS)
+    assert INT8._replace(gate=HALF, down=True).stages == hopper.STAGES
 
 
 @pytest.mark.parametrize(("rows", "columns"), itertools.product((1, 16, 17, 40, 256), (1, 2, 54)))
@@ -102,15 +112,10 @@ def test_order_has_every_tile_once_and_heads_before_those_that_wait(rows, column
         assert all(place[tile & 0xFFFF] <= i for i, tile in enumerate(order))
 
 
-def test_rows_of_b_come_so_that_sums_are_neighbours(monkeypatch):
-    """Of a thread's sums (j, 2 t + e), columns of wgmma, each eight are neighbouring rows of b."""
-    seen = []
-    monkeypatch.setattr(hopper, "tensor_map", lambda x, box: seen.append((x, box)))
-    b = torch.arange(64 * 128).view(64, 128).to(torch.int8)
-    hopper._permuted(b)
-    (parts, box), rows = seen[0], torch.arange(64)
-    assert box == (8, 4, 4, 2, 128) and parts.data_ptr() == b.data_ptr()
-    there = rows.unflatten(0, (-1, 4, 4, 2)).transpose(1, 2).reshape(-1)
+def test_rows_of_b_come_so_that_sums_are_neighbours():
+    """Of a thread's sums, columns 8 j + 2 t + e of wgmma, each eight are neighbouring rows of b."""
+    rows = torch.arange(64).view(64, 1)
+    there = rows.as_strided(*hopper.permuted(rows.shape, rows.stride())).reshape(-1)
     for t, part in itertools.product(range(4), range(2)):
         mine = [there[32 * part + 8 * j + 2 * t + e].item() for j in range(4) for e in range(2)]
         assert mine == list(range(32 * part + 8 * t, 32 * part + 8 * t + 8))
@@ -122,7 +127,10 @@ def test_what_a_map_cannot_describe_is_copied():
         assert hopper._matrix(good) is good
     for bad in (storage[1:].view(8, 64), storage[:504].view(8, 63)[:, :48]):
         copy = hopper._matrix(bad)
-        assert copy.is_contiguous() and torch.equal(copy, bad)
+        assert copy.stride(0) % 16 == 0 and torch.equal(copy, bad)
+    narrow = torch.zeros(32, 1).half()
+    assert hopper._matrix(narrow).stride() == (8, 1)
+    assert hopper._matrix(narrow[:1]).stride() == (8, 1)
     assert hopper._matrix(storage[:48].as_strided((1, 48), (5, 1))).stride() == (48, 1)
 
 
@@ -150,12 +158,16 @@ def test_another_gpu_is_a_reason(monkeypatch):
     assert "needs compute capability (9, 0), got (10, 0)" in hopper._missing(CUDA)
 
 
-def test_too_many_ranks_are_refused():
+def test_too_many_ranks_are_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: None)
     a, one = torch.zeros(4, 16, dtype=torch.int8), torch.ones(1)
     term = torch.zeros(4, MAX_RANKS + 16).bfloat16(), torch.zeros(32, MAX_RANKS + 16).bfloat16()
     b = torch.zeros(32, 16, dtype=torch.int8)
     with pytest.raises(ValueError, match="hopper takes 192 ranks, not 208"):
         hopper.run(a, b, one, one, *[None] * 6, torch.bfloat16, term)
+    made = Down(torch.zeros(80, 16, dtype=torch.int8), torch.ones(80, 1)), term[1][:, :80]
+    with pytest.raises(ValueError, match="hopper takes 64 ranks, not 80"):
+        hopper.run(a, b, one, one, *[None] * 6, torch.bfloat16, made)
 
 
 def operands(rank: int = 16, k: int = 64):
