@@ -33,9 +33,12 @@ TRITON = ("triton", "triton-windows", "pytorch-triton")
 # Our sources that the speed of an operation depends on.
 SOURCES = {
     "scaled_mm": ("scaled_mm/kernel*.py", "scaled_mm/triton.py"),
-    "linear": tuple(
-        f"{folder}/*.py"
-        for folder in ("linear", "quantize_rows", "scaled_mm", "decode_fp4", "fp4_mm")
+    "linear": (
+        *(
+            f"{folder}/*.py"
+            for folder in ("linear", "quantize_rows", "scaled_mm", "decode_fp4", "fp4_mm")
+        ),
+        *("scaled_mm/kernels/*.cu", "cuda/*.cu"),
     ),
 }
 # Calls that are remembered; to look one up again costs microseconds.

@@ -18,6 +18,7 @@ from ...ops.linear import OP as LINEAR
 from ...ops.linear import linear
 from ...ops.scaled_mm import scaled_mm, tiles
 from ...ops.scaled_mm.candidates import neighbours
+from ...ops.scaled_mm.check import is_few
 from ...ops.scaled_mm.tiles import Tile
 from ...ops.scaled_mm.triton import run_tile
 from ...ops.tuning import Gpu
@@ -243,8 +244,8 @@ class Layer:
         return F.linear(self._x[:rows], self._plain, self._bias)
 
     def default(self, rows: int) -> str:
-        """Return what `auto` takes where nothing is tuned, whatever the number of rows."""
-        return registry.select(LINEAR, self._call).name
+        """Return what `auto` takes where nothing is tuned."""
+        return registry.select(LINEAR, self._call._replace(few=is_few(rows, 0))).name
 
     def neighbours(self, name: str) -> Sequence[str]:
         """Return nothing: there are few backends, and all are candidates."""
