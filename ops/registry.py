@@ -57,8 +57,8 @@ class Call(NamedTuple):
     """What is known of a call before it runs: the weight's scheme and shape [N, K], the device.
 
     m: the bucket of its rows where `lowbit tune` measured the weight (`tuning.bucket_if_tuned`).
-    few: whether its rows are few, or a term has more ranks than a kernel for many takes, for
-    operations that ask it (`Needs.few`).
+    few: whether its rows are few, or what comes with them is nothing that kernels for many take,
+    for operations that ask it (`Needs.few`).
     """
 
     scheme: str

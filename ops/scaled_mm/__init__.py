@@ -70,7 +70,7 @@ def _run(
     out_dtype,
     backend,
 ):
-    few = is_few(a.shape[0], 0 if low_b is None else low_b.shape[1])
+    few = point is not None or is_few(a.shape[0], 0 if low_b is None else low_b.shape[1])
     name = scheme(a, b, scale_a, scale_b)
     call = registry.Call(name, a.device, b.shape[0], b.shape[1], few=few)
     chosen = registry.select(OP, call, backend)

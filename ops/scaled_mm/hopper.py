@@ -30,6 +30,8 @@ SHARED_BYTES = 227 * 1024
 COLUMNS = 32
 # Row tiles that share columns in the L2.
 GROUP = 16
+# Row tiles that `order` can name.
+MOST_ROWS = (1 << 16) - 1
 ALIGNMENT = 16
 # As the source has them.
 TYPES = {None: 0, torch.bfloat16: 1, torch.float16: 2, torch.float32: 3}
@@ -37,8 +39,8 @@ TYPES = {None: 0, torch.bfloat16: 1, torch.float16: 2, torch.float32: 3}
 TILES_BYTES = 2 * 4
 BARRIERS = 2 * (2 + 1)
 POINTERS = (
-    *("order", "scale_a", "scale_b", "bias", "gate", "zero_point", "column_sum", "out", "h"),
-    *("ready", "taken", "scale_down", "shift"),
+    *("order", "scale_a", "scale_b", "bias", "gate", "out", "h", "ready", "taken"),
+    *("scale_down", "shift"),
 )
 
 
@@ -74,7 +76,10 @@ def order(rows: int, columns: int, ahead: int = 0) -> list[int]:
 
     In groups of rows that share columns in the L2. ahead: 0, or where other tiles wait for those of
     column 0: so many of these come first, the others a group before their rows.
+    Raises ValueError for more rows than 16 bits count.
     """
+    if rows > MOST_ROWS:
+        raise ValueError(f"scaled_mm: hopper takes {MOST_ROWS * TILE_M} rows; split a")
     groups = [range(i, min(i + GROUP, rows)) for i in range(0, rows, GROUP)]
     if not ahead:
         return [row | column << 16 for g in groups for column in range(columns) for row in g]
@@ -87,6 +92,7 @@ def order(rows: int, columns: int, ahead: int = 0) -> list[int]:
     return tiles
 
 
+# Kept for good: CUDA graphs hold their addresses.
 @functools.cache
 def _order(rows: int, columns: int, ahead: int, device: torch.device) -> torch.Tensor:
     return torch.tensor(order(rows, columns, ahead), dtype=torch.int32, device=device)
@@ -107,7 +113,6 @@ class Variant(NamedTuple):
     term: torch.dtype | None = None
     down: bool = False
     gelu: bool = False
-    point: bool = False
 
     @property
     def vectors(self) -> list[torch.dtype]:
@@ -138,7 +143,6 @@ class Variant(NamedTuple):
             **{name: TYPES[dtype] for name, dtype in dtypes},
             "GATES": self.gates,
             "GELU": self.gelu,
-            "POINT": self.point,
         }
 
 
@@ -252,8 +256,11 @@ def run(
 ) -> torch.Tensor:
     """Return the product as `scaled_mm` describes it.
 
-    Raises ValueError for a term of more than MAX_RANKS ranks, or a `Down` of more than MADE_RANKS.
+    Raises ValueError for a zero point, a term of more than MAX_RANKS ranks, or a `Down` of more
+    than MADE_RANKS.
     """
+    if zero_point is not None:
+        raise ValueError("scaled_mm: hopper takes no zero point; name another backend, or none")
     if a.device.index != torch.cuda.current_device():
         with torch.cuda.device(a.device):
             rest = (bias, zero_point, column_sum, activation, gate, residual, out_dtype, low_rank)
@@ -262,26 +269,25 @@ def run(
     out = torch.empty((m, n), dtype=out_dtype, device=a.device)
     term = None if low_rank is None else _term(low_rank, m, scale_a, scale_b)
     a, b, scale_b = _matrix(a), _matrix(b), _aligned(scale_b.reshape(-1))
-    bias, gate, residual, zero_point, column_sum = (
-        x if x is None else _aligned(x) for x in (bias, gate, residual, zero_point, column_sum)
-    )
+    bias, gate, residual = (x if x is None else _aligned(x) for x in (bias, gate, residual))
     variant = Variant(
         *(a.dtype, b.dtype, out_dtype, scale_a.numel() > 1, scale_b.numel() > 1),
         *(_dtype(bias), _dtype(gate), gate is not None and gate.shape[0] > 1, _dtype(residual)),
         *(None if term is None else term.u.dtype, term is not None and term.down is not None),
-        *(activation is not None, zero_point is not None),
+        activation is not None,
     )
     maps = (
         *(_map(a, TILE_M), _permuted(b)),
         *((_nothing(),) * 3 if term is None else term.maps),
         _nothing() if residual is None else _map(residual, TILE_M),
     )
-    rest = (scale_a, scale_b, bias, gate, zero_point, column_sum, out)
-    _launch(variant, maps, rest, term, (m, n, a.shape[1]))
+    _launch(variant, maps, (scale_a, scale_b, bias, gate, out), term, (m, n, a.shape[1]))
     return out
 
 
-def _launch(variant: Variant, maps, tensors, term: _Term | None, size: tuple[int, int, int]):
+def _launch(
+    variant: Variant, maps, tensors, term: _Term | None, size: tuple[int, int, int]
+) -> None:
     """Start the kernel; tensors: those of `Params` from scale_a to out. size: M, N, K."""
     (m, n, k), device, gate = size, tensors[0].device, tensors[3]
     rows, processors = -(-m // TILE_M), _processors(device)

@@ -29,7 +29,6 @@ struct Tile {
 struct Place {
     int row, column;
     float scale[2];
-    int point[2];
 };
 
 __device__ __forceinline__ int group_of() { return threadIdx.x / 128; }
@@ -95,16 +94,6 @@ struct Epilogue {
     int start;      // first column of the tile
     float scale_b;  // where it is one
 
-    __device__ __forceinline__ void load_sums(int (&sums)[8], int column) const {
-#pragma unroll
-        for (int i = 0; i < 8; i += 4) {
-            int4 four = make_int4(0, 0, 0, 0);
-            if (column < args.n)
-                four = *reinterpret_cast<const int4*>(args.column_sum + column + i);
-            sums[i] = four.x, sums[i + 1] = four.y, sums[i + 2] = four.z, sums[i + 3] = four.w;
-        }
-    }
-
     // value = scale_a · scale_b · acc + H·Uᵀ of a quarter; the second product is under way after it.
     template <int QUARTER>
     __device__ __forceinline__ void begin(const Sum (&acc)[SUMS], float (&value)[PART],
@@ -113,14 +102,10 @@ struct Epilogue {
         for (int half = 0; half < 2; ++half) {
             int column = 64 * QUARTER + 32 * half + place.column;
             float of_b[8];
-            int sums[8];
             if (ROWS_B) load_shared<FP32_TYPE>(of_b, at.vectors + column * 4);
-            if (POINT) load_sums(sums, start + column);
 #pragma unroll
             for (int i = 0; i < 16; ++i) {
-                Sum sum = acc[PART * QUARTER + 16 * half + i];
-                if (POINT) sum -= place.point[i / 2 % 2] * sums[i / 4 * 2 + i % 2];
-                float x = float(sum) * place.scale[i / 2 % 2];
+                float x = float(acc[PART * QUARTER + 16 * half + i]) * place.scale[i / 2 % 2];
                 value[16 * half + i] = x * (ROWS_B ? of_b[i / 4 * 2 + i % 2] : scale_b);
             }
         }

@@ -28,7 +28,6 @@
 //   ROWS_A, ROWS_B  a scale for each row of A, of B, else one for all
 //   OUT          dtype of C, BIAS, GATE, RESIDUAL: of these; dtypes are as below
 //   GATES        gate has more than one row
-//   POINT        zero_point · column_sum is taken from the sums
 //   GELU         act is gelu (tanh)
 
 #define NONE 0
@@ -42,12 +41,10 @@ struct Params {
     const float* scale_b;  // [N] or one
     const void* bias;      // [N]
     const void* gate;      // [M / gate_rows, N]
-    const int* zero_point;  // POINT: [M]
-    const int* column_sum;  // POINT: [N]
     void* out;             // [M, N], contiguous
     void* h;               // DOWN: [row tiles · 128, 64], written
     int* ready;            // DOWN: [row tiles], zeros: warpgroups that wrote their rows of h
-    int* taken;            // DOWN: zero: tiles that were taken after each block's first
+    int* taken;            // DOWN: zero: tiles that were taken
     const float* scale_down;  // DOWN: [ranks]
     const float* shift;       // DOWN: [ranks], or null
     long long stride_gate;

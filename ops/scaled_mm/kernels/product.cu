@@ -67,19 +67,20 @@ __device__ __forceinline__ void produce(const Params& args, const Maps& maps, co
     Ring ring;
     Slots<1> vectors;
     Slots<2> told;
-    int t = blockIdx.x;
-    int packed = args.order[t];
+    // With heads, a block takes the next tile when it runs and is free: they take longer, and what
+    // others wait for may not be kept for a block that has found no multiprocessor yet.
+    int t = DOWN ? atomicAdd(args.taken, 1) : blockIdx.x;
+    int packed = t < args.tiles ? args.order[t] : NO_TILE;
     for (;;) {
         tell(at, told, packed);
         if (packed == NO_TILE) return;
         Tile tile(packed);
-        // Heads take longer: with them, who is free first takes the next tile. Asked for early, as
-        // the answer takes a while.
         if (!DOWN) t += gridDim.x;
+        // The answer takes a while.
         int ask = max(args.steps - 6, 0), look = max(args.steps - 3, 0);
 #pragma unroll 1
         for (int step = 0; step < args.steps; ++step) {
-            if (DOWN && step == ask) t = gridDim.x + atomicAdd(args.taken, 1);
+            if (DOWN && step == ask) t = atomicAdd(args.taken, 1);
             if (step == look) packed = t < args.tiles ? args.order[t] : NO_TILE;
             barrier_wait(at.empty + 8 * ring.slot, ring.phase ^ 1);
             u32 full = at.full + 8 * ring.slot, to = at.stages + ring.slot * STAGE_BYTES;
@@ -173,7 +174,6 @@ __device__ __forceinline__ void consume(const Params& args, const Shared& at) {
         for (int r = 0; r < 2; ++r) {
             int row = place.row + 8 * r;
             place.scale[r] = row < args.m ? args.scale_a[ROWS_A ? row : 0] : 0.0f;
-            if (POINT) place.point[r] = row < args.m ? args.zero_point[row] : 0;
         }
         Sum acc[SUMS];
         Sum sums[H_SUMS];

@@ -33,21 +33,9 @@ VARIANTS = {
     "fp8, h made": FP8._replace(term=HALF, down=True),
     "gated, h made": INT8._replace(term=HALF, down=True, **GATED),
     "everything": hopper.Variant(
-        *(
-            torch.int8,
-            torch.int8,
-            FULL,
-            True,
-            True,
-            FULL,
-            FULL,
-            True,
-            FULL,
-            torch.float16,
-            True,
-            True,
-            True,
-        )
+        *(torch.int8, torch.int8, FULL, True, True),
+        **{"bias": FULL, "gate": FULL, "gates": True, "residual": FULL},
+        **{"term": torch.float16, "down": True, "gelu": True},
     ),
 }
 # Bytes of the stack where registers do not suffice; the copying warp's, which waits anyway.
@@ -158,13 +146,17 @@ def test_another_gpu_is_a_reason(monkeypatch):
     assert "needs compute capability (9, 0), got (10, 0)" in hopper._missing(CUDA)
 
 
-def test_too_many_ranks_are_refused(monkeypatch):
+def test_what_the_kernel_does_not_take_is_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "current_device", lambda: None)
     a, one = torch.zeros(4, 16, dtype=torch.int8), torch.ones(1)
     term = torch.zeros(4, MAX_RANKS + 16).bfloat16(), torch.zeros(32, MAX_RANKS + 16).bfloat16()
     b = torch.zeros(32, 16, dtype=torch.int8)
     with pytest.raises(ValueError, match="hopper takes 192 ranks, not 208"):
         hopper.run(a, b, one, one, *[None] * 6, torch.bfloat16, term)
+    with pytest.raises(ValueError, match="no zero point"):
+        hopper.run(a, b, one, one, None, torch.zeros(4).int(), *[None] * 4, torch.bfloat16)
+    with pytest.raises(ValueError, match="8388480 rows"):
+        hopper.order(1 << 16, 1)
     made = Down(torch.zeros(80, 16, dtype=torch.int8), torch.ones(80, 1)), term[1][:, :80]
     with pytest.raises(ValueError, match="hopper takes 64 ranks, not 80"):
         hopper.run(a, b, one, one, *[None] * 6, torch.bfloat16, made)
