@@ -59,7 +59,8 @@ class Call(NamedTuple):
     """What is known of a call before it runs: the weight's scheme and shape [N, K], the device.
 
     m: the bucket of its rows where `lowbit tune` measured the weight (`tuning.bucket_if_tuned`).
-    few: whether its rows are few, for operations that ask it (`Needs.few`).
+    few: whether its rows are few, or what comes with them is nothing that kernels for many take,
+    for operations that ask it (`Needs.few`).
     """
 
     scheme: str
@@ -76,7 +77,10 @@ class Backend:
 
     run_quantized: of linear layers, `run` with a `QuantizedActivation`; without it one is
     dequantized first. quantizes: `run_quantized` runs floats too, which are quantized before it.
-    fuses: `run_quantized` takes `low_rank`, `gate` and `residual`, of `scaled_mm`.
+    fuses: `run_quantized` takes `low_rank`, `gate` and `residual`, of `scaled_mm`. projects: the
+    low-rank term may come as a `Down` of `scaled_mm`, whose product with x is made within.
+    launches: without a low-rank term `run_quantized` does nothing but what `replay.Plans` does
+    again, for results of 16 bits.
     """
 
     op: str
@@ -87,6 +91,8 @@ class Backend:
     run_quantized: Callable | None = field(default=None, compare=False)
     quantizes: bool = False
     fuses: bool = False
+    projects: bool = False
+    launches: bool = False
 
 
 _BACKENDS: dict[str, list[Backend]] = {}

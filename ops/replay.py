@@ -36,13 +36,9 @@ def facts(arguments: Iterable) -> tuple:
 
 
 class _Record:
-    """What a call did. made: by `empty`. launches: arguments of `launch`, and its result.
-
-    whole: nothing else is known to have been done.
-    """
+    """What a call did. made: by `empty`. launches: arguments of `launch`, and its result."""
 
     def __init__(self):
-        self.whole = True
         self.made: list[torch.Tensor] = []
         self.launches: list[tuple] = []
 
@@ -54,13 +50,6 @@ def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> t
     if record is not None:
         record.made.append(tensor)
     return tensor
-
-
-def not_launches_alone() -> None:
-    """Say within a function of `Plans` that this call does more: it is prepared each time."""
-    record = getattr(_here, "record", None)
-    if record is not None:
-        record.whole = False
 
 
 def launch(*arguments) -> None:
@@ -188,11 +177,7 @@ def _planned(record: _Record, flat: list, result) -> _Plan | None:
         launches.append((compiled, (kernel, programs, template, *rest), places))
     single = isinstance(result, torch.Tensor)
     results = (result,) if single else result
-    if (
-        not record.whole
-        or not launches
-        or any(x is not None and id(x) not in source for x in results)
-    ):
+    if not launches or any(x is not None and id(x) not in source for x in results):
         return None
     made = [(tuple(x.shape), x.dtype, x.device) for x in record.made]
     places = tuple([None if x is None else source[id(x)] for x in results])

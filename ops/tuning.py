@@ -42,7 +42,7 @@ SOURCES = {
     "linear": (
         *(f"{folder}/*.py" for folder in ("linear", "quantize_rows", "scaled_mm", "decode_fp4")),
         *("fp4_mm/*.py", "fp4_scaled_mm/*.py", "fp4_scaled_mm/kernels/*.cu"),
-        *("quantize_rows/kernels/*.cu", "cuda/*.cu"),
+        *("quantize_rows/kernels/*.cu", "scaled_mm/kernels/*.cu", "cuda/*.cu"),
     ),
 }
 # Calls that are remembered; to look one up again costs microseconds.

@@ -162,7 +162,8 @@ def find_host() -> Host | None:
 
 
 def _support(fmt: formats.Format, device: torch.device) -> FormatSupport:
-    call = registry.Call(fmt.layout.scheme, device, N, K)
+    # As the README's table, of many tokens.
+    call = registry.Call(fmt.layout.scheme, device, N, K, few=False)
     unfit = {}
     for backend in registry.backends(OP):
         if call.scheme in backend.needs.schemes:

@@ -62,6 +62,13 @@ __device__ __forceinline__ void prefetch_map(const TensorMap* map) {
 __device__ __forceinline__ void await_kernel_before() {
     asm volatile("griddepcontrol.wait;" ::: "memory");
 }
+// A box of five dimensions, whole in the three between the first and the last.
+__device__ __forceinline__ void copy_box_5d(u32 to, const TensorMap* map, int x, int y, u32 bar) {
+    asm volatile(
+        "cp.async.bulk.tensor.5d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
+        " [%0], [%1, {%2, %3, %3, %3, %4}], [%5];"
+        ::"r"(to), "l"(map), "r"(x), "r"(0), "r"(y), "r"(bar) : "memory");
+}
 
 // ---- tensor cores
 

@@ -44,6 +44,8 @@ def driver() -> ctypes.CDLL:
     return ctypes.CDLL("nvcuda.dll" if WINDOWS else "libcuda.so.1")
 
 
+# torch.compile cannot trace how a library is loaded.
+@torch.compiler.assume_constant_result
 def missing() -> str | None:
     """Return why kernels cannot be compiled here, or None."""
     try:

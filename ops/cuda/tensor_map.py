@@ -40,19 +40,26 @@ def tensor_map(x: torch.Tensor, box: Sequence[int], swizzle: int = 128) -> Tenso
     swizzle: bytes of a row within which chunks of 16 bytes are XORed with the row's number, or 0.
     Raises NvrtcError where the driver refuses.
     """
-    return _map(x.data_ptr(), x.dtype, tuple(x.shape), x.stride(), tuple(box), swizzle)
+    return encoded(x.data_ptr(), x.dtype, tuple(x.shape), x.stride(), tuple(box), swizzle)
 
 
-# A map follows from these: memory that is used again has the map that it had.
 @functools.lru_cache(maxsize=REMEMBERED)
-def _map(pointer, dtype, shape, stride, box, swizzle) -> TensorMap:
+def encoded(
+    address: int,
+    dtype: torch.dtype,
+    shape: tuple[int, ...],
+    strides: tuple[int, ...],
+    box: tuple[int, ...],
+    swizzle: int = 128,
+) -> TensorMap:
+    """Return the map of what has this shape and strides in elements at an address: `tensor_map`."""
     size, rank = dtype.itemsize, len(shape)
     encoded = no_map()
     result = nvrtc.driver().cuTensorMapEncodeTiled(
         *(ctypes.byref(encoded), BYTES if size == 1 else DTYPES[dtype], rank),
-        ctypes.c_void_p(pointer),
+        ctypes.c_void_p(address),
         (ctypes.c_uint64 * rank)(*reversed(shape)),
-        (ctypes.c_uint64 * (rank - 1))(*(step * size for step in reversed(stride[:-1]))),
+        (ctypes.c_uint64 * (rank - 1))(*(stride * size for stride in reversed(strides[:-1]))),
         (ctypes.c_uint32 * rank)(*reversed(box)),
         (ctypes.c_uint32 * rank)(*(1 for _ in box)),
         *(0, SWIZZLES[swizzle], PROMOTE_256, 0),

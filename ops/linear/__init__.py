@@ -16,8 +16,9 @@ from comfy_kitchen.tensor import QuantizedTensor
 from .. import registry, tuning
 from ..custom_op import watched
 from ..quantize_rows import Prologue
-from ..replay import Plans, not_launches_alone
-from ..scaled_mm.check import LOW_RANK
+from ..replay import Plans
+from ..scaled_mm.check import LOW_RANK, is_few
+from ..scaled_mm.hopper import HOPPER
 from ..widen_rows import widen_rows
 from .activation import (
     Kind,
@@ -94,16 +95,24 @@ def linear(
     Raises ValueError when shapes or kinds do not fit, NoBackendError when no backend can run the
     call.
     """
-    plain_product = input_act is None and low_rank is None
-    if plain_product and isinstance(x, QuantizedActivation) and not watched(x.stored):
-        return _product(x, weight, bias, backend, gate, residual)
-    return _linear(x, weight, bias, backend, input_act, low_rank, gate, residual)
+    chosen = _chosen(weight, x.device, math.prod(x.shape[:-1]), backend, _ranks(low_rank))
+    if input_act is None and low_rank is None and _only_launches(chosen, x):
+        return _product(chosen, x, weight, bias, gate, residual)
+    return _linear(chosen, x, weight, bias, input_act, low_rank, gate, residual)
 
 
 _PRODUCTS = Plans()
 
 
-def _product(x: QuantizedActivation, weight, bias, backend, gate, residual) -> torch.Tensor:
+def _only_launches(chosen: registry.Backend, x: torch.Tensor | QuantizedActivation) -> bool:
+    """Return whether a product with x is launches alone, of which nobody else has to know."""
+    quantized = chosen.launches and isinstance(x, QuantizedActivation)
+    return quantized and x.dtype in LOW_RANK and not watched(x.stored)
+
+
+def _product(
+    chosen: registry.Backend, x: QuantizedActivation, weight, bias, gate, residual
+) -> torch.Tensor:
     """Return what `linear` does for an activation that is quantized already, prepared once."""
     rows, shape = len(x.stored), (*x.shape[:-1], weight.shape[0])
     if residual is not None and residual.shape == shape:
@@ -113,20 +122,21 @@ def _product(x: QuantizedActivation, weight, bias, backend, gate, residual) -> t
 
     def run():
         flat = replace(x, shape=(rows, x.shape[-1]))
-        return _linear(flat, weight, bias, backend, None, None, gate, residual)
+        return _linear(chosen, flat, weight, bias, None, None, gate, residual)
 
     of_weight = (weight._qdata, weight._layout_cls, *vars(weight._params).values())
     of_x = (x.stored, x.scale, x.kind, x.shape[-1], x.dtype)
-    return _PRODUCTS.run((of_x, of_weight, bias, backend, gate, residual), run).reshape(shape)
+    return _PRODUCTS.run((of_x, of_weight, bias, chosen.name, gate, residual), run).reshape(shape)
 
 
-def _linear(x, weight, bias, backend, input_act, low_rank, gate, residual) -> torch.Tensor:
+def _linear(
+    chosen: registry.Backend, x, weight, bias, input_act, low_rank, gate, residual
+) -> torch.Tensor:
     """Return what `linear` describes."""
     n, k = weight.shape
     if x.shape[-1] != k:
         raise ValueError(f"linear: input has {x.shape[-1]} features, weight [{n}, {k}] takes {k}")
     rows = math.prod(x.shape[:-1])
-    chosen = _chosen(weight, x.device, rows, backend)
     if isinstance(x, QuantizedTensor):
         x = from_host(x, weight)
     shape, dtype = (*x.shape[:-1], n), x.dtype
@@ -139,11 +149,13 @@ def _linear(x, weight, bias, backend, input_act, low_rank, gate, residual) -> to
         one_sum = one_sum and x.headroom > 0
     else:
         x = _prepared(x, weight, input_act, chosen, HEADROOM if one_sum else 0)
-        if low_rank is None and isinstance(x, QuantizedActivation) and not watched(x.stored):
-            return _product(x, weight, bias, backend, gate, residual)
+        if low_rank is None and _only_launches(chosen, x):
+            return _product(chosen, x, weight, bias, gate, residual)
     term = None
     if low_rank is not None:
-        h = low_rank.project(x, lambda: _plain(given, input_act))
+        h = low_rank.unprojected(x) if chosen.projects else None
+        if h is None:
+            h = low_rank.project(x, lambda: _plain(given, input_act))
         term = _joined(h, x, low_rank.up, weight) if one_sum else (h, plain(low_rank.up).to(dtype))
     if residual is not None:
         residual = _shaped(residual, (rows, n))
@@ -172,21 +184,34 @@ def input_headroom(
 
     terms: whose sum it is given beside the weight.
     """
-    chosen = _chosen(weight, device, rows, "auto")
+    chosen = _chosen(weight, device, rows, "auto", sum(map(_ranks, terms)))
     return HEADROOM if terms and _sums(chosen, weight, terms, device, rows, dtype) else 0
 
 
 def _sums(chosen: registry.Backend, weight, terms, device, rows: int, dtype) -> bool:
     """Return whether low-rank terms, or the one of None, are summed in 8 bits with the product."""
-    fuses = chosen.fuses and dtype in LOW_RANK
+    fuses = chosen.fuses and not chosen.projects and dtype in LOW_RANK
     return fuses and all(joins(term, weight, device, rows) for term in terms)
 
 
-def _chosen(weight, device: torch.device, rows: int, backend: str) -> registry.Backend:
+def _ranks(low_rank: LowRank | None) -> int:
+    return 0 if low_rank is None else low_rank.up.shape[1]
+
+
+def _chosen(
+    weight, device: torch.device, rows: int, backend: str, ranks: int = 0
+) -> registry.Backend:
+    """Return the backend for rows of x and a low-rank term of so many ranks."""
     (n, k), scheme = weight.shape, weight.layout_cls.scheme
     m = tuning.bucket_if_tuned(OP, scheme, device, n, k, rows)
+    few = None
+    if scheme in GROUPS:
+        few = rows <= FEW_ROWS
+    elif registry.capability(device) == HOPPER:
+        # Elsewhere nothing asks, and compiled graphs need not depend on it.
+        few = is_few(rows, ranks)
     # A bool also of rows that torch.compile knows by a symbol: its graph is then for few, or many.
-    few = bool(rows <= FEW_ROWS) if scheme in GROUPS else None
+    few = few if few is None else bool(few)
     name = backend_of(weight) if backend == "auto" else backend
     return registry.select(OP, registry.Call(scheme, device, n, k, m, few), name)
 
@@ -207,7 +232,6 @@ def _run(chosen: registry.Backend, x, weight, bias, term, gate, residual) -> tor
     if quantized and chosen.fuses and dtype in LOW_RANK:
         options = {"low_rank": term, "gate": gate, "residual": residual}
         return chosen.run_quantized(x, weight, bias, **options).to(dtype)
-    not_launches_alone()
     if quantized:
         out = chosen.run_quantized(x, weight, bias)
     else:

@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from comfy_kitchen.tensor import QuantizedTensor
 
 from ..registry import capability
-from ..scaled_mm.check import K_MULTIPLE
+from ..scaled_mm.check import K_MULTIPLE, LOW_RANK, MADE_RANKS, Down
+from ..scaled_mm.hopper import NEEDS as OF_HOPPER
 from .activation import Kind, QuantizedActivation, fits, kind_of
 from .sharing import quantized_once
 
@@ -64,6 +65,21 @@ class LowRank:
             h = quantized_once(given, name, lambda: self._product(given))
         return h if self.rows is None else h[:, slice(*self.rows)]
 
+    def unprojected(self, x: torch.Tensor | QuantizedActivation) -> Down | None:
+        """Return the first product as `scaled_mm` makes it within the second; None: it cannot.
+
+        Not where layers share it: it is made once, then.
+        """
+        quantized = isinstance(x, QuantizedActivation) and isinstance(self.down, QuantizedTensor)
+        if not quantized or self.key is not None or self.rows is not None or not self._takes(x):
+            return None
+        down = self.down if self.factor is None else scaled(self.down, self.factor)
+        scale = down._params.scale
+        one_each = scale.numel() == len(down._qdata) <= MADE_RANKS
+        if not one_each or down._qdata.dtype != x.stored.dtype or x.dtype not in LOW_RANK:
+            return None
+        return Down(down._qdata, scale.reshape(-1, 1).contiguous(), self.shift)
+
     def _takes(self, x: torch.Tensor | QuantizedActivation) -> bool:
         return not isinstance(x, QuantizedActivation) or self.multiplies(x.kind)
 
@@ -82,7 +98,14 @@ class LowRank:
 
 
 def adds_in_8_bits(device: torch.device) -> bool:
-    """Return whether a layer on `device` may sum FP8 and a term in FP8 as one (`joins`)."""
+    """Return whether terms of layers in FP8 had better be so, too, to be summed as one (`joins`).
+
+    Not where the kernel runs that adds one in 16 bits at less cost.
+    """
+    return _can_join(device) and OF_HOPPER.self_test(device) is not None
+
+
+def _can_join(device: torch.device) -> bool:
     has = capability(device)
     # AMD's GPUs have capabilities of their own, and other FP8.
     return has is not None and has[0] == JOINS_ON and torch.version.hip is None
@@ -96,7 +119,7 @@ def joins(low_rank: LowRank | None, weight: QuantizedTensor, device: torch.devic
     """
     if low_rank is None or not isinstance(low_rank.up, QuantizedTensor):
         return False
-    if not adds_in_8_bits(device):
+    if not _can_join(device):
         return False
     up, k = low_rank.up, weight.shape[1]
     # TMA reads nothing else, and only it can change matrices on its way along K. While a graph is

@@ -44,7 +44,8 @@ def _register(schemes: set[str], least: tuple[int, int]) -> None:
         package="triton.tools.tensor_descriptor",
         package_min=TRITON_MIN,
     )
-    register(Backend("linear", "triton", 10, needs, run, run_quantized, True, True))
+    does = {"quantizes": True, "fuses": True, "launches": True}
+    register(Backend("linear", "triton", 10, needs, run, run_quantized, **does))
 
 
 _register({"int8_row", "int8_row_convrot"}, (8, 0))

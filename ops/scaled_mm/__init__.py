@@ -4,7 +4,7 @@ import torch
 
 from .. import registry
 from ..custom_op import custom_op
-from .check import check, check_low_rank, scheme
+from .check import MADE_RANKS, Down, check, check_low_rank, is_few, scheme
 
 OP = "scaled_mm"
 
@@ -21,7 +21,7 @@ def scaled_mm(
     activation: str | None = None,
     gate: torch.Tensor | None = None,
     residual: torch.Tensor | None = None,
-    low_rank: tuple[torch.Tensor, torch.Tensor] | None = None,
+    low_rank: tuple[torch.Tensor | Down, torch.Tensor] | None = None,
     out_dtype: torch.dtype = torch.bfloat16,
     backend: str = "auto",
 ) -> torch.Tensor:
@@ -34,7 +34,8 @@ def scaled_mm(
     zero_point: [M] int32, of a; column_sum: [N] int32, the sums of b along K; INT8 without blocks
     only; the point in the formula is zero_point · column_sum. low_rank: h [M, R] and u [N, R], both
     bfloat16 or both float16, contiguous rows, R > 0; or in the dtypes of a and b, R % 16 = 0, and
-    then h·uᵀ is summed with a·bᵀ and scaled with it; None: without. bias: [N]. activation: None or
+    then h·uᵀ is summed with a·bᵀ and scaled with it; or a `Down`, of which h is made, in the dtype
+    of u, within the product where the backend can; None: without. bias: [N]. activation: None or
     `gelu_tanh`. gate: [R, N], R divides M: row i takes gate[i // (M / R)]. residual: [M, N], never
     written to. Bias, gate and residual: bfloat16, float16 or float32, as is out_dtype. Everything
     after the sums is float32, in the order of the formula, rounded once at the end.
@@ -45,7 +46,9 @@ def scaled_mm(
     check(*arguments, out_dtype)
     if low_rank is not None:
         check_low_rank(a, b, scale_a, scale_b, zero_point, *low_rank)
-    return _OP(*arguments, *(low_rank or (None, None)), out_dtype, backend)
+    h, u = low_rank or (None, None)
+    h, *down = (None, *h) if isinstance(h, Down) else (h, None, None, None)
+    return _OP(*arguments, h, u, *down, out_dtype, backend)
 
 
 def _run(
@@ -61,16 +64,27 @@ def _run(
     residual,
     low_a,
     low_b,
+    down,
+    scale_down,
+    shift,
     out_dtype,
     backend,
 ):
-    call = registry.Call(scheme(a, b, scale_a, scale_b), a.device, b.shape[0], b.shape[1])
-    run = registry.select(OP, call, backend).run
+    few = point is not None or is_few(a.shape[0], 0 if low_b is None else low_b.shape[1])
+    name = scheme(a, b, scale_a, scale_b)
+    call = registry.Call(name, a.device, b.shape[0], b.shape[1], few=few)
+    chosen = registry.select(OP, call, backend)
     if a.shape[0] == 0 or b.shape[0] == 0:
         return _empty(a, b, out_dtype)
     rest = (bias, point, column_sum, activation, gate, residual, out_dtype)
+    if down is not None and chosen.projects and len(down) <= MADE_RANKS:
+        low_a = Down(down, scale_down, shift)
+    elif down is not None:
+        # Narrow, and so not always of the kind that the chosen backend takes.
+        name = "auto" if chosen.projects else backend
+        low_a = _run(a, down, scale_a, scale_down, shift, *[None] * 10, low_b.dtype, name)
     low_rank = None if low_a is None else (low_a, low_b)
-    return run(a, b, scale_a, scale_b, *rest, low_rank)
+    return chosen.run(a, b, scale_a, scale_b, *rest, low_rank)
 
 
 def _empty(a, b, out_dtype):
@@ -80,7 +94,7 @@ def _empty(a, b, out_dtype):
 _OP = custom_op(
     "scaled_mm(Tensor a, Tensor b, Tensor scale_a, Tensor scale_b, Tensor? bias, "
     "Tensor? zero_point, Tensor? column_sum, str? activation, Tensor? gate, Tensor? residual, "
-    "Tensor? low_a, Tensor? low_b, "
+    "Tensor? low_a, Tensor? low_b, Tensor? down, Tensor? scale_down, Tensor? shift, "
     "ScalarType out_dtype, str backend) -> Tensor",
     _run,
     lambda a, b, *rest: _empty(a, b, rest[-2]),

@@ -1,5 +1,7 @@
 """What `scaled_mm` accepts, checked before any kernel runs."""
 
+from typing import NamedTuple
+
 import torch
 
 from ..custom_op import watched
@@ -15,8 +17,24 @@ K_MULTIPLE = 16
 GIVEN = ("b", "scale_a", "scale_b", "bias", "zero_point", "column_sum", "gate", "residual")
 # Side of the blocks that share a scale: 1 x BLOCK of a, BLOCK x BLOCK of b.
 BLOCK = 128
+# The kernel for many rows is the fastest from so many on, on an H200, with a low-rank term earlier.
+MANY_ROWS, MANY_ROWS_WITH_TERM = 2048, 1024
+# Ranks that it adds, one stage left for a residual; and of which it makes h within.
+MAX_RANKS, MADE_RANKS = 192, 64
 # Kinds of tensors that fit together.
 _right: set[tuple] = set()
+
+
+class Down(NamedTuple):
+    """The first matrix of a low-rank term: h = scale_a · scale · (a · storedᵀ) + shift, [M, R].
+
+    stored: [R, K], of a's dtype, K-contiguous rows a multiple of 16 apart. scale: [R, 1] float32,
+    contiguous. shift: [R] float32, contiguous, or None.
+    """
+
+    stored: torch.Tensor
+    scale: torch.Tensor
+    shift: torch.Tensor | None = None
 
 
 def granularity(a, b, scale_a, scale_b) -> str:
@@ -113,13 +131,24 @@ def _check(
             )
 
 
+def is_few(rows: int, rank: int) -> bool:
+    """Return whether rows are too few for the kernel for many, or a term's rank too high."""
+    return rows < (MANY_ROWS_WITH_TERM if rank else MANY_ROWS) or rank > MAX_RANKS
+
+
 def in_8_bits(low_rank: tuple[torch.Tensor, torch.Tensor]) -> bool:
     """Return whether a low-rank term is summed with the 8-bit operands, before their scales."""
     return low_rank[0].dtype.itemsize == 1
 
 
 def check_low_rank(a, b, scale_a, scale_b, zero_point, h, u) -> None:
-    """Raise TypeError or ValueError when h [M, R] and u [N, R] do not fit a [M, K] and b [N, K]."""
+    """Raise TypeError or ValueError when h [M, R] and u [N, R] do not fit a [M, K] and b [N, K].
+
+    h: or a `Down`.
+    """
+    if isinstance(h, Down):
+        _check_down(a, b, scale_a, scale_b, zero_point, h, u)
+        return
     rows, dtypes = (a.shape[0], b.shape[0]), (a.dtype, b.dtype)
     in_16 = h.dtype in LOW_RANK and u.dtype == h.dtype
     if not in_16 and (h.dtype, u.dtype) != dtypes:
@@ -142,6 +171,35 @@ def check_low_rank(a, b, scale_a, scale_b, zero_point, h, u) -> None:
             )
     if not in_16 and (zero_point is not None or granularity(a, b, scale_a, scale_b) == "block"):
         raise ValueError("scaled_mm: h and u in 8 bits go with no zero point and no block scales")
+
+
+def _check_down(a, b, scale_a, scale_b, zero_point, down: Down, u) -> None:
+    (stored, scale, shift), rank, k = down, len(down.stored), a.shape[1]
+    if stored.dtype != a.dtype or u.dtype not in LOW_RANK:
+        raise TypeError(
+            f"scaled_mm: down is {stored.dtype}, u {u.dtype}; {a.dtype} as a, and one of "
+            f"{_names(LOW_RANK)} are wanted"
+        )
+    if tuple(u.shape) != (len(b), rank) or not rank or stored.shape[1] != k:
+        raise ValueError(
+            f"scaled_mm: down is {list(stored.shape)}, u {list(u.shape)}; [R, {k}] and "
+            f"[{len(b)}, R], one R > 0 for both, are wanted"
+        )
+    _check_rows("u", u)
+    if stored.stride(1) != 1 or stored.stride(0) % K_MULTIPLE:
+        raise ValueError(f"scaled_mm: down's rows lie {tuple(stored.stride())} apart; see a and b")
+    for name, x in (("scale", scale), ("shift", shift)):
+        if x is not None and (x.dtype != torch.float32 or x.numel() != rank):
+            raise ValueError(
+                f"scaled_mm: down's {name} is {x.dtype} {list(x.shape)}; {rank} float32"
+            )
+        if x is not None:
+            _check_contiguous(f"down's {name}", x)
+    if zero_point is not None or granularity(a, b, scale_a, scale_b) == "block":
+        raise ValueError("scaled_mm: down goes with no zero point and no block scales")
+    for x in (*down, u):
+        if x is not None and x.device != a.device:
+            raise ValueError(f"scaled_mm: a term is on {x.device}, a on {a.device}; move it there")
 
 
 def _names(dtypes) -> str:

@@ -19,6 +19,7 @@ from ...ops.linear import linear
 from ...ops.linear.four_bit import FEW_ROWS, GROUPS
 from ...ops.scaled_mm import scaled_mm, tiles
 from ...ops.scaled_mm.candidates import neighbours
+from ...ops.scaled_mm.check import is_few
 from ...ops.scaled_mm.tiles import Tile
 from ...ops.scaled_mm.triton import run_tile
 from ...ops.tuning import Gpu
@@ -246,7 +247,7 @@ class Layer:
 
     def default(self, rows: int) -> str:
         """Return what `auto` takes where nothing is tuned."""
-        few = rows <= FEW_ROWS if self._four_bits else None
+        few = rows <= FEW_ROWS if self._four_bits else is_few(rows, 0)
         return registry.select(LINEAR, self._call._replace(few=few)).name
 
     def neighbours(self, name: str) -> Sequence[str]:

@@ -10,7 +10,10 @@ from collections.abc import Iterator
 import torch
 import torch.nn.functional as F
 
+from lowbit.ops import registry
 from lowbit.ops.linear import linear
+from lowbit.ops.scaled_mm import hopper
+from lowbit.ops.scaled_mm.check import MANY_ROWS
 from lowbit.quant import families, formats
 from tests.bench import runner
 
@@ -51,6 +54,8 @@ def runs(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> Iterator[
             peers[theirs] = packed if ours == theirs else formats.get(theirs).quantize(weight)
             yield f"kitchen {theirs}", lambda w=peers[theirs]: linear(x, w, bias, "kitchen")
         yield f"triton {ours}", lambda w=packed: linear(x, w, bias, "triton")
+        if len(x) >= MANY_ROWS and registry.capability(x.device) == hopper.HOPPER:
+            yield f"hopper {ours}", lambda w=packed: linear(x, w, bias, "hopper")
 
 
 def bench(m: int, n: int, k: int) -> dict[str, dict]:
@@ -84,7 +89,8 @@ def row(name: str, m: int, n: int, k: int, results: dict[str, dict]) -> str:
     bf16 = results["bf16"]["median_ms"]
     cells = [f"{name} {m}x{n}x{k}", f"{bf16 * 1e3:.0f} us, {results['bf16']['tflops']:.0f}"]
     for ours, theirs in PAIRS:
-        mine, peer = results[f"triton {ours}"], results[f"kitchen {theirs}"]
+        mine = results.get(f"hopper {ours}", results[f"triton {ours}"])
+        peer = results[f"kitchen {theirs}"]
         cells.append(
             f"{mine['median_ms'] * 1e3:.0f} us, {mine['tflops']:.0f}, err {mine['error']:.4f}, "
             f"{peer['median_ms'] / mine['median_ms']:.2f}x kitchen (err {peer['error']:.4f}), "
@@ -99,11 +105,12 @@ def main() -> None:
     """Time every shape, print the table, append the results."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", default="", help="only shapes whose name holds this")
-    only = parser.parse_args().only
+    parser.add_argument("--least", type=int, default=0, help="only shapes of so many tokens")
+    arguments = parser.parse_args()
     print("| layer M x N x K | bf16 | " + " | ".join(ours for ours, _ in PAIRS) + " |")
     print("|---" * (2 + len(PAIRS)) + "|")
     for name, m, n, k in shapes():
-        if only in name:
+        if arguments.only in name and m >= arguments.least:
             results = bench(m, n, k)
             print(row(name, m, n, k, results), flush=True)
             runner.append("linear", {"layer": name, "M": m, "N": n, "K": k, "results": results})

@@ -9,7 +9,15 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from lowbit.ops.linear import LowRank, add_low_rank, linear, release, scaled, share
+from lowbit.ops.linear import (
+    LowRank,
+    add_low_rank,
+    adds_in_8_bits,
+    linear,
+    release,
+    scaled,
+    share,
+)
 from lowbit.quant import families, formats
 from tests.bench import runner
 
@@ -60,12 +68,13 @@ def ways(x, weight, name: str, rank: int) -> dict[str, Callable[[], torch.Tensor
     # As the nodes have them: the strength is in the scales.
     in_8_bits, all_in_8_bits = scaled(beside.quantize(alone), small), beside.quantize(down)
     all_in_8_bits = scaled(all_in_8_bits, factor)
-    # A weight with one scale has the second matrix in its own format, too.
-    stored = fmt.quantize(up) if name in BESIDE else up
+    # A weight with one scale may have the second matrix in its own format, too.
+    in_fp8 = fmt.quantize(up) if name in BESIDE else up
+    stored = in_fp8 if adds_in_8_bits(x.device) else up
     in_16_bits = LowRank(alone, up, small, shift[:rank])
 
-    def alone_with(term):
-        return lambda: linear(x, packed, backend="triton", low_rank=term)
+    def alone_with(term, backend="auto"):
+        return lambda: linear(x, packed, backend=backend, low_rank=term)
 
     def shared(key, i):
         rows = (i * rank, (i + 1) * rank)
@@ -74,12 +83,22 @@ def ways(x, weight, name: str, rank: int) -> dict[str, Callable[[], torch.Tensor
     return {
         "without": alone_with(None),
         "in the product": alone_with(LowRank(in_8_bits, stored, None, shift[:rank])),
-        "in the product, B in 16 bits": alone_with(LowRank(in_8_bits, up, None, shift[:rank])),
         "in the product, A in 16 bits": alone_with(in_16_bits),
-        "after it": lambda: add_low_rank(linear(x, packed, backend="triton"), x, in_16_bits),
-        "three without": lambda: readers(lambda *_: linear(x, packed, backend="triton"), x, None),
+        "without, triton": alone_with(None, "triton"),
+        "in the product, triton": alone_with(
+            LowRank(in_8_bits, in_fp8, None, shift[:rank]), "triton"
+        ),
+        "after it": lambda: add_low_rank(linear(x, packed), x, in_16_bits),
+        "three without": lambda: readers(lambda *_: linear(x, packed), x, None),
         "three in the product": lambda: readers(shared, x, key),
     }
+
+
+def base_of(way: str) -> str:
+    """Return the way without a term that a way is compared with."""
+    if way.startswith("three"):
+        return "three without"
+    return "without, triton" if way.endswith("triton") else "without"
 
 
 def bench(m: int, n: int, k: int, name: str, rank: int) -> dict[str, dict]:
@@ -115,7 +134,7 @@ def main() -> None:
                 results = bench(m, n, k, name, rank)
                 ms = {way: result["median_ms"] for way, result in results.items()}
                 costs = ", ".join(
-                    f"{way} {value / ms['three without' if 'three' in way else 'without'] - 1:+.1%}"
+                    f"{way} {value / ms[base_of(way)] - 1:+.1%}"
                     for way, value in ms.items()
                     if "without" not in way
                 )

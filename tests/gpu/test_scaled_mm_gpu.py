@@ -24,9 +24,10 @@ FOUND = [
     if name.rsplit("_", 1)[0] in ("int8", "fp8") or name.endswith("_row")
 ]
 # Of ours, the variants of the kernel that differ most; of the libraries, all.
+WE = ("triton", "hopper")
 VARIANTS = ("int8_row", "fp8_row", "int8_block", "fp8_block")
-TRIED = [c for c in FOUND if not c.id.startswith("triton") or c.values[1] in VARIANTS]
-OURS = [c for c in TRIED if c.id.startswith("triton")]
+TRIED = [c for c in FOUND if not c.id.startswith(WE) or c.values[1] in VARIANTS]
+OURS = [c for c in TRIED if c.id.startswith(WE)]
 # Relative L2 error of the sums: Hopper adds FP8 products with some 14 bits, over all of K or, with
 # scales of blocks, over 128 columns; INT8 is exact, and only float32's roundings follow.
 OF_SUMS = {"int8": 2**-20, "fp8": 2**-8, "block": 2**-11}
@@ -103,6 +104,9 @@ def run(backend: registry.Backend, given: list, **rest) -> torch.Tensor:
         (63, 131, 1040, torch.float32),
         (1000, 131, 1040, torch.bfloat16),
         (1000, 144, 512, torch.float32),
+        (1000, 288, 1040, torch.bfloat16),
+        (2049, 3072, 512, torch.float16),
+        (1, 32, 16, torch.float32),
     ],
 )
 def test_product_is_near_float64(backend, name, m, n, k, out_dtype):
@@ -128,7 +132,7 @@ def test_product_is_near_float64(backend, name, m, n, k, out_dtype):
 )
 def test_whatever_follows_is_near_float64(backend, name, m, activation, gates, kept):
     """Gate and residual lie apart in memory that holds NaN, and are not written to."""
-    n, k = 272, 512
+    n, k = 288, 512
     needed(backend, name, n, k)
     given, bias = operands(name, m, n, k), make(n, seed=3)
     rows = {"none": 0, "one": 1, "two": 2, "all": m}[gates]
@@ -165,11 +169,16 @@ def test_sizes_of_models_with_everything(backend, name, m, n, k):
     assert error(got, wanted(*given, bias, **rest)) <= bound(name, torch.bfloat16)
 
 
-@pytest.mark.parametrize("scales", ["row", "block"])
+@pytest.mark.parametrize(
+    ("backend", "scales", "n"),
+    [("triton", "row", 259), ("triton", "block", 259), ("hopper", "row", 288)],
+)
 @pytest.mark.parametrize("m", [17, 1000])
-def test_int8_is_exact_with_integers_throughout(scales, m):
+def test_int8_is_exact_with_integers_throughout(backend, scales, n, m):
     """Scales and gates are powers of two: float32 rounds nothing, whatever the tile."""
-    n, k = 259, 1040
+    k = 1040
+    found = next(b for b in registry.backends(OP) if b.name == backend)
+    needed(found, f"int8_{scales}", n, k)
     generator = torch.Generator("cuda").manual_seed(0)
 
     def integers(*shape: int, most: int) -> torch.Tensor:
@@ -183,7 +192,8 @@ def test_int8_is_exact_with_integers_throughout(scales, m):
         "residual": integers(m, n, most=99).half(),
     }
     bias = integers(n, most=99).float()
-    got = scaled_mm(a, b, scale_a, scale_b, bias, **rest, out_dtype=torch.float32, backend="triton")
+    given = (a, b, scale_a, scale_b, bias)
+    got = scaled_mm(*given, **rest, out_dtype=torch.float32, backend=backend)
     assert torch.equal(got.double(), wanted(a, b, scale_a, scale_b, bias, **rest))
 
 

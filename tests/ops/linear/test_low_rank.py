@@ -1,5 +1,6 @@
 """The low-rank term of linear layers, in every format: against float64, and against merging."""
 
+import dataclasses
 import math
 
 import pytest
@@ -20,6 +21,7 @@ from lowbit.ops.linear import activation as activations
 from lowbit.ops.linear import low_rank as terms_module
 from lowbit.ops.linear import triton as backend
 from lowbit.ops.scaled_mm import scaled_mm
+from lowbit.ops.scaled_mm.check import Down
 from lowbit.quant import formats
 
 N, K, R, M = 96, 512, 16, 40
@@ -318,3 +320,38 @@ def test_factors_that_do_not_fit_are_refused(h, u, kind, message):
     a, b = torch.ones(3, 16, dtype=torch.int8), torch.ones(8, 16, dtype=torch.int8)
     with pytest.raises(kind, match=message):
         scaled_mm(a, b, torch.ones(1), torch.ones(1), low_rank=(h, u))
+
+
+def test_first_product_is_left_to_a_backend_that_makes_it_within(layer, monkeypatch):
+    x, weight, bias, down, up = layer
+    fmt = formats.get("int8_convrot")
+    quantized, alone = fmt.quantize(weight), term(fmt.quantize(down), up)
+    seen = []
+
+    def run_quantized(x, weight, bias, low_rank=None, **rest):
+        # Its own first product is a layer, too.
+        if low_rank is not None:
+            seen.append(low_rank[0])
+        return backend.run_quantized(x, weight, bias, "reference", low_rank=low_rank, **rest)
+
+    makes = registry.Backend(
+        *("linear", "makes", 0, registry.Needs(frozenset()), None, run_quantized),
+        **{"quantizes": True, "fuses": True, "projects": True},
+    )
+    want = linear(x, quantized, bias, low_rank=alone)
+    monkeypatch.setattr(package, "_chosen", lambda *_: makes)
+    got = linear(x, quantized, bias, low_rank=alone)
+    assert isinstance(seen[0], Down) and error(got, want) <= 4 * BF16
+    # Made once for layers that share it, and apart where it cannot be made within.
+    wide = term(fmt.quantize(down.repeat(5, 1)), up.repeat(1, 5))
+    for other in (dataclasses.replace(alone, key=object()), term(down, up), wide):
+        linear(x, quantized, bias, low_rank=other)
+        assert isinstance(seen[-1], torch.Tensor)
+
+
+@pytest.mark.parametrize(("has", "kernel", "eight"), [((9, 0), None, False), ((9, 0), "no", True)])
+def test_terms_are_fp8_where_no_kernel_adds_them_in_16_bits(monkeypatch, has, kernel, eight):
+    monkeypatch.setattr(terms_module, "capability", lambda device: has)
+    needs = dataclasses.replace(terms_module.OF_HOPPER, self_test=lambda device: kernel)
+    monkeypatch.setattr(terms_module, "OF_HOPPER", needs)
+    assert package.adds_in_8_bits(torch.device("cuda", 0)) == eight

@@ -38,7 +38,8 @@ def prepared(monkeypatch):
     monkeypatch.setattr(launch, "launch", first)
     monkeypatch.setattr(launch, "again", lambda kernel, programs, given, device: kernel(*given))
     needs = registry.Needs(frozenset({"int8_row", "fp8_tensor", "fp8_row"}))
-    only = registry.Backend("linear", "stand_in", 0, needs, None, run, True, True)
+    does = {"quantizes": True, "fuses": True, "launches": True}
+    only = registry.Backend("linear", "stand_in", 0, needs, None, run, **does)
     monkeypatch.setitem(registry._BACKENDS, "linear", [only])
     tuning.forget()
     yield seen

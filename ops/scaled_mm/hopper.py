@@ -1,0 +1,332 @@
+"""The Hopper backend of `scaled_mm`: CUDA C++, compiled by torch's NVRTC when first called."""
+
+import ctypes
+import functools
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from ..cuda import HOPPER_OPTIONS, nvrtc
+from ..cuda import source as cuda_source
+from ..cuda.tensor_map import TensorMap, encoded, no_map, tensor_map
+from ..registry import Backend, Needs, capability, register
+from . import OP
+from .check import MADE_RANKS, MAX_RANKS, Down, in_8_bits
+from .reference import in_16_bits
+
+HOPPER = (9, 0)
+OPERANDS = ("int8", "fp8", "fp8_mixed", "fp8_e5m2")
+FOLDER = Path(__file__).with_name("kernels")
+SOURCES = ("machine.cu", "epilogue.cu", "product.cu")
+THREADS = 384
+# Rows and columns of a tile, bytes of K of a stage.
+TILE_M, TILE_N, STEP = 128, 256, 128
+STAGES = 4
+SHARED_BYTES = 227 * 1024
+# A thread stores eight neighbouring columns of a result, four threads as many as there are here.
+COLUMNS = 32
+# Row tiles that share columns in the L2.
+GROUP = 16
+# Row tiles that `order` can name.
+MOST_ROWS = (1 << 16) - 1
+ALIGNMENT = 16
+# As the source has them.
+TYPES = {None: 0, torch.bfloat16: 1, torch.float16: 2, torch.float32: 3}
+# The two slots in which the next tiles are told; barriers of these and of the vectors.
+TILES_BYTES = 2 * 4
+BARRIERS = 2 * (2 + 1)
+POINTERS = (
+    *("order", "scale_a", "scale_b", "bias", "gate", "out", "h", "ready", "taken"),
+    *("scale_down", "shift"),
+)
+
+
+class Params(ctypes.Structure):
+    """The kernel's first parameter, `struct Params` in machine.cu."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in POINTERS),
+        ("stride_gate", ctypes.c_longlong),
+        *((name, ctypes.c_int) for name in ("m", "n", "steps", "ranks", "tiles", "gate_rows")),
+    )
+
+
+def source() -> str:
+    """Return the CUDA C++ source, of all its files."""
+    return cuda_source(*(FOLDER / name for name in SOURCES))
+
+
+def options(**defined: int) -> tuple[str, ...]:
+    """Return NVRTC's options; defined: what machine.cu lists."""
+    return (*HOPPER_OPTIONS, *(f"-D{name}={int(value)}" for name, value in defined.items()))
+
+
+def shared_bytes(stages: int, projects: bool, vectors: Iterable[torch.dtype]) -> int:
+    """Return the shared memory of a block. vectors: the dtypes of those that stay for a tile."""
+    stage = (TILE_M + TILE_N + (MADE_RANKS if projects else 0)) * STEP
+    held = sum(TILE_N * dtype.itemsize for dtype in vectors)
+    return stages * stage + held + TILES_BYTES + 8 * (2 * stages + BARRIERS)
+
+
+def order(rows: int, columns: int, ahead: int = 0) -> list[int]:
+    """Return the tiles, row | column << 16, in the order in which they are begun.
+
+    In groups of rows that share columns in the L2. ahead: 0, or where other tiles wait for those of
+    column 0: so many of these come first, the others a group before their rows.
+    Raises ValueError for more rows than 16 bits count.
+    """
+    if rows > MOST_ROWS:
+        raise ValueError(f"scaled_mm: hopper takes {MOST_ROWS * TILE_M} rows; split a")
+    groups = [range(i, min(i + GROUP, rows)) for i in range(0, rows, GROUP)]
+    if not ahead:
+        return [row | column << 16 for g in groups for column in range(columns) for row in g]
+    first = max(ahead, GROUP)
+    tiles = list(range(min(first, rows)))
+    for i, group in enumerate(groups):
+        later = groups[i + 1] if i + 1 < len(groups) else ()
+        tiles += [row for row in later if row >= first]
+        tiles += [row | column << 16 for column in range(1, columns) for row in group]
+    return tiles
+
+
+# Kept for good: CUDA graphs hold their addresses.
+@functools.cache
+def _order(rows: int, columns: int, ahead: int, device: torch.device) -> torch.Tensor:
+    return torch.tensor(order(rows, columns, ahead), dtype=torch.int32, device=device)
+
+
+class Variant(NamedTuple):
+    """What the kernel is compiled for; dtypes are None where there is no such tensor."""
+
+    a: torch.dtype
+    b: torch.dtype
+    out: torch.dtype
+    rows_a: bool = True
+    rows_b: bool = True
+    bias: torch.dtype | None = None
+    gate: torch.dtype | None = None
+    gates: bool = False
+    residual: torch.dtype | None = None
+    term: torch.dtype | None = None
+    down: bool = False
+    gelu: bool = False
+
+    @property
+    def vectors(self) -> list[torch.dtype]:
+        """The dtypes of what is there for a tile's columns."""
+        found = (torch.float32 if self.rows_b else None, self.bias)
+        return [x for x in (*found, None if self.gates else self.gate) if x is not None]
+
+    @property
+    def stages(self) -> int:
+        """How many there is room for."""
+        fits = shared_bytes(STAGES, self.down, self.vectors) <= SHARED_BYTES
+        return STAGES if fits else STAGES - 1
+
+    def defined(self) -> dict[str, int]:
+        """Return what machine.cu wants to be defined."""
+        dtypes = (("BIAS", self.bias), ("GATE", self.gate), ("RESIDUAL", self.residual))
+        return {
+            "INTEGER": self.a == torch.int8,
+            "A_E5M2": self.a == torch.float8_e5m2,
+            "B_E5M2": self.b == torch.float8_e5m2,
+            "STAGES": self.stages,
+            "LOW_RANK": self.term is not None,
+            "FP16": self.term == torch.float16,
+            "DOWN": self.down,
+            "ROWS_A": self.rows_a,
+            "ROWS_B": self.rows_b,
+            "OUT": TYPES[self.out],
+            **{name: TYPES[dtype] for name, dtype in dtypes},
+            "GATES": self.gates,
+            "GELU": self.gelu,
+        }
+
+
+@functools.cache
+def _kernel(device: int, variant: Variant) -> nvrtc.Kernel:
+    """Return the kernel for `device`, which is the current one."""
+    code = nvrtc.compile_source(source(), options(**variant.defined()))
+    shared = shared_bytes(variant.stages, variant.down, variant.vectors)
+    return nvrtc.Kernel(code, "product", shared)
+
+
+@functools.cache
+def _processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@functools.cache
+def _nothing() -> TensorMap:
+    return no_map()
+
+
+def _aligned(x: torch.Tensor) -> torch.Tensor:
+    """Return x [C] or [R, C], or a copy where a row of it starts at no multiple of 16 bytes."""
+    size = x.element_size()
+    if not x.data_ptr() % ALIGNMENT and (x.dim() == 1 or not x.stride(0) * size % ALIGNMENT):
+        return x
+    unit, count = ALIGNMENT // size, x.shape[-1]
+    copy = x.new_empty((*x.shape[:-1], -(-count // unit) * unit))[..., :count]
+    return copy.copy_(x)
+
+
+def _matrix(x: torch.Tensor) -> torch.Tensor:
+    """Return x [R, C] as a map can describe it: the stride of one row may be anything."""
+    if x.shape[0] == 1 and x.shape[1] * x.element_size() % ALIGNMENT == 0:
+        x = x.as_strided(x.shape, (x.shape[1], 1))
+    return _aligned(x)
+
+
+def _map(x: torch.Tensor, rows: int) -> TensorMap:
+    """Return the map by which boxes of so many rows and 128 bytes come."""
+    return tensor_map(x, (rows, STEP // x.element_size()))
+
+
+def permuted(shape: Sequence[int], strides: Sequence[int]) -> tuple[tuple, tuple]:
+    """Return (shape, strides) of a matrix in such an order of rows that sums are neighbours.
+
+    Of 32 rows, 8·i + 2·j + e comes as 8·j + 2·i + e (i, j below 4, e below 2).
+    """
+    (rows, columns), (apart, step) = shape, strides
+    sizes = (rows // COLUMNS, 4, 4, 2, columns)
+    return sizes, (COLUMNS * apart, 2 * apart, 8 * apart, apart, step)
+
+
+def _permuted(x: torch.Tensor) -> TensorMap:
+    """Return the map by which 256 rows of x come as `permuted` has them."""
+    box = (TILE_N // COLUMNS, 4, 4, 2, STEP // x.element_size())
+    return encoded(x.data_ptr(), x.dtype, *permuted(x.shape, x.stride()), box)
+
+
+@dataclass(frozen=True)
+class _Term:
+    """A low-rank term as the kernel takes it, with what has to stay alive until the launch.
+
+    h: given, or to be written to; u: both in 16 bits. down: where h is made within.
+    """
+
+    h: torch.Tensor
+    u: torch.Tensor
+    down: Down | None = None
+
+    @property
+    def maps(self) -> tuple[TensorMap, TensorMap, TensorMap]:
+        down = _nothing() if self.down is None else _map(self.down.stored, MADE_RANKS)
+        return _map(self.h, TILE_M), _permuted(self.u), down
+
+
+def _term(low_rank, m: int, scale_a, scale_b) -> _Term:
+    """Return the term of m rows. Raises ValueError where it has too many ranks."""
+    h, u = low_rank
+    most = MADE_RANKS if isinstance(h, Down) else MAX_RANKS
+    if u.shape[1] > most:
+        raise ValueError(
+            f"scaled_mm: hopper takes {most} ranks, not {u.shape[1]}; name another backend, or none"
+        )
+    if isinstance(h, Down):
+        rows = -(-m // TILE_M) * TILE_M
+        made = torch.empty((rows, MADE_RANKS), dtype=u.dtype, device=u.device)
+        return _Term(made, _matrix(u), h._replace(stored=_matrix(h.stored)))
+    if in_8_bits(low_rank):
+        h, u = in_16_bits(low_rank, scale_a, scale_b)
+    return _Term(_matrix(h), _matrix(u))
+
+
+def _dtype(x: torch.Tensor | None) -> torch.dtype | None:
+    return None if x is None else x.dtype
+
+
+def run(
+    a,
+    b,
+    scale_a,
+    scale_b,
+    bias,
+    zero_point,
+    column_sum,
+    activation,
+    gate,
+    residual,
+    out_dtype,
+    low_rank=None,
+) -> torch.Tensor:
+    """Return the product as `scaled_mm` describes it.
+
+    Raises ValueError for a zero point, a term of more than MAX_RANKS ranks, or a `Down` of more
+    than MADE_RANKS.
+    """
+    if zero_point is not None:
+        raise ValueError("scaled_mm: hopper takes no zero point; name another backend, or none")
+    if a.device.index != torch.cuda.current_device():
+        with torch.cuda.device(a.device):
+            rest = (bias, zero_point, column_sum, activation, gate, residual, out_dtype, low_rank)
+            return run(a, b, scale_a, scale_b, *rest)
+    m, n = a.shape[0], b.shape[0]
+    out = torch.empty((m, n), dtype=out_dtype, device=a.device)
+    term = None if low_rank is None else _term(low_rank, m, scale_a, scale_b)
+    a, b, scale_b = _matrix(a), _matrix(b), _aligned(scale_b.reshape(-1))
+    bias, gate, residual = (x if x is None else _aligned(x) for x in (bias, gate, residual))
+    variant = Variant(
+        *(a.dtype, b.dtype, out_dtype, scale_a.numel() > 1, scale_b.numel() > 1),
+        *(_dtype(bias), _dtype(gate), gate is not None and gate.shape[0] > 1, _dtype(residual)),
+        *(None if term is None else term.u.dtype, term is not None and term.down is not None),
+        activation is not None,
+    )
+    maps = (
+        *(_map(a, TILE_M), _permuted(b)),
+        *((_nothing(),) * 3 if term is None else term.maps),
+        _nothing() if residual is None else _map(residual, TILE_M),
+    )
+    _launch(variant, maps, (scale_a, scale_b, bias, gate, out), term, (m, n, a.shape[1]))
+    return out
+
+
+def _launch(
+    variant: Variant, maps, tensors, term: _Term | None, size: tuple[int, int, int]
+) -> None:
+    """Start the kernel; tensors: those of `Params` from scale_a to out. size: M, N, K."""
+    (m, n, k), device, gate = size, tensors[0].device, tensors[3]
+    rows, processors = -(-m // TILE_M), _processors(device)
+    tiles = _order(rows, -(-n // TILE_N), processors if variant.down else 0, device)
+    pointers = [None if x is None else x.data_ptr() for x in (tiles, *tensors)]
+    if variant.down:
+        # Flags, and the number of tiles that were taken.
+        ready = torch.zeros(rows + 1, dtype=torch.int32, device=device)
+        down, flags = term.down, ready.data_ptr()
+        pointers += [term.h.data_ptr(), flags, flags + rows * ready.element_size()]
+        pointers += [down.scale.data_ptr(), None if down.shift is None else down.shift.data_ptr()]
+    else:
+        pointers += [None] * 5
+    count = rows * -(-n // TILE_N)
+    params = Params(
+        *pointers,
+        0 if gate is None else gate.stride(0),
+        *(m, n, -(-k // STEP), 0 if term is None else term.u.shape[1], count),
+        0 if gate is None else m // gate.shape[0],
+    )
+    kernel, blocks = _kernel(device.index, variant), min(count, processors)
+    stream = torch.cuda.current_stream(device).cuda_stream
+    kernel.launch((blocks, 1, 1), THREADS, (params, *maps), stream, early=True)
+
+
+def _missing(device: torch.device) -> str | None:
+    """Return why the kernel cannot run on `device`, or None."""
+    if device.type == "cuda" and capability(device) != HOPPER:
+        return f"needs compute capability {HOPPER}, got {capability(device)}"
+    return nvrtc.missing()
+
+
+NEEDS = Needs(
+    frozenset(f"{x}_{scales}" for x in OPERANDS for scales in ("tensor", "row")),
+    devices=frozenset({"cuda"}),
+    capability=HOPPER,
+    measured=(HOPPER, (10, 0)),
+    few=False,
+    n_multiple=COLUMNS,
+    self_test=_missing,
+)
+register(Backend(OP, "hopper", 5, NEEDS, run, projects=True))

@@ -1,0 +1,1 @@
+"""The CUDA C++ of the Hopper backend of `scaled_mm`."""
