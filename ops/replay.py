@@ -71,6 +71,8 @@ def replayed(function: Callable) -> Callable:
     """
     # None: a call of this kind is prepared each time.
     plans: dict[tuple, _Plan | None] = {}
+    # How often they were forgotten.
+    age = [0]
 
     @functools.wraps(function)
     def call(*arguments):
@@ -81,19 +83,25 @@ def replayed(function: Callable) -> Callable:
         if plan is not _UNKNOWN:
             return plan.run(flat)
         _here.record = record = _Record()
+        began = age[0]
         try:
             result = function(*arguments)
         finally:
             _here.record = None
         tensors = [given for given in flat if isinstance(given, torch.Tensor)]
-        # Of one tensor in two places nothing is learnt about two tensors.
-        if len({id(given) for given in tensors}) == len(tensors):
+        # Of one tensor in two places nothing is learnt about two tensors; and what was prepared by
+        # entries that were forgotten meanwhile is out of date.
+        if age[0] == began and len({id(given) for given in tensors}) == len(tensors):
             if len(plans) >= tuning.REMEMBERED:
                 plans.clear()
             plans[key] = _planned(record, flat, result)
         return result
 
-    tuning.when_forgotten(plans.clear)
+    def forget() -> None:
+        age[0] += 1
+        plans.clear()
+
+    tuning.when_forgotten(forget)
     return call
 
 

@@ -37,7 +37,7 @@ def fuse(patcher, clone, layers: dict[str, torch.nn.Module]) -> None:
     for name, record in fusion.feed_forwards(layers, family):
         key = f"{ROOT}.{name}"
         plain = patcher.get_model_object(key)
-        joined = fusion.fused(plain, record, _run_after_gelu)
+        joined = fusion.fused(plain, record, _run_after_gelu, _is_lent(patcher, key))
         if joined is not plain and not _others_on(patcher, key):
             clone.add_object_patch(key, joined)
     _warn_of_compiled(clone)
@@ -93,9 +93,12 @@ def _others_on(patcher, key: str) -> bool:
 
 def _has_own_forward(patcher, key: str, plain: torch.nn.Module) -> bool:
     """Return whether nobody assigned to a layer's `forward` for good."""
-    # That of a clone which is loaded now goes with it.
-    lent = f"{key}.forward" in patcher.object_patches_backup
-    return lent or fusion.has_own_forward(plain)
+    return _is_lent(patcher, key) or fusion.has_own_forward(plain)
+
+
+def _is_lent(patcher, key: str) -> bool:
+    """Return whether a layer's `forward` is that of a clone that is loaded, and goes with it."""
+    return f"{key}.forward" in patcher.object_patches_backup
 
 
 def _warn_of_compiled(patcher) -> None:

@@ -31,6 +31,8 @@ BY_ROW = {"fp8_e4m3": "fp8_e4m3_rowwise", "fp8_e5m2": "fp8_e4m3_rowwise"}
 IN_8_BITS = (*BY_ROW, "fp8_e4m3_rowwise", "int8", "int8_convrot")
 # The format with which a term in the same format is summed.
 ONE_SUM = "fp8_e4m3"
+# Of a weight, in parts of that of its term: one of zeros has no unit in which both could be summed.
+LEAST_UNIT = 2.0**-60
 # The layout of the host's whose layers it may run without calling them.
 UNCALLED = "TensorWiseINT8Layout"
 
@@ -293,7 +295,9 @@ def _up(member: lora.Layer, module, dtype: torch.dtype, device: torch.device) ->
     # An input that comes quantized has no room for the term.
     if not adds_in_8_bits(device) or is_static(module):
         return Matrix(up)
-    return Matrix(formats.get(ONE_SUM).quantize(up.to(device)).to(device=up.device))
+    packed = formats.get(ONE_SUM).quantize(up.to(device)).to(device=up.device)
+    unit = module.weight._params.scale.to(up.device)
+    return Matrix(up if unit < packed._params.scale * LEAST_UNIT else packed)
 
 
 def _add_patches(clone, source: _Source, strength: float, steps: tuple[float, float]) -> None:

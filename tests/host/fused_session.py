@@ -136,6 +136,16 @@ def strangers_of(model, attend, sample, quantize) -> dict:
     return seen
 
 
+def lent_feed_forward(model, sample, quantize) -> str:
+    """Return what a feed-forward becomes while another branch, which patches it, is loaded."""
+    key = "diffusion_model.blocks.0.ffn"
+    theirs = model.clone()
+    ffn = theirs.get_model_object(key)
+    theirs.add_object_patch(f"{key}.forward", lambda x: type(ffn).forward(ffn, x))
+    sample(theirs)
+    return type(quantize(model).object_patches.get(key)).__name__
+
+
 def blocks_of(model, attend, sample, quantize, add_lora) -> dict:
     """Return how blocks of a quantized model differ from those of the host, and what they ran.
 
@@ -242,6 +252,8 @@ def session(pack: Path, host: str, base: str) -> dict:
                     "blocks": blocks,
                     "felt": difference(edit(model), sample(model)),
                 }
+            else:
+                seen["lent"] = lent_feed_forward(model, sample, quantize)
         path = checkpoints.write_wan(Path(base) / "vace.safetensors", variant="vace")
         model = comfy.sd.load_diffusion_model(str(path))
         lora = checkpoints.write_lora(loras / "vace.safetensors", path)
