@@ -65,6 +65,11 @@ def test_another_branchs_patch_that_is_loaded_does_not_keep_a_feed_forward_plain
     assert sessions["lent"] == "FusedWanFeedForward"
 
 
+def test_lengths_of_text_take_two_graphs_of_a_whole_qwen_image(sessions):
+    """The second length compiles one for all that follow."""
+    assert sessions["lengths"] == {"graphs": [1, 2, 2], "difference": 0}
+
+
 def test_references_at_a_time_of_their_own_are_felt(sessions):
     assert sessions["qwen_edit"]["felt"] > 0.1
 
