@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from comfy_kitchen.tensor import QuantizedTensor
 
 from ...ops.linear import (
+    LowRank,
     QuantizedActivation,
     input_headroom,
     input_kind,
@@ -138,10 +139,15 @@ def run(
     act None. gate: [B, T, N], each for L / T tokens; residual: [B, L, N]; or neither. What the host
     itself does to the input or the weight of a layer comes after the act.
     """
-    import comfy.ops
-
     if not _is_direct(module):
         return _gated(module(_acted(x, act)), gate, residual)
+    return _run(module, x, act, gate, residual, low_ranks_of(module, x))
+
+
+def _run(module, x, act, gate, residual, terms: list[LowRank]) -> torch.Tensor:
+    """Return what `run` does for a layer that is ours, with these terms of LoRAs."""
+    import comfy.ops
+
     comfy.ops.run_every_op()
     weight = module.weight
     cast = comfy.ops.CastBiasWeightContext(
@@ -153,7 +159,6 @@ def run(
         compute_dtype=x.dtype,
         want_requant=not module._full_precision_mm,
     )
-    terms = low_ranks_of(module, x)
     with cast as (weight, bias):
         if isinstance(weight, QuantizedTensor):
             gates = {"gate": gate if gate is None else gate.flatten(0, 1), "residual": residual}
@@ -193,7 +198,8 @@ def run_after(modules, given: Modulated) -> tuple[torch.Tensor, ...]:
             )
             options = {"prologue": given.steps, "headroom": max(room)}
             rounded = quantize_activation(x, modules[0].weight, **options)
-            return tuple(run(module, rounded, None, None, None) for module in modules)
+            pairs = zip(modules, terms, strict=True)
+            return tuple(_run(module, rounded, None, None, None, its) for module, its in pairs)
     plain = given.plain()
     return tuple(module(plain) for module in modules)
 
