@@ -13,7 +13,9 @@ from comfy_kitchen.tensor import QuantizedTensor
 
 from ..quant import families, formats, fusion, recipe
 from ..quant.checkpoint.stored import FP8_DTYPES, StoredLayer, logical_shapes, stored_layers
+from ..quant.memory import quantize_within_memory
 from . import host, wanvideo_model
+from .host.memory import make_room
 from .inputs import AS_STORED
 from .wanvideo_linear import SideBranches, stand_in
 from .wanvideo_model import COMPILED, TRANSFORMER
@@ -159,7 +161,8 @@ def _weight(tensors, stored: StoredLayer | None, name, choice, patcher, tick) ->
     if weight.dtype in FP8_DTYPES:
         weight = weight.to(dtype)
     try:
-        new, _ = choice.format.quantize_measured(weight.to(patcher.load_device), tick)
+        device = patcher.load_device
+        new, *_ = quantize_within_memory(choice.format, weight, device, tick, make_room)
     except formats.NotFiniteError as problem:
         raise formats.NotFiniteError(f"layer {name}: {problem}") from problem
     return new.to(device=home).to(dtype=dtype)

@@ -7,6 +7,7 @@ between kernels of 50 µs. A call that nobody watches goes straight to the funct
 from collections.abc import Callable
 
 import torch
+from torch.autograd import forward_ad
 
 NAMESPACE = "lowbit"
 _LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
@@ -28,16 +29,28 @@ def custom_op(signature: str, run: Callable, fake: Callable) -> Callable:
     operation = getattr(getattr(torch.ops, NAMESPACE), name).default
 
     def call(*arguments):
-        return operation(*arguments) if watched(arguments[0]) else run(*arguments)
+        if not watched(arguments[0]):
+            return run(*arguments)
+        if not torch.compiler.is_compiling() and forward_ad._current_level >= 0:
+            _refuse_tangents(name, arguments)
+        return operation(*arguments)
 
     return call
+
+
+def _refuse_tangents(name: str, arguments: tuple) -> None:
+    """Raise NotImplementedError where an argument has a tangent, which torch would drop."""
+    tensors = (given for given in arguments if isinstance(given, torch.Tensor))
+    if any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors):
+        raise NotImplementedError(f"{NAMESPACE}::{name} has no derivative, forward AD included")
 
 
 def watched(x: torch.Tensor) -> bool:
     """Return whether anybody else has to know of a call whose first argument is x.
 
-    That is autograd, tensors that are none of memory, and whatever follows operations: modes of
-    torch's dispatcher, fake tensors and export among them, transforms of torch.func, torch.jit.
+    That is autograd, also forwards, tensors that are none of memory, and whatever follows
+    operations: modes of torch's dispatcher, fake tensors and export among them, transforms of
+    torch.func, torch.jit.
     """
     # torch.compile follows this one alone.
     if torch.compiler.is_compiling():
@@ -45,6 +58,8 @@ def watched(x: torch.Tensor) -> bool:
     return (
         type(x) is not torch.Tensor
         or torch.is_grad_enabled()
+        # Tangents are carried without gradients too.
+        or forward_ad._current_level >= 0
         or x.is_meta
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._functorch.peek_interpreter_stack() is not None

@@ -73,7 +73,9 @@ class Plans:
     def __init__(self):
         # None: a call of this kind is prepared each time.
         self._plans: dict[tuple, _Plan | None] = {}
-        tuning.when_forgotten(self._plans.clear)
+        # How often they were forgotten.
+        self._age = 0
+        tuning.when_forgotten(self._forget)
 
     def run(self, arguments: tuple, function: Callable):
         """Return function(), or what it would, by the launches of a call like it.
@@ -89,17 +91,23 @@ class Plans:
         if plan is not _UNKNOWN:
             return plan.run(flat)
         _here.record = record = _Record()
+        began = self._age
         try:
             result = function()
         finally:
             _here.record = None
         tensors = [given for given in flat if isinstance(given, torch.Tensor)]
-        # Of one tensor in two places nothing is learnt about two tensors.
-        if len({id(given) for given in tensors}) == len(tensors):
+        # Of one tensor in two places nothing is learnt about two tensors; and what was prepared by
+        # entries that were forgotten meanwhile is out of date.
+        if self._age == began and len({id(given) for given in tensors}) == len(tensors):
             if len(self._plans) >= tuning.REMEMBERED:
                 self._plans.clear()
             self._plans[key] = _planned(record, flat, result)
         return result
+
+    def _forget(self) -> None:
+        self._age += 1
+        self._plans.clear()
 
 
 def replayed(function: Callable) -> Callable:

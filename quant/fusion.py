@@ -95,14 +95,19 @@ def feed_forwards(
                 yield name.removesuffix(f".{record.second}"), record
 
 
-def fused(plain: torch.nn.Module, record: FeedForward, run: Callable) -> torch.nn.Module:
+def fused(
+    plain: torch.nn.Module, record: FeedForward, run: Callable, lent: bool = False
+) -> torch.nn.Module:
     """Return a copy of a feed-forward, with the same children, whose GELU is left to `run`.
 
     run(second, x): returns second(gelu(x)). Children that are replaced in one are replaced in both.
+    lent: whether a `forward` that it has of its own is taken off before the copy runs.
     Returns `plain` itself where it is such a copy, or has another activation.
     """
     activations = [m.approximate for m in plain.modules() if hasattr(m, "approximate")]
-    if isinstance(plain, Fused) or activations != ["tanh"] or not has_own_forward(plain):
+    if isinstance(plain, Fused) or activations != ["tanh"]:
+        return plain
+    if not lent and not has_own_forward(plain):
         return plain
     return copied(plain, FusedFeedForward, (record.first, record.second, run))
 

@@ -16,6 +16,9 @@ from .base import (
     run_feed_forward,
 )
 
+# A name of its own, as torch.compile reads the annotations of a function within another.
+Streams = Sequence[Projections]
+
 
 class QwenAttention(Layer):
     """Joint attention; its norms and rotary embedding join the attention."""
@@ -68,7 +71,7 @@ class QwenAttention(Layer):
 
     def attention(
         self, image, text, freqs, transformer_options: dict
-    ) -> Callable[[Sequence[Projections]], tuple[torch.Tensor, torch.Tensor]] | None:
+    ) -> Callable[[Streams], tuple[torch.Tensor, torch.Tensor]] | None:
         """Return what makes attention, of the text and of the image, of q, k and v.
 
         It takes those of the text, then of the image, in one piece or several along its tokens.
@@ -87,7 +90,7 @@ class QwenAttention(Layer):
         if override is None:
             return None
 
-        def run(streams: Sequence[Projections]) -> tuple[torch.Tensor, torch.Tensor]:
+        def run(streams: Streams) -> tuple[torch.Tensor, torch.Tensor]:
             q, k, v = (torch.cat(pieces, dim=1) for pieces in zip(*streams, strict=True))
             weights = self._weights("q", q), self._weights("k", k)
             prologue = Prologue(HEAD, self.norm_q.eps, *weights, first, *found)

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from comfy_kitchen.tensor import QuantizedTensor
 
 from ...ops.linear import (
+    LowRank,
     QuantizedActivation,
     input_headroom,
     input_kind,
@@ -37,7 +38,7 @@ def fuse(patcher, clone, layers: dict[str, torch.nn.Module]) -> None:
     for name, record in fusion.feed_forwards(layers, family):
         key = f"{ROOT}.{name}"
         plain = patcher.get_model_object(key)
-        joined = fusion.fused(plain, record, _run_after_gelu)
+        joined = fusion.fused(plain, record, _run_after_gelu, _is_lent(patcher, key))
         if joined is not plain and not _others_on(patcher, key):
             clone.add_object_patch(key, joined)
     _warn_of_compiled(clone)
@@ -93,9 +94,12 @@ def _others_on(patcher, key: str) -> bool:
 
 def _has_own_forward(patcher, key: str, plain: torch.nn.Module) -> bool:
     """Return whether nobody assigned to a layer's `forward` for good."""
-    # That of a clone which is loaded now goes with it.
-    lent = f"{key}.forward" in patcher.object_patches_backup
-    return lent or fusion.has_own_forward(plain)
+    return _is_lent(patcher, key) or fusion.has_own_forward(plain)
+
+
+def _is_lent(patcher, key: str) -> bool:
+    """Return whether a layer's `forward` is that of a clone that is loaded, and goes with it."""
+    return f"{key}.forward" in patcher.object_patches_backup
 
 
 def _warn_of_compiled(patcher) -> None:
@@ -137,11 +141,11 @@ def run(
     """
     if not _is_direct(module):
         return _gated(module(_acted(x, act)), gate, residual)
-    return _run_direct(module, x, act, gate, residual)
+    return _run(module, x, act, gate, residual, low_ranks_of(module, x))
 
 
-def _run_direct(module, x, act: str | None, gate, residual) -> torch.Tensor:
-    """Return what `run` does, of a layer that `_is_direct`."""
+def _run(module, x, act, gate, residual, terms: list[LowRank]) -> torch.Tensor:
+    """Return what `run` does for a layer that is ours, with these terms of LoRAs."""
     import comfy.ops
 
     comfy.ops.run_every_op()
@@ -155,7 +159,6 @@ def _run_direct(module, x, act: str | None, gate, residual) -> torch.Tensor:
         compute_dtype=x.dtype,
         want_requant=not module._full_precision_mm,
     )
-    terms = low_ranks_of(module, x)
     with cast as (weight, bias):
         if isinstance(weight, QuantizedTensor):
             gates = {"gate": gate if gate is None else gate.flatten(0, 1), "residual": residual}
@@ -195,7 +198,8 @@ def run_after(modules, given: Modulated) -> tuple[torch.Tensor, ...]:
             )
             options = {"prologue": given.steps, "headroom": max(room)}
             rounded = quantize_activation(x, modules[0].weight, **options)
-            return tuple(_run_direct(module, rounded, None, None, None) for module in modules)
+            pairs = zip(modules, terms, strict=True)
+            return tuple(_run(module, rounded, None, None, None, its) for module, its in pairs)
     plain = given.plain()
     return tuple(module(plain) for module in modules)
 

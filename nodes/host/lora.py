@@ -15,11 +15,13 @@ from comfy_kitchen.tensor import QuantizedTensor
 from ...ops.linear import adds_in_8_bits
 from ...quant import families, formats, lora
 from ...quant.checkpoint import Checkpoint
+from ...quant.memory import quantize_within_memory
 from ..attention_override import is_within
 from ..inputs import AS_STORED
 from ..lora_terms import Lora, Matrix, Stack, Term, padded
 from .layers import ROOT
 from .linear import format_of, is_static
+from .memory import make_room
 from .quantizing import quantize_model
 from .work import progress
 
@@ -31,6 +33,8 @@ BY_ROW = {"fp8_e4m3": "fp8_e4m3_rowwise", "fp8_e5m2": "fp8_e4m3_rowwise"}
 IN_8_BITS = (*BY_ROW, "fp8_e4m3_rowwise", "int8", "int8_convrot")
 # The format with which a term in the same format is summed.
 ONE_SUM = "fp8_e4m3"
+# Of a weight, in parts of that of its term: one of zeros has no unit in which both could be summed.
+LEAST_UNIT = 2.0**-60
 # The layout of the host's whose layers it may run without calling them.
 UNCALLED = "TensorWiseINT8Layout"
 
@@ -266,7 +270,7 @@ def _down(members: list[lora.Layer], module, dtype: torch.dtype, device: torch.d
     name = _format_beside(module)
     if name is None:
         return Matrix(down)
-    return Matrix(formats.get(name).quantize(down.to(device)).to(device=down.device))
+    return Matrix(_packed(down, name, device))
 
 
 def _format_beside(module) -> str | None:
@@ -293,7 +297,15 @@ def _up(member: lora.Layer, module, dtype: torch.dtype, device: torch.device) ->
     # An input that comes quantized has no room for the term.
     if not adds_in_8_bits(device) or is_static(module):
         return Matrix(up)
-    return Matrix(formats.get(ONE_SUM).quantize(up.to(device)).to(device=up.device))
+    packed = _packed(up, ONE_SUM, device)
+    unit = module.weight._params.scale.to(up.device)
+    return Matrix(up if unit < packed._params.scale * LEAST_UNIT else packed)
+
+
+def _packed(matrix: torch.Tensor, name: str, device: torch.device) -> QuantizedTensor:
+    """Return a matrix in a format, quantized on `device` if that has the memory, where it was."""
+    made, *_ = quantize_within_memory(formats.get(name), matrix, device, make_room=make_room)
+    return made.to(device=matrix.device)
 
 
 def _add_patches(clone, source: _Source, strength: float, steps: tuple[float, float]) -> None:

@@ -29,7 +29,7 @@ def widen_rows(
     **`stored` and `scale` are written to** where a row of h is too large for E4M3 in these units:
     there scale grows by a power of two and stored shrinks by it, until h fits. What they stand for
     stays, but for what falls below the smallest E4M3. Nothing is cut off; a row of h that holds NaN
-    or Inf makes its row of the product NaN.
+    or Inf makes its row of the product NaN, and leaves that of x to others who read it.
     Raises TypeError or ValueError on other inputs, NoBackendError when no backend can run them.
     """
     m = stored.shape[0]

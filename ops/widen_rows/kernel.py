@@ -42,11 +42,13 @@ def widen_rows_kernel(
     value *= tl.load(scale_up) / tl.load(scale_weight)
     old = tl.load(scale + rows, mask=in_m, other=1.0)
     need = tl.reduce(tl.abs(value), 1, _larger) / LIMIT
-    large = need > old
+    # False for NaN too. Other layers read such a row of x as it is.
+    finite = need < float("inf")
+    large = (need > old) & finite
     ratio = need / old
     grown = tl.where(ratio < MOST, old * tl.exp2(tl.ceil(tl.log2(ratio))), need)
     new = tl.where(large, grown, old)
-    code = (value / new[:, None]).to(out.dtype.element_ty)
+    code = tl.where(finite[:, None], value / new[:, None], float("nan")).to(out.dtype.element_ty)
     tl.store(out + wide * R + ranks[None, :], code, mask=inside)
     if tl.max(large.to(tl.int32), axis=0) > 0:
         tl.store(scale + rows, new, mask=large & in_m)

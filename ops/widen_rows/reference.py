@@ -17,11 +17,13 @@ def run(h, stored, scale, scale_up, scale_weight) -> torch.Tensor:
     need = value.abs().amax(dim=1, keepdim=True) / LIMIT
     ratio = need / old
     grown = torch.where(ratio < MOST, old * torch.exp2(torch.ceil(torch.log2(ratio))), need)
-    new = torch.where(need > old, grown, old)
-    rows = (need > old).flatten()
+    finite = need < torch.inf
+    large = (need > old) & finite
+    new = torch.where(large, grown, old)
+    rows = large.flatten()
     stored[rows] = (stored[rows].float() * (old / new)[rows]).to(E4M3)
     old.copy_(new)
-    return (value / new).to(E4M3)
+    return torch.where(finite, value / new, torch.nan).to(E4M3)
 
 
 register(Backend(OP, "reference", 100, Needs(frozenset({"fp8"})), run))

@@ -18,6 +18,7 @@ from ..checkpoint.stored import FP8_DTYPES
 from ..convert import DENSE_DTYPE
 from ..families.base import FeedForward
 from ..formats import Format
+from ..memory import quantize_within_memory
 from ..record import LayerRecord
 from .names import Names, is_fused, names_of
 from .swap import Swap, place, places
@@ -80,7 +81,8 @@ def quantize_model(
     format: a name of `formats.names()`. recipe: `auto` for the family that the model is of, a
     family's name, or `none`, which spares only what `keep` names. keep: regular expressions,
     searched in a layer's name, the model's own or the host's. device: where layers are quantized;
-    None: where they are. progress: called with (layers done, all layers) after each.
+    None: where they are; a layer for which the device has no memory is quantized on the CPU, and a
+    warning says so. progress: called with (layers done, all layers) after each.
     Layers that read the same tensor quantize it once, and the GELU of a feed-forward is done while
     its result is quantized, as in the host. What exists of the model besides is not touched.
     Raises ValueError, before anything changes, for unknown names, for layers that are quantized
@@ -145,7 +147,7 @@ def _quantized(name: str, weight: torch.Tensor, fmt: Format, device):
     if source.dtype in FP8_DTYPES:
         source = source.to(DENSE_DTYPE)
     try:
-        made, error = fmt.quantize_measured(source.to(device or source.device))
+        made, error, _ = quantize_within_memory(fmt, source, device or source.device)
     except formats.NotFiniteError as problem:
         raise formats.NotFiniteError(f"layer {name}: {problem}") from problem
     return made.to(weight.device), error

@@ -16,19 +16,20 @@ import compile_session
 from compile_session import difference
 
 STEPS = 1
+LENGTHS = (12, 20, 28)
 
 
 def sample_video(model, cfg: float = 1.0):
     return compile_session.sample(model, steps=STEPS, cfg=cfg)
 
 
-def sample_image(model, cfg: float = 1.0, reference: bool = False):
-    """reference: of another size, at a time of its own."""
+def sample_image(model, cfg: float = 1.0, reference: bool = False, tokens: int = 12):
+    """reference: of another size, at a time of its own. tokens: of text."""
     import comfy.sample
     import torch
 
     noise = torch.randn(1, 16, 1, 8, 8, generator=torch.Generator().manual_seed(0))
-    text = torch.randn(1, 12, 3584, generator=torch.Generator().manual_seed(1))
+    text = torch.randn(1, tokens, 3584, generator=torch.Generator().manual_seed(1))
     options = {}
     if reference:
         latent = torch.randn(1, 16, 1, 4, 8, generator=torch.Generator().manual_seed(2))
@@ -136,6 +137,31 @@ def strangers_of(model, attend, sample, quantize) -> dict:
     return seen
 
 
+def compiled_lengths(model) -> dict:
+    """Return how many graphs texts of other lengths take, one after the other, compiled whole."""
+    import torch
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    torch._dynamo.reset()
+    counter, graphs, apart = CompileCounterWithBackend("eager"), [], []
+    want = [sample_image(model, tokens=tokens) for tokens in LENGTHS]
+    whole = compile_session.compile_model(model, counter)
+    for tokens, latent in zip(LENGTHS, want, strict=True):
+        apart.append(difference(sample_image(whole, tokens=tokens), latent))
+        graphs.append(counter.frame_count)
+    return {"graphs": graphs, "difference": max(apart)}
+
+
+def lent_feed_forward(model, sample, quantize) -> str:
+    """Return what a feed-forward becomes while another branch, which patches it, is loaded."""
+    key = "diffusion_model.blocks.0.ffn"
+    theirs = model.clone()
+    ffn = theirs.get_model_object(key)
+    theirs.add_object_patch(f"{key}.forward", lambda x: type(ffn).forward(ffn, x))
+    sample(theirs)
+    return type(quantize(model).object_patches.get(key)).__name__
+
+
 def blocks_of(model, attend, sample, quantize, add_lora) -> dict:
     """Return how blocks of a quantized model differ from those of the host, and what they ran.
 
@@ -238,10 +264,13 @@ def session(pack: Path, host: str, base: str) -> dict:
             if name == "qwen_image":
                 edit = functools.partial(sample_image, reference=True)
                 blocks = blocks_of(model, attend, edit, quantize, add_lora)
+                seen["lengths"] = compiled_lengths(attend(quantize(model)))
                 seen["qwen_edit"] = {
                     "blocks": blocks,
                     "felt": difference(edit(model), sample(model)),
                 }
+            else:
+                seen["lent"] = lent_feed_forward(model, sample, quantize)
         path = checkpoints.write_wan(Path(base) / "vace.safetensors", variant="vace")
         model = comfy.sd.load_diffusion_model(str(path))
         lora = checkpoints.write_lora(loras / "vace.safetensors", path)

@@ -61,6 +61,15 @@ def test_norms_gates_and_residuals_join_the_products_of_quantized_blocks(session
     assert blocks[f"{which}, joined: error"] < 1.05 * blocks[f"{which}, apart: error"]
 
 
+def test_another_branchs_patch_that_is_loaded_does_not_keep_a_feed_forward_plain(sessions):
+    assert sessions["lent"] == "FusedWanFeedForward"
+
+
+def test_lengths_of_text_take_two_graphs_of_a_whole_qwen_image(sessions):
+    """The second length compiles one for all that follow."""
+    assert sessions["lengths"] == {"graphs": [1, 2, 2], "difference": 0}
+
+
 def test_references_at_a_time_of_their_own_are_felt(sessions):
     assert sessions["qwen_edit"]["felt"] > 0.1
 

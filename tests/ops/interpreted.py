@@ -287,13 +287,19 @@ def test_rows_are_widened_as_the_reference_does():
         widened(h, x, scale, *units, run) for run in (widen_triton.run, widen_reference.run)
     )
     # In the interpreter a mantissa that rounds up does not carry into the exponent: not all codes.
+    # Nor does it know NaN in FP8, which is in the codes of rows 7 and 8 alone.
+    known = [i for i in range(m) if i not in (7, 8)]
     for one, other in zip(got, want, strict=True):
+        one, other = one[known], other[known]
         near = torch.isclose(one, other, rtol=2**-3, atol=2**-9, equal_nan=True)
         assert near.float().mean() > 0.95
     # Powers of two, but for the row that was of zeros.
-    powers = torch.tensor([i for i in range(m) if i not in (7, 8, 9)])
+    powers = torch.tensor([i for i in range(m) if i != 9])
     assert torch.equal(got[2][powers], want[2][powers])
     assert (got[2][3:7] > scale[3:7]).all() and torch.equal(got[2][11:], scale[11:])
+    # Rows that others read too stay as they were.
+    assert want[0][7:9].isnan().all()
+    for _, rows, scales in (got, want):
+        assert torch.equal(rows[7:9], x[7:9].float()) and torch.equal(scales[7:9], scale[7:9])
     stands_for = got[0] * got[2] * 20
-    rows = [i for i in range(m) if i not in (7, 8)]
-    assert ((stands_for - h.float())[rows].norm() / h.float()[rows].norm()) < 0.07
+    assert ((stands_for - h.float())[known].norm() / h.float()[known].norm()) < 0.07

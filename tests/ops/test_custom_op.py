@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
 from torch.profiler import profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -77,6 +78,18 @@ def test_mode_of_the_dispatcher_sees_the_operation():
 def test_transform_sees_the_operation():
     assert torch.func.vmap(lambda x: double(x, 2.0))(torch.ones(2, 3)).shape == (2, 3)
     assert calls == [(3,), (3,)]
+
+
+@torch.no_grad()
+def test_tangents_are_refused_and_not_lost():
+    with forward_ad.dual_level():
+        x = forward_ad.make_dual(torch.ones(2), torch.ones(2))
+        with pytest.raises(NotImplementedError, match="forward AD"):
+            double(x, 2.0)
+        assert torch.equal(double(torch.ones(2), 2.0), torch.full((2,), 2.0))
+    with pytest.raises(NotImplementedError, match="forward AD"):
+        torch.func.jvp(lambda x: double(x, 2.0), (torch.ones(2),), (torch.ones(2),))
+    assert torch.equal(double(torch.ones(2), 2.0), torch.full((2,), 2.0))
 
 
 @torch.no_grad()

@@ -151,3 +151,20 @@ def test_call_that_fails_is_not_remembered(prepared, launched):
             fail(torch.zeros(1))
     assert len(prepared) == 2
     assert replay._here.record is None
+
+
+def test_call_during_which_entries_are_forgotten_is_prepared_again(launched):
+    prepared = []
+
+    @replay.replayed
+    def run(x):
+        prepared.append(1)
+        if len(prepared) == 1:
+            tuning.forget()
+        out = replay.empty(x.shape, x.dtype, x.device)
+        replay.launch("kernel", 1, (x, out), {}, "key", x.device)
+        return out
+
+    for _ in range(3):
+        run(torch.ones(2))
+    assert len(prepared) == 2 and len(launched) == 3

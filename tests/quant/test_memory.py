@@ -10,6 +10,7 @@ from lowbit.quant.checkpoint import Checkpoint
 from lowbit.quant.convert import plan, stream
 from lowbit.quant.formats import Format
 from lowbit.quant.memory import quantize_within_memory
+from lowbit.quant.model import quantize_model
 from tests.checkpoints import write_wan
 
 WEIGHT = torch.randn(64, 256, generator=torch.Generator().manual_seed(0))
@@ -87,3 +88,15 @@ def test_file_is_quantized_and_it_is_said_once(device, tmp_path):
     assert (
         note == f"{first}, and perhaps others: quantized on the CPU, as the memory of meta ran out"
     )
+
+
+def test_model_of_python_is_quantized_and_it_is_said(device, caplog):
+    """Its layers have the weight that the device above stands for."""
+    layers = [torch.nn.Linear(256, 64, bias=False) for _ in range(2)]
+    for layer in layers:
+        layer.weight.data.copy_(WEIGHT)
+    model = torch.nn.Sequential(*layers)
+    quantize_model(model, "int8", "none", device=device(1000))
+    want = formats.get("int8").quantize(WEIGHT)
+    assert all(torch.equal(layer.weight._qdata, want._qdata) for layer in model)
+    assert caplog.text.count("quantized on the CPU, as the memory of meta ran out") == 2

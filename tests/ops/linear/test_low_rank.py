@@ -184,6 +184,19 @@ def test_input_act_is_summed_too(layer, summing):
     assert summing and error(got, wanted(active, weight, bias, down, up)) <= 0.08
 
 
+def test_inf_in_one_term_leaves_the_rows_to_other_layers(layer, summing):
+    x, weight, bias, down, up = layer
+    packed = formats.get("fp8_e4m3").quantize(weight)
+    broken = in_fp8(down, up, shift=torch.full((R,), torch.inf))
+    sound = in_fp8(down, up)
+    want = linear(x, packed, bias, low_rank=sound)
+    share(x, 2)
+    got = linear(x, packed, bias, low_rank=broken), linear(x, packed, bias, low_rank=sound)
+    release(x), release(x)
+    assert len(summing) == 3
+    assert got[0].isnan().all() and torch.equal(got[1], want)
+
+
 def test_what_cannot_be_summed_in_fp8_is_added_in_16_bits(layer, summing):
     x, weight, bias, down, up = layer
     fmt, low_rank = formats.get("fp8_e4m3"), in_fp8(down, up)

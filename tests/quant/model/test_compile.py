@@ -7,6 +7,7 @@ import torch._dynamo as dynamo
 import lowbit
 from lowbit.ops.attention import router
 from lowbit.quant import formats
+from lowbit.quant.demo.models import BATCH, TEXT_WIDTH
 from tests.quant.model.conftest import BLOCKS, SMALL, only_wan
 
 # How attention is computed is not what differs between formats.
@@ -106,3 +107,19 @@ def test_other_settings_compile_anew_and_nothing_else(model, run):
         lowbit.set_attention(model, router.SDPA, blocks=f"{BLOCKS - 1}")
         run(model, torch.bfloat16)
     assert graphs() == 2
+
+
+@pytest.mark.parametrize("marked", [False, True], ids=["as torch does", "marked"])
+def test_lengths_of_text_take_one_more_graph_at_most(small, model, marked):
+    """The second length compiles a graph for all that follow; a dimension marked so, the first."""
+    prepared(model, "int8_convrot", "lowbit_exact")
+    compiled, seen = torch.compile(model, backend="eager", fullgraph=True), []
+    latent = torch.zeros(small.latent_shape).bfloat16()
+    for length in (16, 24, 32):
+        text = torch.ones(BATCH, length, TEXT_WIDTH).bfloat16()
+        if marked:
+            dynamo.mark_dynamic(text, 1)
+        with dynamo.config.patch(error_on_recompile=False), torch.inference_mode():
+            small.velocity(compiled, latent, 0.5, text)
+        seen.append(graphs())
+    assert seen == ([1, 1, 1] if marked else [1, 2, 2])
