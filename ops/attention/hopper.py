@@ -96,8 +96,8 @@ def _once(mask: torch.Tensor) -> torch.Tensor:
 def bias_of(mask: torch.Tensor) -> torch.Tensor:
     """Return a mask of keys [B, H, 1, Lk] as [B, H, blocks, 132] float32: what the logits gain.
 
-    In log2 units, -inf for hidden keys and for those that fill the last block of 128; after them 1
-    where any of the 128 is not zero, else 0.
+    In log2 units, -inf for hidden keys and for those that fill the last block of 128; after them 0
+    where all of the 128 are zero, NaN where any is NaN, else their largest magnitude, at most 1.
     """
     b, h, _, keys = mask.shape
     blocks = -(-keys // TILE)
@@ -107,7 +107,7 @@ def bias_of(mask: torch.Tensor) -> torch.Tensor:
     else:
         bias[..., :keys] = mask[:, :, 0].float() * LOG2E
     tiles = bias.unflatten(2, (blocks, TILE))
-    some = (tiles != 0).any(3, keepdim=True).float()
+    some = tiles.abs().clamp_max(1).amax(3, keepdim=True)
     return torch.cat((tiles, some.expand(-1, -1, -1, BIAS_MORE)), 3)
 
 

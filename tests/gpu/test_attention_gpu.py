@@ -132,6 +132,22 @@ def test_masks_of_keys(way, name, dtype):
         assert (out[0] == 0).all() and (lse[0] == -torch.inf).all()
 
 
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+@pytest.mark.parametrize("key", [5, 200, 999])
+def test_nan_and_infinity_in_a_mask_reach_the_rows_of_the_head(way, bad, key):
+    """Among keys that are hidden and biased too, in the first block that is taken and in others."""
+    q, k, v = inputs(b=2, h=2, length=200, keys=1000)
+    mask = torch.zeros(2, 2, 1, 1000, device="cuda")
+    mask[..., 300:600] = -torch.inf
+    mask[..., 700:] = 0.5
+    clean = attention(q, k, v, **way, mask=mask)
+    mask[1, 0, 0, key] = bad
+    out = attention(q, k, v, **way, mask=mask)
+    assert out[1, 0].isnan().all()
+    out[1, 0] = clean[1, 0]
+    assert torch.equal(out, clean)
+
+
 @pytest.mark.parametrize("lengths", [(200, 333), (333, 200), (1000, 1000), (129, 1), (1, 129)])
 def test_causal(way, lengths):
     q, k, v = inputs(length=lengths[0], keys=lengths[1])

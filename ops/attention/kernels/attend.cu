@@ -92,7 +92,8 @@ __device__ __forceinline__ bool softmax_of(float (&p)[64], const int (&s)[64], R
 #if BIASED
     float any;
     asm volatile("ld.shared.f32 %0, [%1];" : "=f"(any) : "r"(bias + N * 4) : "memory");
-    if (any != 0.0f) return softmax_biased<FIRST>(p, s, rows, k_scale, bias);
+    // NaN is not zero either.
+    if (any != 0.0f) return softmax_biased<FIRST>(p, s, rows, k_scale, bias, any);
 #endif
     return softmax<FIRST, BOUNDED>(p, s, rows, k_scale);
 }

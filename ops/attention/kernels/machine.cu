@@ -45,7 +45,7 @@ struct Params {
     float* lse;            // [B·H, Lq] natural logarithm, or null
     long long out_b, out_h, out_l;
     int group, rows, keys, tiles, blocks;
-    const float* bias;     // [blocks, 132]: of 128 keys, in log2 units; then 0 if all of them are 0
+    const float* bias;     // [blocks, 132]: of 128 keys, in log2 units; then 0 if all are 0, NaN if any is
     long long bias_b, bias_h;
 };
 

@@ -71,6 +71,14 @@ def test_bias_of_a_mask_of_keys():
     added = hopper.bias_of(torch.full((1, 1, 1, 128), 2.0, dtype=torch.bfloat16))
     assert added[..., :128].unique().item() == pytest.approx(2 / math.log(2))
     assert (added[..., 128] == 1).all()
+    added = torch.zeros(1, 1, 1, 300)
+    added[..., 130], added[..., 131], added[..., 299] = torch.nan, -torch.inf, torch.inf
+    # Which the kernel multiplies by 0.
+    torch.testing.assert_close(
+        hopper.bias_of(added)[0, 0, :, 128:],
+        torch.tensor([0.0, torch.nan, 1.0])[:, None].expand(3, 4),
+        equal_nan=True,
+    )
 
 
 def test_mask_of_keys_is_made_once_for_all_heads():
