@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lowbit.ops import registry
-from lowbit.ops.attention import OP, Prologue, attention, reference, scheme
+from lowbit.ops.attention import OP, Prologue, attention, hopper, reference, scheme
 from lowbit.ops.attention.modes import MODES
 
 BACKENDS = ("hopper", "triton")
@@ -250,6 +250,21 @@ def test_errors_at_length(way, kind, length):
     want = torch.empty_like(out)
     reference.run(want, None, q[:, :, rows], k, v, None, None, False, 128**-0.5)
     assert error(out, want) <= BOUNDS[kind] * MODES[way["mode"]].max_error
+
+
+@pytest.mark.parametrize("length", [1, 130, 600])
+def test_blocks_that_share_their_copies_give_the_same_bits(monkeypatch, way, length):
+    """Odd and even numbers of tiles, more than one batch and head of K, many times."""
+    if way["backend"] != "hopper" or way["mode"] not in hopper.LONG_VARIANTS:
+        pytest.skip("the kernel of long sequences alone")
+    q, k, v = inputs(b=2, h=4, kv=2, length=length, keys=3000)
+    want = attention(q, k, v, **way, return_lse=True)
+    monkeypatch.setattr(hopper, "LONG_KEYS", 3000)
+    different = torch.zeros((), dtype=torch.int64, device="cuda")
+    for _ in range(200):
+        for x, y in zip(attention(q, k, v, **way, return_lse=True), want, strict=True):
+            different += (x != y).sum()
+    assert different == 0
 
 
 @pytest.mark.parametrize("growth", [3, 20, 100])
