@@ -27,30 +27,9 @@ FOLDER = Path(__file__).with_name("kernels")
 # The fastest of what was measured on an H200, by mode; `machine.cu` says what the names mean. INT8
 # spills with more registers than these take.
 VARIANTS = {
-    "exact": {
-        "STAGES": 3,
-        "PINGPONG": 0,
-        "DOUBLE": 1,
-        "Q_IN_REGISTERS": 1,
-        "TILES_SUMMED": 1,
-        "CLUSTER": 1,
-    },
-    "fp8": {
-        "STAGES": 4,
-        "PINGPONG": 0,
-        "DOUBLE": 1,
-        "Q_IN_REGISTERS": 0,
-        "TILES_SUMMED": 2,
-        "CLUSTER": 1,
-    },
-    "int8": {
-        "STAGES": 4,
-        "PINGPONG": 1,
-        "DOUBLE": 0,
-        "Q_IN_REGISTERS": 0,
-        "TILES_SUMMED": 1,
-        "CLUSTER": 1,
-    },
+    "exact": {"STAGES": 3, "PINGPONG": 0, "DOUBLE": 1, "Q_IN_REGISTERS": 1, "TILES_SUMMED": 1},
+    "fp8": {"STAGES": 4, "PINGPONG": 0, "DOUBLE": 1, "Q_IN_REGISTERS": 0, "TILES_SUMMED": 2},
+    "int8": {"STAGES": 4, "PINGPONG": 1, "DOUBLE": 0, "Q_IN_REGISTERS": 0, "TILES_SUMMED": 1},
 }
 # With a mask of keys: without turns eight bytes would spill.
 MASKED_VARIANTS = {"fp8": {"PINGPONG": 1}}
@@ -112,7 +91,8 @@ class Kind:
         name = self.mode.name
         masked = MASKED_VARIANTS.get(name, {}) if self.biased else {}
         shared = self.long and not self.causal and not self.biased
-        return VARIANTS[name] | masked | (LONG_VARIANTS.get(name, {}) if shared else {})
+        alone = {**VARIANTS[name], "CLUSTER": 1, **masked}
+        return alone | (LONG_VARIANTS.get(name, {}) if shared else {})
 
     @property
     def options(self) -> tuple[str, ...]:

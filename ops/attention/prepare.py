@@ -13,8 +13,8 @@ from .prologue import NORMS, NOTHING, TOKEN, Prologue
 
 TILE = 128
 # Elements of Q of one program, of one warp: its threads exchange data without waiting for others.
-# Rotated, as many as let each thread have a row of 128 channels, so that they exchange nothing.
-Q_ELEMENTS = {False: 2048, True: 4096}
+Q_ELEMENTS = 2048
+THREADS_OF_WARP = 32
 # Of a program of 128 keys: each thread has a row. Measured fastest on an H200, with a prologue too,
 # though some of a thread's numbers spill then.
 K_WARPS = 4
@@ -24,6 +24,11 @@ CHUNK_KEYS = 512
 NORM_ROWS = 16
 LOG2E = math.log2(math.e)
 MIN_WIDTH = 64
+
+
+def q_rows(w: int, rotate: bool) -> int:
+    """Return the rows of a program of Q, [rows, w]. Rotated, each thread has one or more, whole."""
+    return max(Q_ELEMENTS // w, THREADS_OF_WARP if rotate else 1)
 
 
 def options(warps: int) -> dict[str, int]:
@@ -195,7 +200,7 @@ def _queries(q, k_mean, steps, scale: float, heads: int, swizzled, shift, rotate
     shifts = _empty(q, b * h, length) if shift else None
     sizes = (h, h // heads, length, d, *q.stride(), tiles)
     arguments = (scale * LOG2E, *sizes, *steps)
-    rows = Q_ELEMENTS[rotate] // w
+    rows = q_rows(w, rotate)
     constants = (rotate, rows, w, swizzled, shift)
     launch(
         quantize_q_kernel,

@@ -140,7 +140,7 @@ def quantizers(steps: dict, arch: int, rotate: bool) -> list:
     swizzled = arch == HOPPER
     shared = {"WIDTH": 128, "SWIZZLED": swizzled, "D": 128}
     rotated = {**shared, **steps, "ROTATE": rotate}
-    q = {**rotated, "ROWS": prepare_module.Q_ELEMENTS[rotate] // 128, "SHIFT": True}
+    q = {**rotated, "ROWS": prepare_module.q_rows(128, rotate), "SHIFT": True}
     k = {**rotated, "GROUPS": 4 if swizzled else 1}
     statistics = {"ROWS": prepare_module.CHUNK_KEYS, "WIDTH": 128, "RANGE": True, "D": 128}
     cases = [
