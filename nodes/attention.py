@@ -11,6 +11,7 @@ MODES = (
     *("auto", "lowbit_exact", "lowbit_int8", "lowbit_fp8", "sdpa", "cudnn", "flash"),
     *("kitchen_int8", "sageattn", "sageattn3_fp4", "lowbit_fp4"),
 )
+NO_ROTATION, HADAMARD = ROTATIONS = ("none", "hadamard")
 
 
 class LowBitAttention:
@@ -47,6 +48,11 @@ class LowBitAttention:
             "torch's where it is wrong. every_call: also check every result for NaN and infinity, "
             "which costs a little time. off: neither."
         )
+        rotation = (
+            "hadamard: lowbit_* modes multiply Q and K by a Hadamard matrix before rounding them, "
+            "which Q·K does not see: more exact where a few channels are much larger than the "
+            "others, and a little slower. none: as they are."
+        )
         return {
             "required": {
                 "model": ("MODEL", {"tooltip": "The model; it is not changed."}),
@@ -59,7 +65,14 @@ class LowBitAttention:
                     list(GUARDS),
                     {"default": FIRST_CALL, "tooltip": guard, "advanced": True},
                 ),
-            }
+            },
+            # Workflows from before it was there have none.
+            "optional": {
+                "rotation": (
+                    list(ROTATIONS),
+                    {"default": NO_ROTATION, "tooltip": rotation, "advanced": True},
+                ),
+            },
         }
 
     @classmethod
@@ -74,8 +87,11 @@ class LowBitAttention:
             return str(error)
         return True
 
-    def set_attention(self, model, mode, layers, blocks, start_percent, end_percent, guard):
-        override = Override(mode, layers, blocks, (start_percent, end_percent), guard)
+    def set_attention(
+        self, model, mode, layers, blocks, start_percent, end_percent, guard, rotation=NO_ROTATION
+    ):
+        steps = (start_percent, end_percent)
+        override = Override(mode, layers, blocks, steps, guard, rotation == HADAMARD)
         forget_graphs()
         return (host.set_attention(model, override),)
 

@@ -132,10 +132,10 @@ class Override:
     """An attention of one mode within layers, blocks and steps; called by the host.
 
     steps: first and last part of the sampling, 0 to 1; a mode of 4 bits leaves out the steps at
-    either end of it. guard: one of the router's. previous: the override that was there, which gets
-    what this one leaves.
-    Raises ValueError for unknown modes, layers and guards and for ranges that end before they
-    start, NoBackendError for a mode that is not built.
+    either end of it. guard: one of the router's. rotate: q and k, where the mode does that.
+    previous: the override that was there, which gets what this one leaves.
+    Raises ValueError for unknown modes, layers and guards, for a mode that cannot rotate and for
+    ranges that end before they start, NoBackendError for a mode that is not built.
     """
 
     mode: str
@@ -143,11 +143,14 @@ class Override:
     blocks: str = ""
     steps: tuple[float, float] = (0.0, 1.0)
     guard: str = FIRST_CALL
+    rotate: bool = False
     previous: object = None
     _said: set = field(default_factory=set, init=False, repr=False)
 
     def __post_init__(self):
         self.mode = router.known(self.mode)
+        if self.rotate:
+            router.check_rotation(self.mode)
         for what, value, known in (("layers", self.layers, LAYERS), ("guard", self.guard, GUARDS)):
             if value not in known:
                 raise ValueError(f"unknown {what} {value!r}; known are {', '.join(known)}")
@@ -204,13 +207,15 @@ class Override:
 
         prologue: what is done to q and k first, where `takes_prologue` says so.
         """
+        way = self._way(call)
         options = {"mask": call.mask, "scale": call.scale, "guard": self.guard}
-        options["prologue"] = prologue
-        return router.route(call.q, call.k, call.v, self._way(call), **options)
+        # What `auto` takes in 16 bits has no need of it.
+        options |= {"prologue": prologue, "rotate": self.rotate and router.prepares(way)}
+        return router.route(call.q, call.k, call.v, way, **options)
 
     def takes_prologue(self, call: Call) -> bool:
         """Return whether a call that `runs` may leave norm and rotary embedding to `attend`."""
-        return router.takes_prologue(self._way(call))
+        return router.prepares(self._way(call))
 
     def _meant(self, q, k, v, options: dict) -> Call | None:
         """Return the call where it is within layers, blocks and steps, else None."""

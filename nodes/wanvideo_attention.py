@@ -1,7 +1,8 @@
 """The node that chooses how a model of WanVideoWrapper computes attention."""
 
 from . import wanvideo_routing
-from .attention import LowBitAttention
+from .attention import HADAMARD, NO_ROTATION, LowBitAttention
+from .attention_override import Override
 from .inputs import CATEGORY
 
 
@@ -22,20 +23,24 @@ class LowBitWanVideoAttention:
 
     @classmethod
     def INPUT_TYPES(cls):
-        inputs = dict(LowBitAttention.INPUT_TYPES()["required"])
+        shared = LowBitAttention.INPUT_TYPES()
+        inputs = dict(shared["required"])
         tooltip = "The model, of WanVideo Model Loader; it is not changed."
         inputs["model"] = ("WANVIDEOMODEL", {"tooltip": tooltip})
         modes, settings = inputs["mode"]
         tooltip = settings["tooltip"].replace("else ComfyUI's own", "else the loader's mode")
         inputs["mode"] = (modes, {**settings, "tooltip": tooltip})
-        return {"required": inputs}
+        return {**shared, "required": inputs}
 
     # ComfyUI asks for one where older wrappers' names of modes are to pass.
     VALIDATE_INPUTS = LowBitAttention.VALIDATE_INPUTS
 
-    def set_attention(self, model, mode, layers, blocks, start_percent, end_percent, guard):
+    def set_attention(
+        self, model, mode, layers, blocks, start_percent, end_percent, guard, rotation=NO_ROTATION
+    ):
         steps = (start_percent, end_percent)
-        return (wanvideo_routing.set_attention(model, mode, layers, blocks, steps, guard),)
+        rules = Override(mode, layers, blocks, steps, guard, rotation == HADAMARD)
+        return (wanvideo_routing.set_attention(model, rules),)
 
 
 NODE = LowBitWanVideoAttention

@@ -90,16 +90,16 @@ def _read_call(q, k, v, options: dict) -> Call | None:
     return Call(q, k, v, mask, None, joined=False)
 
 
-def set_attention(patcher, mode: str, layers: str, blocks: str, steps, guard: str):
-    """Return a clone of a WANVIDEOMODEL that computes attention by our router.
+def set_attention(patcher, rules: Override):
+    """Return a clone of a WANVIDEOMODEL that computes attention by our router, as `rules` say.
 
-    A mode of 4 bits leaves out a tenth of `steps` at either end. Raises what `wanvideo_model.check`
-    raises, ValueError for ranges that end before they start, layers that are not apart in that pack
-    or a version of it whose attention is elsewhere, NoBackendError when the mode can run nothing on
-    the model's GPU, or CPU.
+    A mode of 4 bits leaves out a tenth of the steps at either end. Raises what
+    `wanvideo_model.check` raises, ValueError for layers that are not apart in that pack or a
+    version of it whose attention is elsewhere, NoBackendError when the mode can run nothing on the
+    model's GPU, or CPU.
     """
     wanvideo_model.check(patcher)
-    rules = Override(mode, layers, blocks, steps, guard)
+    layers, steps = rules.layers, rules.steps
     if layers == IMAGE_CROSS:
         raise ValueError(
             "WanVideo: attention to the image is part of the layers that attend to the text; "
@@ -108,14 +108,14 @@ def set_attention(patcher, mode: str, layers: str, blocks: str, steps, guard: st
     if router.bits(rules.mode) == FEW_BITS:
         margin = OUTER_STEPS * (steps[1] - steps[0])
         steps = (steps[0] + margin, steps[1] - margin)
-    if reason := router.missing(mode, patcher.load_device):
+    if reason := router.missing(rules.mode, patcher.load_device):
         raise NoBackendError(reason)
     clone = wanvideo_model.clone(patcher)
     transformer = getattr(clone.model, TRANSFORMER)
     hooks = transformer._forward_pre_hooks.values()
     is_first = not any(isinstance(hook, Routing) for hook in hooks)
     routing = Routing(f"lowbit{next(_keys)}{SEPARATOR}", steps, is_first)
-    ranges = parse_blocks(blocks)
+    ranges = parse_blocks(rules.blocks)
     # One class for all layers of a kind: torch.compile would take others for other programs.
     routed_class = functools.cache(
         functools.partial(_routed_class, attend=functools.partial(_attend, routing.key, rules))

@@ -44,7 +44,8 @@ def attention(
     multiplied by a Hadamard matrix before rounding, which q·kᵀ does not see: it spreads channels
     that are larger than the others.
     A row for which no key counts gives zeros, and -inf. NaN in a row of q reaches that row; NaN in
-    k or v reaches the rows or channels of its head.
+    k or v reaches the rows or channels of its head. In a mask that is added -inf hides a key; NaN
+    and +inf give NaN in the rows that see the key.
     Raises ValueError or TypeError on other inputs, NoBackendError when no backend can run them.
     """
     check(q, k, v, mode, mask, scale)

@@ -41,10 +41,11 @@ def run(
     causal,
     scale,
     prologue: Prologue = NOTHING,
+    rotate: bool = False,
 ) -> torch.Tensor:
     """Return attention by `compute`, the way's function, or by torch's where that is wrong.
 
-    prologue: what `compute` does to q and k first.
+    prologue, rotate: what `compute` does to q and k first.
 
     first_call: the first result of each way, shape and dtype is compared with torch's attention on
     some rows, and where it is broken torch's runs for such calls from then on. every_call: besides,
@@ -53,6 +54,8 @@ def run(
     arguments = (q, k, v, mask, causal, scale)
     if prologue is not NOTHING:
         compute = functools.partial(compute, prologue=prologue)
+    if rotate:
+        compute = functools.partial(compute, rotate=True)
     if guard == OFF:
         return compute(*arguments)
 
@@ -63,7 +66,7 @@ def run(
         return ways.sdpa(*steps, *arguments[2:])
 
     key = (way, q.device, q.dtype, q.shape, k.shape, q.stride(1) < q.stride(2), causal, scale)
-    key += (None if mask is None else (mask.dtype, mask.shape), _kind(prologue))
+    key += (None if mask is None else (mask.dtype, mask.shape), _kind(prologue), rotate)
     if _verdicts.get(key):
         return plain()
     out = compute(*arguments)

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 import torch
 
 from ..launch import ALIGNMENT, alignment
-from ..registry import capability
 from ..replay import empty, launch, replayed
 from .modes import Mode
 from .prologue import NORMS, NOTHING, TOKEN, Prologue
@@ -15,7 +14,10 @@ from .prologue import NORMS, NOTHING, TOKEN, Prologue
 TILE = 128
 # Elements of Q of one program, of one warp: its threads exchange data without waiting for others.
 Q_ELEMENTS = 2048
-SM100 = 10
+THREADS_OF_WARP = 32
+# Of a program of 128 keys: each thread has a row. Measured fastest on an H200, with a prologue too,
+# though some of a thread's numbers spill then.
+K_WARPS = 4
 # Keys that one program of the statistics adds up.
 CHUNK_KEYS = 512
 # Tokens whose norm over all heads one program takes.
@@ -24,21 +26,17 @@ LOG2E = math.log2(math.e)
 MIN_WIDTH = 64
 
 
+def q_rows(w: int, rotate: bool) -> int:
+    """Return the rows of a program of Q, [rows, w]. Rotated, each thread has one or more, whole."""
+    return max(Q_ELEMENTS // w, THREADS_OF_WARP if rotate else 1)
+
+
 def options(warps: int) -> dict[str, int]:
     """Return Triton's options for a kernel of so many warps.
 
     A product and a sum rounded as one would round to other codes than the reference's.
     """
     return {"num_warps": warps, "enable_fp_fusion": False}
-
-
-def k_warps(rotate: bool, has: tuple[int, int] | None) -> int:
-    """Return the warps of a program of 128 keys on a GPU of compute capability `has`.
-
-    Four measured fastest on an H200, with a prologue too, though a hundred bytes a thread spill
-    then. Triton 3.6 cannot compile a rotation in 4 or 8 warps for SM100.
-    """
-    return 16 if rotate and has is not None and has[0] == SM100 else 4
 
 
 @dataclass(frozen=True)
@@ -202,7 +200,7 @@ def _queries(q, k_mean, steps, scale: float, heads: int, swizzled, shift, rotate
     shifts = _empty(q, b * h, length) if shift else None
     sizes = (h, h // heads, length, d, *q.stride(), tiles)
     arguments = (scale * LOG2E, *sizes, *steps)
-    rows = Q_ELEMENTS // w
+    rows = q_rows(w, rotate)
     constants = (rotate, rows, w, swizzled, shift)
     launch(
         quantize_q_kernel,
@@ -232,7 +230,7 @@ def _keys(
         quantize_k_kernel,
         bh * blocks,
         (k, k_mean, stored, scale, bound, *sizes, *steps, *constants),
-        options(k_warps(rotate, capability(k.device))),
+        options(K_WARPS),
         (k.dtype, alignment(k), _key(*sizes), *_code_of(steps), constants),
         k.device,
     )

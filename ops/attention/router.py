@@ -13,7 +13,7 @@ from .check import DTYPES
 from .guard import GUARDS, OFF
 from .prologue import ARGUMENTS, NOTHING, Prologue, of_arguments
 from .table import AUTO
-from .ways import CAUSAL, LOWBIT, MASKED, OP, PLAIN, SDPA, bits, takes_prologue
+from .ways import CAUSAL, LOWBIT, MASKED, OP, PLAIN, SDPA, bits, prepares
 
 # The names of older wrappers for what is here under another one, or not at all.
 ALIASES = {
@@ -44,6 +44,7 @@ def route(
     causal: bool = False,
     scale: float | None = None,
     prologue: Prologue = NOTHING,
+    rotate: bool = False,
     guard: str = OFF,
 ) -> torch.Tensor:
     """Return softmax(scale · q·kᵀ + mask) · v, [B, H, Lq, D], in the dtype of q.
@@ -53,24 +54,28 @@ def route(
     [B, H, Lq, Lk]. scale: None is D**-0.5. mode: one of NAMES, or an older name of ALIASES.
     `auto` takes what `table.py` has for the call, else torch's own attention. On a CPU a `lowbit_*`
     mode runs the exact reference of `attention`, on float32 rounded to bfloat16. prologue: what is
-    done to q and k first; for ways that `takes_prologue` says. guard: one of GUARDS; `guard.run`
-    says what each does. There are no gradients, but for `sdpa`.
-    Raises ValueError for an unknown mode or guard, NoBackendError with the reason where the named
-    mode cannot run the call.
+    done to q and k first; for ways that `prepares` says. rotate: as `attention` has it, in the
+    `lowbit_*` ways; `auto` may take another one, in 16 bits, which has no need of it. guard: one of
+    GUARDS; `guard.run` says what each does. There are no gradients, but for `sdpa`.
+    Raises ValueError for an unknown mode or guard, and for a named mode that cannot rotate;
+    NoBackendError with the reason where the named mode cannot run the call.
     """
     if guard not in GUARDS:
         raise ValueError(f"{OP}: unknown guard {guard!r}; known are {', '.join(GUARDS)}")
+    if rotate:
+        check_rotation(mode)
     way = choose(q, k, v, mode, mask, causal)
     reason = refusal(way, q, k, v, mask, causal)
     if reason:
         raise NoBackendError(f"{OP}: {reason}")
     if prologue is not NOTHING:
-        if not takes_prologue(way):
+        if not prepares(way):
             raise NoBackendError(f"{OP}: {way}: takes no prologue; do its steps before")
         prologue.check(q, k)
     if way == SDPA:
         return ways.sdpa(q, k, v, mask, causal, scale)
-    return _ROUTED(q, k, v, mask, way, causal, scale, guard, *prologue.arguments)
+    rotate = rotate and prepares(way)
+    return _ROUTED(q, k, v, mask, way, causal, scale, guard, rotate, *prologue.arguments)
 
 
 def known(mode: str) -> str:
@@ -84,6 +89,15 @@ def known(mode: str) -> str:
     if mode not in NAMES:
         raise ValueError(f"{OP}: unknown mode {mode!r}; known are {', '.join(NAMES)}")
     return mode
+
+
+def check_rotation(mode: str) -> None:
+    """Raise ValueError unless `mode` rotates q and k when told to: `auto` and `lowbit_*` do."""
+    way = known(mode)
+    if way != "auto" and not prepares(way):
+        raise ValueError(
+            f"{OP}: {way} cannot rotate q and k; choose a lowbit_* mode or auto, or no rotation"
+        )
 
 
 def choose(q, k, v, mode: str, mask=None, causal: bool = False, bits_min: int = 0) -> str:
@@ -184,22 +198,23 @@ def _reason(way: str, kind: str, device: torch.device, head_size: int) -> str | 
     return f"{way}: {(telling or reasons)[-1]}"
 
 
-def _run(q, k, v, mask, way, causal, scale, checked, *steps):
+def _run(q, k, v, mask, way, causal, scale, checked, rotate, *steps):
     compute = next(b.run for b in registry.backends(OP) if b.name == way)
-    out = guard.run(way, compute, checked, q, k, v, mask, causal, scale, of_arguments(*steps))
+    call = (q, k, v, mask, causal, scale)
+    out = guard.run(way, compute, checked, *call, of_arguments(*steps), rotate)
     # Every way's result lies in memory as q does, which a compiled graph relies on.
     if q.stride(1) < q.stride(2):
         return out.transpose(1, 2).contiguous().transpose(1, 2)
     return out.contiguous()
 
 
-def _empty(q, k, v, mask, way, causal, scale, checked, *steps):
+def _empty(q, k, v, mask, way, causal, scale, checked, rotate, *steps):
     return empty_out(q)
 
 
 _ROUTED = custom_op(
     "routed_attention(Tensor q, Tensor k, Tensor v, Tensor? mask, str way, bool causal, "
-    f"float? scale, str guard, {ARGUMENTS}) -> Tensor",
+    f"float? scale, str guard, bool rotate, {ARGUMENTS}) -> Tensor",
     _run,
     _empty,
 )

@@ -49,8 +49,8 @@ def named(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def takes_prologue(way: str) -> bool:
-    """Return whether a way does the norm and the rotary embedding of q and k itself."""
+def prepares(way: str) -> bool:
+    """Return whether a way does the norm, rotary embedding and rotation of q and k itself."""
     return way.removeprefix(LOWBIT) in MODES and way.startswith(LOWBIT)
 
 
@@ -81,13 +81,13 @@ def _by(backend: SDPBackend) -> Callable:
 
 
 def _lowbit(mode: str) -> Callable:
-    def run(q, k, v, mask, causal, scale, prologue=NOTHING) -> torch.Tensor:
+    def run(q, k, v, mask, causal, scale, prologue=NOTHING, rotate=False) -> torch.Tensor:
         dtype = q.dtype
         # Float32 gets here on a CPU alone.
         if dtype not in DTYPES:
             q, k, v = (x.bfloat16() for x in (q, k, v))
         options = {"mask": mask, "causal": causal, "scale": scale, "prologue": prologue}
-        return attention(q, k, v, mode, **options).to(dtype)
+        return attention(q, k, v, mode, **options, rotate=rotate).to(dtype)
 
     return run
 

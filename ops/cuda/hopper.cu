@@ -70,6 +70,50 @@ __device__ __forceinline__ void copy_box_5d(u32 to, const TensorMap* map, int x,
         ::"r"(to), "l"(map), "r"(x), "r"(0), "r"(y), "r"(bar) : "memory");
 }
 
+// ---- clusters of blocks
+
+__device__ __forceinline__ u32 block_in_cluster() {
+    u32 rank;
+    asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+    return rank;
+}
+// Waits for all threads of the cluster.
+__device__ __forceinline__ void cluster_sync() {
+    asm volatile("barrier.cluster.arrive;\nbarrier.cluster.wait;" ::: "memory");
+}
+// Arrives at the barrier that stands at the same place in another block.
+__device__ __forceinline__ void barrier_arrive_at(u32 bar, u32 block) {
+    asm volatile(
+        "{\n.reg .b32 there;\nmapa.shared::cluster.u32 there, %0, %1;\n"
+        "mbarrier.arrive.shared::cluster.b64 _, [there];\n}\n" ::"r"(bar), "r"(block) : "memory");
+}
+// `copy` and `copy_box` to the same place in each of the cluster's blocks, at each one's barrier.
+template <int BLOCKS>
+__device__ __forceinline__ void copy_to_all(u32 to, const void* from, u32 bytes, u32 bar) {
+    if constexpr (BLOCKS == 1) {
+        copy(to, from, bytes, bar);
+    } else {
+        asm volatile(
+            "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster"
+            " [%0], [%1], %2, [%3], %4;"
+            ::"r"(to), "l"(from), "r"(bytes), "r"(bar), "h"((unsigned short)((1 << BLOCKS) - 1))
+            : "memory");
+    }
+}
+template <int BLOCKS>
+__device__ __forceinline__ void copy_box_to_all(u32 to, const TensorMap* map, int d, int l, int h,
+                                                int b, u32 bar) {
+    if constexpr (BLOCKS == 1) {
+        copy_box(to, map, d, l, h, b, bar);
+    } else {
+        asm volatile(
+            "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
+            ".multicast::cluster [%0], [%1, {%2, %3, %4, %5}], [%6], %7;"
+            ::"r"(to), "l"(map), "r"(d), "r"(l), "r"(h), "r"(b), "r"(bar),
+              "h"((unsigned short)((1 << BLOCKS) - 1)) : "memory");
+    }
+}
+
 // ---- tensor cores
 
 // Descriptor of an operand in 128-byte swizzled rows; groups of 8 rows are 1024 bytes apart.

@@ -52,21 +52,30 @@ class AttentionSetting:
 
 
 def set_attention(
-    model: nn.Module, mode: str = "auto", *, layers: str = "all", blocks: str = ""
+    model: nn.Module,
+    mode: str = "auto",
+    *,
+    layers: str = "all",
+    blocks: str = "",
+    rotate: bool = False,
 ) -> AttentionSetting:
     """Compute the attention of a diffusers `model` by `mode`, in place; return what can undo it.
 
     mode: of the router, `ops.attention.router.NAMES`. layers: `self`, where Qwen-Image's attention
     of text and image together belongs; `cross`; or `all`. blocks: "0-2, 5, 38-", numbers in the
-    model's stack of blocks; "" for all. A call that the mode does not take, such as a head size
+    model's stack of blocks; "" for all. rotate: `lowbit_*` modes multiply q and k by a Hadamard
+    matrix before they round them, which is more exact where a few channels are much larger than the
+    others, and a little slower. A call that the mode does not take, such as a head size
     too large, goes to the backend that was there, which a warning says once; so do, without one,
     those for which `auto` knows nothing better.
-    Raises ValueError for unknown words, and when the model has no such attention; NoBackendError
-    when the mode can run nothing on the model's device, or GPU.
+    Raises ValueError for unknown words, for a mode that cannot rotate, and when the model has no
+    such attention; NoBackendError when the mode can run nothing on the model's device, or GPU.
     """
     if layers not in LAYERS:
         raise ValueError(f"unknown layers {layers!r}; known are {', '.join(LAYERS)}")
     ranges = parse_blocks(blocks)
+    if rotate:
+        router.check_rotation(mode)
     if reason := router.missing(mode, _device(model)):
         raise NoBackendError(reason)
     found = list(_attentions(model))
@@ -80,7 +89,8 @@ def set_attention(
         kind = "cross" if getattr(module, "is_cross_attention", False) else "self"
         within = ranges is None or (block is not None and any(block in r for r in ranges))
         if within and layers in (kind, "all"):
-            changed.append((name, module, module.processor, _processor(module.processor, mode)))
+            made = _processor(module.processor, mode, rotate)
+            changed.append((name, module, module.processor, made))
     if not changed:
         raise ValueError(f"the model has no attention of layers {layers!r} and blocks {blocks!r}")
     for _, module, _, made in changed:
@@ -104,10 +114,11 @@ def _attentions(model: nn.Module) -> Iterator[tuple[str, nn.Module, int | None]]
             yield name, module, names.block(name)
 
 
-def _processor(original, mode: str):
+def _processor(original, mode: str, rotate: bool):
     """Return a copy of a processor that names our backend for `mode`."""
     made = copy.copy(original)
-    kind = _class_of(type(original), router.ALIASES.get(mode, mode), getattr(original, BACKEND))
+    mode = router.ALIASES.get(mode, mode)
+    kind = _class_of(type(original), mode, rotate, getattr(original, BACKEND))
     # Of the class: what a deep copy of the model copies are an object's own attributes.
     vars(made).pop(BACKEND, None)
     made.__class__ = kind
@@ -115,26 +126,27 @@ def _processor(original, mode: str):
 
 
 @functools.cache
-def _class_of(kind: type, mode: str, previous) -> type:
-    return type(f"LowBit{kind.__name__}", (kind,), {BACKEND: _backend(mode, previous)})
+def _class_of(kind: type, mode: str, rotate: bool, previous) -> type:
+    return type(f"LowBit{kind.__name__}", (kind,), {BACKEND: _backend(mode, rotate, previous)})
 
 
 @functools.cache
-def _backend(mode: str, previous):
+def _backend(mode: str, rotate: bool, previous):
     """Return the name under which diffusers finds our function, of diffusers' own type for it.
 
     previous: the name of the backend that takes what the mode leaves; None: whichever is active.
     """
     from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
 
-    name = f"lowbit.{mode}" if previous is None else f"lowbit.{mode}.{previous.value}"
+    parts = ("lowbit", mode, "rotated" if rotate else "", previous.value if previous else "")
+    name = ".".join(filter(None, parts))
     member = str.__new__(AttentionBackendName, name)
     member._name_ = member._value_ = name
-    _AttentionBackendRegistry.register(member)(_function(mode, previous))
+    _AttentionBackendRegistry.register(member)(_function(mode, rotate, previous))
     return member
 
 
-def _function(mode: str, previous):
+def _function(mode: str, rotate: bool, previous):
     from diffusers.models.attention_dispatch import dispatch_attention_fn
 
     def lowbit_attention(
@@ -155,8 +167,8 @@ def _function(mode: str, previous):
         mask = _four_dimensional(attn_mask, query, key)
         given = tuple(x.transpose(1, 2) for x in (query, key, value))
         if not dropout_p and _parallel_config is None and _runs(mode, given, mask, is_causal):
-            out = router.route(*given, mode, mask=mask, causal=is_causal, scale=scale)
-            return out.transpose(1, 2)
+            options = {"mask": mask, "causal": is_causal, "scale": scale, "rotate": rotate}
+            return router.route(*given, mode, **options).transpose(1, 2)
         options = {"dropout_p": dropout_p, "is_causal": is_causal, "scale": scale}
         return dispatch_attention_fn(
             *(query, key, value, attn_mask),

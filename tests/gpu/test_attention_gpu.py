@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lowbit.ops import registry
-from lowbit.ops.attention import OP, Prologue, attention, reference, scheme
+from lowbit.ops.attention import OP, Prologue, attention, hopper, reference, scheme
 from lowbit.ops.attention.modes import MODES
 
 BACKENDS = ("hopper", "triton")
@@ -132,6 +132,22 @@ def test_masks_of_keys(way, name, dtype):
         assert (out[0] == 0).all() and (lse[0] == -torch.inf).all()
 
 
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+@pytest.mark.parametrize("key", [5, 200, 999])
+def test_nan_and_infinity_in_a_mask_reach_the_rows_of_the_head(way, bad, key):
+    """Among keys that are hidden and biased too, in the first block that is taken and in others."""
+    q, k, v = inputs(b=2, h=2, length=200, keys=1000)
+    mask = torch.zeros(2, 2, 1, 1000, device="cuda")
+    mask[..., 300:600] = -torch.inf
+    mask[..., 700:] = 0.5
+    clean = attention(q, k, v, **way, mask=mask)
+    mask[1, 0, 0, key] = bad
+    out = attention(q, k, v, **way, mask=mask)
+    assert out[1, 0].isnan().all()
+    out[1, 0] = clean[1, 0]
+    assert torch.equal(out, clean)
+
+
 @pytest.mark.parametrize("lengths", [(200, 333), (333, 200), (1000, 1000), (129, 1), (1, 129)])
 def test_causal(way, lengths):
     q, k, v = inputs(length=lengths[0], keys=lengths[1])
@@ -234,6 +250,21 @@ def test_errors_at_length(way, kind, length):
     want = torch.empty_like(out)
     reference.run(want, None, q[:, :, rows], k, v, None, None, False, 128**-0.5)
     assert error(out, want) <= BOUNDS[kind] * MODES[way["mode"]].max_error
+
+
+@pytest.mark.parametrize("length", [1, 130, 600])
+def test_blocks_that_share_their_copies_give_the_same_bits(monkeypatch, way, length):
+    """Odd and even numbers of tiles, more than one batch and head of K, many times."""
+    if way["backend"] != "hopper" or way["mode"] not in hopper.LONG_VARIANTS:
+        pytest.skip("the kernel of long sequences alone")
+    q, k, v = inputs(b=2, h=4, kv=2, length=length, keys=3000)
+    want = attention(q, k, v, **way, return_lse=True)
+    monkeypatch.setattr(hopper, "LONG_KEYS", 3000)
+    different = torch.zeros((), dtype=torch.int64, device="cuda")
+    for _ in range(200):
+        for x, y in zip(attention(q, k, v, **way, return_lse=True), want, strict=True):
+            different += (x != y).sum()
+    assert different == 0
 
 
 @pytest.mark.parametrize("growth", [3, 20, 100])

@@ -71,6 +71,39 @@ def test_way_that_takes_masks_honours_them(way):
     assert runner.relative_error(got, want) <= MAX_ERROR[router.bits(way)]
 
 
+@pytest.mark.parametrize("d", [64, 128])
+def test_rotation_takes_the_outliers_out_or_is_refused(way, d):
+    q, k, v = inputs(length=300, keys=4096, d=d)
+    for x in (q, k):
+        x[..., ::37] *= 5
+    if not ways.prepares(way):
+        with pytest.raises(ValueError, match="cannot rotate"):
+            router.route(q, k, v, way, rotate=True)
+        return
+    want = ways.sdpa(q.double(), k.double(), v.double(), None, False, None)
+    plain, rotated = (
+        runner.relative_error(runs(way, q, k, v, rotate=r, guard=EVERY_CALL), want)
+        for r in (False, True)
+    )
+    # FP8 keeps the error of its P·V.
+    assert rotated <= (0.95 if way == "lowbit_fp8" else 0.8) * plain
+
+    def run(q):
+        return router.route(q * 2, k, v, way, rotate=True) + 1
+
+    got = torch.compile(run, fullgraph=True)(q)
+    assert runner.relative_error(got, run(q)) <= MAX_ERROR[16]
+
+
+def test_auto_may_rotate_everything():
+    """What it takes in 8 bits, and what in 16."""
+    for tokens in (300, 5000):
+        q, k, v = inputs(length=tokens, keys=tokens)
+        want = ways.sdpa(q.double(), k.double(), v.double(), None, False, None)
+        got = router.route(q, k, v, "auto", rotate=True)
+        assert runner.relative_error(got, want) <= MAX_ERROR[8]
+
+
 @pytest.mark.parametrize("d", [64, 128, 256])
 def test_guard_finds_nothing_and_changes_nothing(way, d, caplog):
     tensors = inputs(h=HEADS, length=TOKENS, keys=TOKENS, d=d)

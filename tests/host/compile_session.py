@@ -174,6 +174,7 @@ def session(pack: Path, host: str, base: str) -> dict:
             "default": run(first=True),
             "every call checked": run(guard="every_call", layers="all", blocks="1"),
             "from a step on": run(start_percent=0.4),
+            "rotated": run(rotation="hadamard"),
             "vace": compiled(wan("vace"), attend, mode="lowbit_exact"),
         }
         seen["layers"] = layers_seen(wan("i2v"), attend)

@@ -162,6 +162,11 @@ def test_qwen_image_takes_it(sample, qwen_image):
         assert 0 < difference(exact, latent) < MODES["exact"].max_error
 
 
+def test_rotation_changes_nothing_of_the_exact_reference(sampled):
+    """Which is what runs on a CPU; workflows without the input, as all others here, have none."""
+    assert torch.equal(sampled("lowbit_exact", rotation="hadamard"), sampled("lowbit_exact"))
+
+
 def test_older_name_of_a_mode_is_taken(sampled):
     assert torch.equal(sampled("sageattn_3_fp8"), sampled("lowbit_fp8"))
 
@@ -177,6 +182,7 @@ def test_older_name_of_a_mode_is_taken(sampled):
         ("fast", {}, "unknown mode 'fast'"),
         ("auto", {"blocks": "first"}, "neither a block nor a range"),
         ("auto", {"start_percent": 0.5, "end_percent": 0.2}, "start to end"),
+        ("sdpa", {"rotation": "hadamard"}, "sdpa cannot rotate q and k"),
     ],
     ids=lambda x: str(x)[:30],
 )

@@ -23,6 +23,7 @@ def seen():
         ("every call checked", 1),
         # One for the steps before, one for those after.
         ("from a step on", 2),
+        ("rotated", 1),
         ("vace", 1),
     ],
 )

@@ -270,6 +270,13 @@ def test_torchs_own_attention_gives_the_same_latent(sample, plain, mode):
     assert torch.equal(sample(lambda graph: attention(graph, load(graph), mode)), plain)
 
 
+def test_rotation_changes_nothing_of_the_exact_reference(sample):
+    def attend(**options):
+        return sample(lambda graph: attention(graph, load(graph), "lowbit_exact", **options))
+
+    assert torch.equal(attend(rotation="hadamard"), attend())
+
+
 def test_layers_blocks_and_steps_add_up(sample):
     def attend(**options):
         return sample(lambda g: attention(g, load(g), "lowbit_exact", **options), steps=2)

@@ -2,6 +2,7 @@
 
 import pytest
 
+from lowbit.nodes import host
 from lowbit.nodes.attention import MODES, LowBitAttention
 from lowbit.ops.attention import router
 
@@ -28,17 +29,22 @@ INPUTS = {
 }
 
 
+# What came later: workflows from before have no value for it, and the node has its default.
+LATER = {"rotation": ["none", "hadamard"]}
+
+
 def test_inputs_are_those_that_workflows_hold():
-    required = LowBitAttention.INPUT_TYPES()["required"]
-    assert {name: kind for name, (kind, _) in required.items()} == INPUTS
-    assert list(required) == list(INPUTS)
+    given = LowBitAttention.INPUT_TYPES()
+    for kind, wanted in (("required", INPUTS), ("optional", LATER)):
+        assert {name: kind for name, (kind, _) in given[kind].items()} == wanted
+        assert list(given[kind]) == list(wanted)
 
 
 def test_defaults_are_those_of_the_best_choice():
-    required = LowBitAttention.INPUT_TYPES()["required"]
+    given = LowBitAttention.INPUT_TYPES()
     defaults = {
         name: settings["default"]
-        for name, (_, settings) in required.items()
+        for name, (_, settings) in (given["required"] | given["optional"]).items()
         if "default" in settings
     }
     assert defaults == {
@@ -48,7 +54,17 @@ def test_defaults_are_those_of_the_best_choice():
         "start_percent": 0.0,
         "end_percent": 1.0,
         "guard": "first_call",
+        "rotation": "none",
     }
+
+
+def test_values_of_older_workflows_set_the_override_that_they_set_before(monkeypatch):
+    made = []
+    monkeypatch.setattr(host, "set_attention", lambda model, override: made.append(override))
+    given = (None, "lowbit_exact", "all", "", 0.0, 1.0, "off")
+    LowBitAttention().set_attention(*given)
+    LowBitAttention().set_attention(*given, rotation="hadamard")
+    assert [override.rotate for override in made] == [False, True]
 
 
 def test_every_way_of_the_router_can_be_chosen():

@@ -287,10 +287,37 @@ def test_guard_reaches_the_router(host, monkeypatch, caplog, guard, replaced):
     assert len(caplog.records) == replaced
 
 
+@pytest.mark.parametrize("rotate", [False, True])
+def test_rotation_reaches_the_router(host, monkeypatch, rotate):
+    given = []
+
+    def watched(q, k, v, mode, **options):
+        given.append(options["rotate"])
+        return torch.zeros_like(q)
+
+    monkeypatch.setattr(ways, "attention", watched)
+    call(Override("lowbit_exact", guard="off", rotate=rotate), host, *flat(), heads=HEADS)
+    assert given == [rotate]
+
+
+def test_rotation_is_left_out_where_auto_takes_16_bits(host, monkeypatch):
+    monkeypatch.setattr(router, "choose", lambda *given, **options: "cudnn")
+    monkeypatch.setattr(router, "refusal", lambda *given: None)
+    given = []
+    monkeypatch.setattr(router, "route", lambda q, *rest, **options: given.append(options) or q)
+    call(Override("auto", rotate=True), host, *flat(), heads=HEADS)
+    assert [options["rotate"] for options in given] == [False]
+
+
+def test_rotation_of_a_mode_that_has_none_is_refused():
+    with pytest.raises(ValueError, match="sdpa cannot rotate q and k; choose a lowbit"):
+        Override("sdpa", rotate=True)
+
+
 @pytest.mark.parametrize("guard", GUARDS)
-@pytest.mark.parametrize("mode", ["sdpa", "lowbit_exact"])
-def test_compiled_override_is_one_graph(host, mode, guard):
-    override = Override(mode, guard=guard)
+@pytest.mark.parametrize(("mode", "rotate"), [("sdpa", False), ("lowbit_exact", True)])
+def test_compiled_override_is_one_graph(host, mode, rotate, guard):
+    override = Override(mode, guard=guard, rotate=rotate)
     q, k, v = flat()
 
     def body(options):

@@ -8,10 +8,11 @@ from comfy_kitchen.tensor import QuantizedTensor
 from torch._dynamo.testing import CompileCounter
 
 from lowbit.nodes import host, wanvideo_linear, wanvideo_routing, wanvideo_weights
-from lowbit.nodes.attention import MODES
-from lowbit.nodes.attention_override import LAYERS
+from lowbit.nodes.attention import MODES, ROTATIONS
+from lowbit.nodes.attention_override import LAYERS, Override
 from lowbit.nodes.quantize_wanvideo import LowBitQuantizeWanVideo
 from lowbit.nodes.wanvideo_attention import LowBitWanVideoAttention
+from lowbit.ops.attention import router
 from lowbit.ops.attention.guard import GUARDS
 from lowbit.ops.linear import sharing
 from lowbit.quant import formats, recipe
@@ -34,8 +35,9 @@ def inputs():
     return torch.randn(1, 24, pack.WIDTH), torch.randn(1, 8, pack.WIDTH)
 
 
-def attend(patcher, mode="lowbit_exact", layers="all", blocks="", steps=(0.0, 1.0)):
-    return wanvideo_routing.set_attention(patcher, mode, layers, blocks, steps, "off")
+def attend(patcher, mode="lowbit_exact", layers="all", blocks="", steps=(0.0, 1.0), **options):
+    rules = Override(mode, layers, blocks, steps, "off", **options)
+    return wanvideo_routing.set_attention(patcher, rules)
 
 
 def run(patcher, inputs, share=0.0):
@@ -47,6 +49,23 @@ def difference(a, b):
     return ((a - b).norm() / b.norm()).item()
 
 
+def test_rotation_reaches_the_router(inputs, monkeypatch):
+    given, route = [], router.route
+
+    def watched(*call, **options):
+        given.append(options["rotate"])
+        return route(*call, **options)
+
+    monkeypatch.setattr(router, "route", watched)
+    node = LowBitWanVideoAttention()
+    values = ("lowbit_exact", "all", "", 0.0, 1.0, "off")
+    for more, rotate in (({}, False), ({"rotation": "hadamard"}, True)):
+        given.clear()
+        (made,) = node.set_attention(pack.make(), *values, **more)
+        run(made, inputs)
+        assert given and all(was == rotate for was in given)
+
+
 def test_inputs_are_those_that_workflows_hold():
     quantize = LowBitQuantizeWanVideo.INPUT_TYPES()["required"]
     choices = ["as_stored", *formats.names()]
@@ -56,7 +75,9 @@ def test_inputs_are_those_that_workflows_hold():
         ("recipe", list(recipe.names())),
         ("keep", "STRING"),
     ]
-    attention = LowBitWanVideoAttention.INPUT_TYPES()["required"]
+    given = LowBitWanVideoAttention.INPUT_TYPES()
+    assert {n: kind for n, (kind, _) in given["optional"].items()} == {"rotation": list(ROTATIONS)}
+    attention = given["required"]
     assert [(n, kind) for n, (kind, _) in attention.items()] == [
         ("model", "WANVIDEOMODEL"),
         ("mode", list(MODES)),

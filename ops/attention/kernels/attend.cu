@@ -4,12 +4,14 @@
 __device__ __forceinline__ int q_head() { return blockIdx.z * gridDim.y + blockIdx.y; }
 __device__ __forceinline__ int kv_head(const Params& args) { return q_head() / args.group; }
 // Tiles of rows that see the most keys begin first.
-__device__ __forceinline__ u32 row_tile() {
-    return CAUSAL ? gridDim.x - 1 - blockIdx.x : blockIdx.x;
+// Blocks that fill up the last cluster do what the last tile's does.
+__device__ __forceinline__ u32 row_tile(const Params& args) {
+    u32 tile = CAUSAL ? gridDim.x - 1 - blockIdx.x : blockIdx.x;
+    return CLUSTER == 1 ? tile : min(tile, u32(args.tiles - 1));
 }
 // Tiles of keys that the rows see; of the last one some keys may be none, or later than a row.
 __device__ __forceinline__ int key_tiles(const Params& args) {
-    return CAUSAL ? min(args.blocks, int(row_tile()) + 1) : args.blocks;
+    return CAUSAL ? min(args.blocks, int(row_tile(args)) + 1) : args.blocks;
 }
 
 struct Shared {
@@ -33,7 +35,9 @@ __device__ __forceinline__ void produce(const Params& args, const TensorMap* map
     int bh = q_head();
     int kv = kv_head(args);
     barrier_expect(at.q_full, Q_BYTES);
-    copy(at.q, args.q + (u64(bh) * args.tiles + row_tile()) * Q_BYTES, Q_BYTES, at.q_full);
+    copy(at.q, args.q + (u64(bh) * args.tiles + row_tile(args)) * Q_BYTES, Q_BYTES, at.q_full);
+    // Of each tile of K and V a block copies its part, to all blocks of its cluster.
+    u32 part = CLUSTER == 1 ? 0 : block_in_cluster();
     Ring ring;
     for (int i = 0; i < key_tiles(args); ++i) {
         int block = key_tiles(args) - 1 - i;
@@ -41,7 +45,9 @@ __device__ __forceinline__ void produce(const Params& args, const TensorMap* map
         barrier_wait(at.k_empty + 8 * ring.stage, ring.phase ^ 1);
         u32 full = at.k_full + 8 * ring.stage;
         barrier_expect(full, K_BYTES + 16 + BIAS_BYTES);
-        copy(at.k + ring.stage * K_BYTES, args.k + tile * K_BYTES, K_BYTES, full);
+        constexpr u32 K_PART = K_BYTES / CLUSTER;
+        copy_to_all<CLUSTER>(at.k + ring.stage * K_BYTES + part * K_PART,
+                             args.k + tile * K_BYTES + part * K_PART, K_PART, full);
         copy(at.k_scale + ring.stage * 16, args.k_scale + tile * 4, 16, full);
 #if BIASED
         const float* bias = args.bias + blockIdx.z * args.bias_b + blockIdx.y * args.bias_h;
@@ -53,10 +59,12 @@ __device__ __forceinline__ void produce(const Params& args, const TensorMap* map
         u32 to = at.v + ring.stage * V_BYTES;
 #if PV == PV_EXACT
         int h = blockIdx.y / args.group, b = blockIdx.z;
-        copy_box(to, map, 0, block * N, h, b, full);
-        copy_box(to + V_BYTES / 2, map, 64, block * N, h, b, full);
+        for (u32 box = part; box < 2; box += CLUSTER)
+            copy_box_to_all<CLUSTER>(to + box * (V_BYTES / 2), map, 64 * box, block * N, h, b, full);
 #else
-        copy(to, args.v + tile * V_BYTES, V_BYTES, full);
+        constexpr u32 V_PART = V_BYTES / CLUSTER;
+        copy_to_all<CLUSTER>(to + part * V_PART, args.v + tile * V_BYTES + part * V_PART, V_PART,
+                             full);
 #endif
         ring.next();
     }
@@ -85,6 +93,13 @@ struct Work {
 // Whether `acc` is to be folded before it takes P·V number n, which then starts a new sum.
 __device__ __forceinline__ bool is_full(int n) { return PV != PV_FP8 || n % TILES_SUMMED == 0; }
 
+// Says that a warp has read a stage, to all blocks of the cluster: each copies a part of the next.
+__device__ __forceinline__ void release(u32 bar) {
+    u32 lane = threadIdx.x % 32;
+    if (CLUSTER == 1 && lane == 0) barrier_arrive(bar);
+    if (CLUSTER > 1 && lane < CLUSTER) barrier_arrive_at(bar, lane);
+}
+
 // The softmax of a tile, by its bias where it has one.
 template <bool FIRST, bool BOUNDED>
 __device__ __forceinline__ bool softmax_of(float (&p)[64], const int (&s)[64], Rows& rows,
@@ -92,7 +107,8 @@ __device__ __forceinline__ bool softmax_of(float (&p)[64], const int (&s)[64], R
 #if BIASED
     float any;
     asm volatile("ld.shared.f32 %0, [%1];" : "=f"(any) : "r"(bias + N * 4) : "memory");
-    if (any != 0.0f) return softmax_biased<FIRST>(p, s, rows, k_scale, bias);
+    // NaN is not zero either.
+    if (any != 0.0f) return softmax_biased<FIRST>(p, s, rows, k_scale, bias, any);
 #endif
     return softmax<FIRST, BOUNDED>(p, s, rows, k_scale);
 }
@@ -103,7 +119,6 @@ __device__ __forceinline__ void advance(Work& work, int i, float (&o)[64], Sum (
                                         u32 (&p)[P_REGISTERS], Rows& rows) {
     const Shared& at = work.at;
     bool last = i + 1 == key_tiles(work.args);
-    bool leader = threadIdx.x % 32 == 0;
     int s[64];
     if (PINGPONG) named_sync(1 + work.group);
     settle(s);
@@ -125,7 +140,7 @@ __device__ __forceinline__ void advance(Work& work, int i, float (&o)[64], Sum (
                  : "=f"(k_scale)
                  : "r"(at.k_scale + work.ring.stage * 16 + threadIdx.x % 4 * 4) : "memory");
     __syncwarp();
-    if (!BIASED && leader) barrier_arrive(at.k_empty + 8 * work.ring.stage);
+    if (!BIASED) release(at.k_empty + 8 * work.ring.stage);
     float x[64];
     rows.pending[0] = rows.part[0];
     rows.pending[1] = rows.part[1];
@@ -133,7 +148,7 @@ __device__ __forceinline__ void advance(Work& work, int i, float (&o)[64], Sum (
     bool moved = softmax_of<false, BOUNDED>(x, s, rows, k_scale, bias);
     if (BIASED) {
         __syncwarp();
-        if (leader) barrier_arrive(at.k_empty + 8 * work.ring.stage);
+        release(at.k_empty + 8 * work.ring.stage);
     }
     u32 packed[P_REGISTERS];
     if (DOUBLE) pack_all(packed, x);
@@ -144,7 +159,7 @@ __device__ __forceinline__ void advance(Work& work, int i, float (&o)[64], Sum (
     if (!last) barrier_wait(at.k_full + 8 * work.ring.stage, work.ring.phase);
     mma_wait<0>();
     settle(acc);
-    if (leader) barrier_arrive(at.v_empty + 8 * used);
+    release(at.v_empty + 8 * used);
     if (moved) {
         rows.pending[0] *= rows.keep[0];
         rows.pending[1] *= rows.keep[1];
@@ -155,6 +170,7 @@ __device__ __forceinline__ void advance(Work& work, int i, float (&o)[64], Sum (
         }
     }
     if (DOUBLE) {
+        // The compiler lets products wait for each other if what is packed here is their operand.
 #pragma unroll
         for (int j = 0; j < P_REGISTERS; ++j)
             asm volatile("mov.b32 %0, %1;" : "=r"(p[j]) : "r"(packed[j]));
@@ -253,7 +269,12 @@ __device__ __forceinline__ bool is_bounded(const Params& args, const Rows& rows,
     return all_of_group(3 + group, holds && !(PV == PV_EXACT && FP16));
 }
 
-extern "C" __global__ void __launch_bounds__(384, 1)
+#if CLUSTER > 1
+#define IN_CLUSTERS __cluster_dims__(CLUSTER, 1, 1)
+#else
+#define IN_CLUSTERS
+#endif
+extern "C" __global__ void IN_CLUSTERS __launch_bounds__(384, 1)
 attention(const __grid_constant__ Params args, const __grid_constant__ TensorMap map) {
     extern __shared__ char raw[];
     __shared__ __align__(8) u64 barriers[1 + 4 * STAGES];
@@ -276,20 +297,22 @@ attention(const __grid_constant__ Params args, const __grid_constant__ TensorMap
         for (int i = 0; i < STAGES; ++i) {
             barrier_init(at.k_full + 8 * i, 1);
             barrier_init(at.v_full + 8 * i, 1);
-            barrier_init(at.k_empty + 8 * i, WARPS);
-            barrier_init(at.v_empty + 8 * i, WARPS);
+            barrier_init(at.k_empty + 8 * i, WARPS * CLUSTER);
+            barrier_init(at.v_empty + 8 * i, WARPS * CLUSTER);
         }
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
         asm volatile("fence.proxy.async;" ::: "memory");
     }
     __syncthreads();
+    if (CLUSTER > 1) cluster_sync();
     int group = __shfl_sync(0xffffffff, threadIdx.x / 128, 0);
     if (group == CONSUMERS) {
         asm volatile("setmaxnreg.dec.sync.aligned.u32 24;");
         if (threadIdx.x == CONSUMERS * 128) produce(args, &map, at);
     } else {
         asm volatile("setmaxnreg.inc.sync.aligned.u32 240;");
-        int row = row_tile() * M + group * 64 + threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4;
+        int row = row_tile(args) * M + group * 64 + threadIdx.x % 128 / 32 * 16 +
+                  threadIdx.x % 32 / 4;
         const float* q_scale = args.q_scale + u64(q_head()) * args.tiles * M + row;
         Rows rows;
         rows.scale[0] = q_scale[0];
@@ -314,7 +337,7 @@ attention(const __grid_constant__ Params args, const __grid_constant__ TensorMap
             settle(s);
             float k_scale = scales[threadIdx.x % 4];
             __syncwarp();
-            if (!BIASED && threadIdx.x % 32 == 0) barrier_arrive(at.k_empty);
+            if (!BIASED) release(at.k_empty);
             int before = (key_tiles(args) - 1) * N;
             int valid = args.keys - before;
             if (CAUSAL || valid < N) {
@@ -329,7 +352,7 @@ attention(const __grid_constant__ Params args, const __grid_constant__ TensorMap
             softmax_of<true, false>(x, s, rows, k_scale, at.bias);
             if (BIASED) {
                 __syncwarp();
-                if (threadIdx.x % 32 == 0) barrier_arrive(at.k_empty);
+                release(at.k_empty);
             }
             pack_all(p, x);
             add_sums(rows, p);
@@ -343,4 +366,6 @@ attention(const __grid_constant__ Params args, const __grid_constant__ TensorMap
             consume<false>(work, o, p, rows);
         finish(args, o, rows, row);
     }
+    // No block leaves while another one may still write to its shared memory.
+    if (CLUSTER > 1) cluster_sync();
 }

@@ -18,6 +18,7 @@ OFFSET: tl.constexpr = tl.constexpr(128.0)
 UINT8_MAX: tl.constexpr = tl.constexpr(255.0)
 NO_MASK: tl.constexpr = tl.constexpr(0)
 BOOL_MASK: tl.constexpr = tl.constexpr(1)
+ADDED_MASK: tl.constexpr = tl.constexpr(2)
 
 
 @triton.jit
@@ -48,6 +49,19 @@ def _logits(
     if CAUSAL:
         inside = inside & (key[None, :] <= row[:, None])
     return tl.where(inside, s, float("-inf"))
+
+
+@triton.jit
+def _part(t, own, base, scale, MASK: tl.constexpr):
+    """Return by what the codes of a tile count, 2 to the (own - base); NaN where logits t have one.
+
+    Integers cannot hold it, and maxima drop it: it comes of a scale, NaN or Inf, or of the mask.
+    """
+    part = tl.exp2(own - base) + (scale - scale)
+    if MASK == ADDED_MASK:
+        bad = tl.max((t != t).to(tl.int32), axis=1)
+        part = tl.where(bad != 0, float("nan"), part)
+    return part
 
 
 @triton.jit
@@ -152,8 +166,7 @@ def attend_kernel(
             own = tl.where(highest == float("-inf"), 0.0, highest)
             codes = tl.exp2(t - own[:, None]) * UINT8_MAX + (ROUND - OFFSET)
             codes = codes.to(tl.int32, bitcast=True).to(tl.int8)
-            # A scale that is NaN or Inf shows here: integers cannot hold it, and maxima drop it.
-            part = tl.exp2(own - base) + (scale - scale)
+            part = _part(t, own, base, scale, MASK)
             total = total * keep + (tl.sum(codes.to(tl.int32), axis=1) + 128 * N) * part
             w = tl.load(v_at + block * (TILE * WIDTH) + within)
             away = tl.load(v_sum + block * WIDTH + column)

@@ -18,6 +18,7 @@
 //   PINGPONG        the warpgroups take turns at the tensor cores
 //   DOUBLE          P is packed while the one before is multiplied, at the price of registers
 //   Q_IN_REGISTERS  Q is read from shared memory once
+//   CLUSTER         blocks of threads that share copies of K and V
 //   TILES_SUMMED    tiles of FP8 P·V that the tensor cores sum by themselves
 //   CAUSAL          a row sees the keys up to its own index
 //   BIASED          a number for each key is added to its logits, or hides it
@@ -45,7 +46,8 @@ struct Params {
     float* lse;            // [B·H, Lq] natural logarithm, or null
     long long out_b, out_h, out_l;
     int group, rows, keys, tiles, blocks;
-    const float* bias;     // [blocks, 132]: of 128 keys, in log2 units; then 0 if all of them are 0
+    const float* bias;     // [blocks, 132]: of 128 keys, in log2 units; then 0 if all of them are
+                           // 0, NaN if any is
     long long bias_b, bias_h;
 };
 

@@ -7,8 +7,8 @@ import triton.language as tl
 NO_NORM: tl.constexpr = tl.constexpr(0)
 HEAD: tl.constexpr = tl.constexpr(1)
 TOKEN: tl.constexpr = tl.constexpr(2)
-# A rotation is made of products with matrices of this size.
-SIDE: tl.constexpr = tl.constexpr(16)
+# Steps of a rotation of the widest head, 256 channels.
+MAX_STEPS: tl.constexpr = tl.constexpr(8)
 
 
 @triton.jit
@@ -117,30 +117,17 @@ def apply(
 
 
 @triton.jit
-def _hadamard(SIZE: tl.constexpr):
-    """Return the Hadamard matrix of ±1 of SIZE, repeated down the diagonal of [16, 16]."""
-    i = tl.arange(0, SIDE)[:, None]
-    j = tl.arange(0, SIDE)[None, :]
-    # -1 where the numbers of row and column have an odd number of ones in common.
-    ones = i % SIZE & j % SIZE
-    ones ^= ones >> 2
-    ones ^= ones >> 1
-    sign = tl.where((ones & 1) != 0, -1.0, 1.0)
-    return tl.where(i // SIZE == j // SIZE, sign, 0.0)
-
-
-@triton.jit
 def rotate(x, ROWS: tl.constexpr, WIDTH: tl.constexpr):
-    """Return x [ROWS, WIDTH] times the orthonormal Hadamard matrix, in another order of channels.
+    """Return x [ROWS, WIDTH] times the orthonormal Hadamard matrix, in float32.
 
-    The matrix is the Kronecker product of one of WIDTH / 16 and one of 16: two products with
-    [16, 16] and a transposition between them. Another one would restore the order, which Q·Kᵀ does
-    not see. Operands are rounded to TF32 (11 bits), far below the rounding to 8 bits that follows.
+    By the matrix's recursion: each step takes the sums and the differences of the two halves, and
+    stores them in turn, so that after all steps each channel is back in its place. A thread that
+    holds whole rows exchanges nothing with others. Were neighbours summed first, the compiler would
+    do the rotary embedding twice, once for each of them.
     """
-    PARTS: tl.constexpr = WIDTH // SIDE
-    x = tl.reshape(x, (ROWS * PARTS, SIDE))
-    x = tl.dot(x, _hadamard(SIDE), input_precision="tf32")
-    x = tl.permute(tl.reshape(x, (ROWS, PARTS, SIDE)), (0, 2, 1))
-    x = tl.reshape(x, (ROWS * PARTS, SIDE))
-    x = tl.dot(x, _hadamard(PARTS), input_precision="tf32")
-    return tl.reshape(x * (1.0 / WIDTH**0.5), (ROWS, WIDTH))
+    HALF: tl.constexpr = WIDTH // 2
+    for step in tl.static_range(MAX_STEPS):
+        if 1 << step < WIDTH:
+            low, high = tl.split(tl.permute(tl.reshape(x, (ROWS, 2, HALF)), (0, 2, 1)))
+            x = tl.reshape(tl.join(low + high, low - high), (ROWS, WIDTH))
+    return x * (1.0 / WIDTH**0.5)

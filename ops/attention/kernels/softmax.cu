@@ -249,9 +249,10 @@ __device__ __forceinline__ bool softmax(float (&p)[64], const int (&s)[64], Rows
 }
 
 // The same for a tile of which some keys are hidden or have another bias, which is at `address`.
+// any: NaN where one of the biases is, else finite.
 template <bool FIRST>
 __device__ __forceinline__ bool softmax_biased(float (&p)[64], const int (&s)[64], Rows& rows,
-                                               float k_scale, u32 address) {
+                                               float k_scale, u32 address, float any) {
     float factor[2] = {rows.scale[0] * k_scale, rows.scale[1] * k_scale};
     float sum[4] = {0.0f, 0.0f, 0.0f, 0.0f};
     float top[2] = {__int_as_float(0xff800000), __int_as_float(0xff800000)};
@@ -269,9 +270,9 @@ __device__ __forceinline__ bool softmax_biased(float (&p)[64], const int (&s)[64
             top[r] = fmaxf(top[r], p[i]);
         }
     }
-    // A scale that is NaN or Inf: maxima drop it, and codes cannot hold it.
+    // A scale that is NaN or Inf, a bias that is NaN: maxima drop it, and codes cannot hold it.
 #pragma unroll
-    for (int r = 0; r < 2; ++r) top[r] += PV == PV_INT8 ? 0.0f * factor[r] : 0.0f;
+    for (int r = 0; r < 2; ++r) top[r] += PV == PV_INT8 ? 0.0f * (factor[r] + any) : 0.0f;
     if constexpr (FIRST) {
 #pragma unroll
         for (int r = 0; r < 2; ++r) {

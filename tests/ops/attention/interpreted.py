@@ -106,6 +106,20 @@ def test_masks_are_near_float64_and_hidden_rows_are_zero(mode):
 
 
 @each_mode
+def test_nan_and_infinity_in_a_mask_reach_the_rows_that_see_the_key(mode):
+    q, k, v = inputs(h=2, length=20, keys=150)
+    for bad in (torch.nan, torch.inf):
+        for at, causal in ((140, False), (6, True)):
+            added = torch.zeros(1, 2, 20, 150)
+            added[0, 1, 4:, at] = bad
+            (out, _), (want, _) = attend(q, k, v, mode, added, causal)
+            seen = torch.zeros(1, 2, 20, 1, dtype=torch.bool)
+            seen[0, 1, 6 if causal else 4 :] = True
+            for got in (out, want):
+                assert torch.equal(got.isnan(), seen.expand_as(got))
+
+
+@each_mode
 def test_strides_do_not_matter(mode):
     q, k, v = inputs(h=2)
     moved = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v)]

@@ -90,8 +90,8 @@ def test_attention_after_a_prologue_is_near_float64(mode, name, rotate):
 
 
 def unrotated(stored: torch.Tensor) -> torch.Tensor:
-    """[..., W], in the order of `rotate`, times the Hadamard matrix, by its recursion."""
-    stored = stored.double().unflatten(-1, (16, -1)).transpose(-1, -2).flatten(-2)
+    """[..., W] times the Hadamard matrix, by its recursion."""
+    stored = stored.double()
     width = stored.shape[-1]
     matrix = torch.ones(1, 1, dtype=torch.float64)
     while matrix.shape[0] < width:

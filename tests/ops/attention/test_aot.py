@@ -140,13 +140,12 @@ def quantizers(steps: dict, arch: int, rotate: bool) -> list:
     swizzled = arch == HOPPER
     shared = {"WIDTH": 128, "SWIZZLED": swizzled, "D": 128}
     rotated = {**shared, **steps, "ROTATE": rotate}
-    q = {**rotated, "ROWS": prepare_module.Q_ELEMENTS // 128, "SHIFT": True}
-    k_warps = prepare_module.k_warps(rotate, (arch // 10, arch % 10))
+    q = {**rotated, "ROWS": prepare_module.q_rows(128, rotate), "SHIFT": True}
     k = {**rotated, "GROUPS": 4 if swizzled else 1}
     statistics = {"ROWS": prepare_module.CHUNK_KEYS, "WIDTH": 128, "RANGE": True, "D": 128}
     cases = [
         (prepare.quantize_q_kernel, q, 1, "i8"),
-        (prepare.quantize_k_kernel, k, k_warps, "i8"),
+        (prepare.quantize_k_kernel, k, prepare_module.K_WARPS, "i8"),
         (prepare.quantize_v_kernel, {**shared, "INTEGER": True}, 4, "i8"),
         (prepare.statistics_kernel, {**statistics, **steps}, 8, "i8"),
     ]
@@ -171,9 +170,11 @@ def test_quantizers_keep_a_tile_in_registers(arch, name, rotate, tmp_path):
             continue
         options = {"types": {"stored": f"*{stored}"}, **prepare_module.options(warps)}
         done = compiled(kernel, constants, arch, **options)
-        prologue_of_k = kernel is prepare.quantize_k_kernel and name != "none"
-        # More warps, which do not spill, were slower.
-        assert spilled_bytes(done, tmp_path) <= (160 if prologue_of_k else 0)
+        # Where a thread has a row. More warps, which do not spill, were slower.
+        rows = kernel is prepare.quantize_k_kernel or (
+            kernel is prepare.quantize_q_kernel and rotate
+        )
+        assert spilled_bytes(done, tmp_path) <= (200 if rows and name != "none" else 0)
         assert done.metadata.shared <= SHARED_KIB[arch] * 1024
         assert re.search(r"ld.global\S*\.v4\.b32", done.asm["ptx"])
         # A cast from FP8 is what ptxas compiles wrongly.

@@ -40,6 +40,19 @@ def run(way: Way, checked: str, *arguments, mask=None, causal=False) -> torch.Te
     return guard.run(WAY, way, checked, *(arguments or inputs()), mask, causal, None)
 
 
+def test_rotated_calls_have_a_verdict_of_their_own(caplog):
+    q, k, v = inputs()
+    want = ways.sdpa(q, k, v, None, False, None)
+
+    def way(*arguments, rotate=False):
+        return torch.zeros_like(want) if rotate else ways.sdpa(*arguments)
+
+    call = (WAY, way, FIRST_CALL, q, k, v, None, False, None)
+    for rotate in (False, True, False):
+        assert torch.equal(guard.run(*call, rotate=rotate), want)
+    assert len(caplog.records) == 1
+
+
 BROKEN = {
     "black": torch.zeros_like,
     "nan": lambda out: torch.full_like(out, torch.nan),

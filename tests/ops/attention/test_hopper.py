@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from lowbit.ops.attention import hopper
+from lowbit.ops.attention.hopper import Kind
 from lowbit.ops.attention.modes import MODES
 
 from ..cuda.compiled import compiled, disassembled
@@ -16,31 +17,48 @@ SHARED_KIB = 227
 INSTRUCTIONS = {"exact": ("IGMMA", "HGMMA"), "fp8": ("IGMMA", "QGMMA"), "int8": ("IGMMA", "IGMMA")}
 
 
-@pytest.mark.parametrize("mode", MODES.values(), ids=lambda mode: mode.name)
-@pytest.mark.parametrize(
-    ("dtype", "causal", "biased"),
-    [
-        (torch.bfloat16, False, False),
-        (torch.float16, False, False),
-        (torch.bfloat16, True, False),
-        (torch.bfloat16, False, True),
-    ],
-)
-def test_kernel_uses_wgmma_and_no_local_memory(mode, dtype, causal, biased, tmp_path):
-    code = compiled(hopper.source(), hopper.options(mode, dtype, causal, biased))
-    sass, usage = disassembled(code, tmp_path)
+def kinds() -> list:
+    """Each kernel that is compiled, but in fp16 the plain one alone."""
+    bf16 = torch.bfloat16
+    found = []
+    for mode in MODES.values():
+        found += [Kind(mode, bf16), Kind(mode, torch.float16), Kind(mode, bf16, causal=True)]
+        found.append(Kind(mode, bf16, biased=True))
+        if mode.name in hopper.LONG_VARIANTS:
+            found.append(Kind(mode, bf16, long=True))
+    return found
+
+
+def name_of(kind: Kind) -> str:
+    said = [name for name in ("causal", "biased", "long") if getattr(kind, name)]
+    return "-".join((kind.mode.name, str(kind.dtype).removeprefix("torch."), *said))
+
+
+@pytest.mark.parametrize("kind", kinds(), ids=name_of)
+def test_kernel_uses_wgmma_and_no_local_memory(kind, tmp_path):
+    name = kind.mode.name
+    sass, usage = disassembled(compiled(hopper.source(), kind.options), tmp_path)
     # INT8 has two accumulators: with a mask ten of its numbers do not fit.
-    stack = 40 if mode.name == "int8" and biased else 0
+    stack = 40 if name == "int8" and kind.biased else 0
     assert re.search(rf"STACK:{stack}\b.*LOCAL:0\b", usage)
-    for instruction in INSTRUCTIONS[mode.name]:
+    for instruction in INSTRUCTIONS[name]:
         assert re.search(rf"\b{instruction}\.64x128", sass)
-    assert re.search(r"IGMMA\.64x128x32\.U8\.S8", sass) or mode.name != "int8"
+    assert re.search(r"IGMMA\.64x128x32\.U8\.S8", sass) or name != "int8"
+    # Copies to all blocks of a cluster, where there is one.
+    assert ("MULTICAST" in sass) == (kind.variant["CLUSTER"] > 1)
 
 
-@pytest.mark.parametrize("mode", MODES.values(), ids=lambda mode: mode.name)
-def test_shared_memory_suffices(mode):
-    # The barriers and scales are apart, within a KiB.
-    assert hopper.shared_bytes(mode) + 1024 <= SHARED_KIB * 1024
+@pytest.mark.parametrize("more", [{"causal": True}, {"biased": True}])
+def test_blocks_share_copies_where_they_see_the_same_keys_alone(more):
+    mode, dtype = MODES["exact"], torch.bfloat16
+    assert Kind(mode, dtype, long=True).variant["CLUSTER"] == 2
+    assert Kind(mode, dtype, long=True, **more).variant == Kind(mode, dtype, **more).variant
+
+
+@pytest.mark.parametrize("kind", kinds(), ids=name_of)
+def test_shared_memory_suffices(kind):
+    # Barriers, scales and biases are apart, within four KiB.
+    assert kind.shared_bytes + 4096 <= SHARED_KIB * 1024
 
 
 def test_parameters_are_laid_out_as_in_the_source():
@@ -71,6 +89,14 @@ def test_bias_of_a_mask_of_keys():
     added = hopper.bias_of(torch.full((1, 1, 1, 128), 2.0, dtype=torch.bfloat16))
     assert added[..., :128].unique().item() == pytest.approx(2 / math.log(2))
     assert (added[..., 128] == 1).all()
+    added = torch.zeros(1, 1, 1, 300)
+    added[..., 130], added[..., 131], added[..., 299] = torch.nan, -torch.inf, torch.inf
+    # Which the kernel multiplies by 0.
+    torch.testing.assert_close(
+        hopper.bias_of(added)[0, 0, :, 128:],
+        torch.tensor([0.0, torch.nan, 1.0])[:, None].expand(3, 4),
+        equal_nan=True,
+    )
 
 
 def test_mask_of_keys_is_made_once_for_all_heads():

@@ -6,7 +6,8 @@ import torch.nn.functional as F
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from lowbit.ops import registry, tuning
-from lowbit.ops.attention import router, ways
+from lowbit.ops.attention import attention, router, ways
+from lowbit.ops.attention.guard import GUARDS
 from lowbit.ops.attention.modes import MODES
 from lowbit.ops.attention.table import AUTO
 from lowbit.ops.attention_fp4 import attention_fp4
@@ -155,6 +156,40 @@ def test_scale_mask_and_causal_reach_every_way(mode):
         ({"causal": True}, {"is_causal": True}),
     ):
         assert error(router.route(q, k, v, mode, **options), sdpa(q, k, v, **same)) <= allowed
+
+
+@pytest.mark.parametrize("guard", GUARDS)
+def test_rotation_reaches_the_ways_of_8_bits(monkeypatch, guard):
+    given = []
+
+    def watched(q, k, v, mode, **options):
+        given.append((mode, options["rotate"]))
+        return attention(q, k, v, mode, **options)
+
+    monkeypatch.setattr(ways, "attention", watched)
+    q, k, v = inputs()
+    for mode in LOWBIT:
+        for rotate in (False, True):
+            got = router.route(q, k, v, mode, rotate=rotate, guard=guard)
+            assert error(got, sdpa(q, k, v)) <= MODES[mode.removeprefix("lowbit_")].max_error
+    assert given == [(mode.removeprefix("lowbit_"), r) for mode in LOWBIT for r in (False, True)]
+
+
+def test_rotation_changes_nothing_where_auto_takes_torchs_and_is_refused_by_name():
+    q, k, v = inputs()
+    assert torch.equal(router.route(q, k, v, rotate=True), router.route(q, k, v))
+    for mode in (name for name in router.NAMES if name not in ("auto", *LOWBIT)):
+        with pytest.raises(ValueError, match=f"{mode} cannot rotate q and k"):
+            router.route(q, k, v, mode, rotate=True)
+
+
+def test_compiled_rotation_is_one_graph():
+    q, k, v = inputs()
+
+    def run(q):
+        return router.route(q * 2, k, v, "lowbit_exact", rotate=True) + 1
+
+    assert torch.equal(torch.compile(run, fullgraph=True, backend="aot_eager")(q), run(q))
 
 
 @pytest.mark.parametrize("mode", ["auto", "lowbit_exact"])

@@ -96,7 +96,7 @@ def test_masks_of_any_number_of_dimensions_are_understood(dims):
     mask = torch.rand(2, 9) > 0.4
     full = mask[:, None, None].expand(2, 1, 7, 9)
     given = {2: mask, 3: full[:, 0], 4: full}[dims]
-    got = attention._function("sdpa", None)(q, k, v, attn_mask=given)
+    got = attention._function("sdpa", False, None)(q, k, v, attn_mask=given)
     heads_first = (x.transpose(1, 2) for x in (q, k, v))
     want = scaled_dot_product_attention(*heads_first, attn_mask=full).transpose(1, 2)
     assert torch.equal(got, want)
@@ -161,12 +161,28 @@ def test_copy_of_a_model_keeps_its_attention(model, run, calls):
     assert calls
 
 
+def test_rotation_is_of_the_models_that_asked_for_it(model, run, monkeypatch):
+    given, route = [], router.route
+
+    def watched(*call, **options):
+        given.append(options["rotate"])
+        return route(*call, **options)
+
+    monkeypatch.setattr(router, "route", watched)
+    for rotate in (False, True, False):
+        given.clear()
+        with lowbit.set_attention(model, "lowbit_exact", rotate=rotate):
+            run(model)
+        assert given and all(was == rotate for was in given)
+
+
 def test_wrong_words_are_refused(model):
     for options, match in (
         ({"mode": "fast"}, "unknown mode 'fast'"),
         ({"layers": "both"}, "unknown layers 'both'"),
         ({"blocks": "3-1"}, "ends before it starts"),
         ({"blocks": "77"}, "no attention of layers 'all' and blocks '77'"),
+        ({"mode": "sdpa", "rotate": True}, "sdpa cannot rotate q and k"),
     ):
         with pytest.raises(ValueError, match=match):
             lowbit.set_attention(model, **options)
