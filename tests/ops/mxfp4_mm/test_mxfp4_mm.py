@@ -3,6 +3,7 @@
 import pytest
 import torch
 from comfy_kitchen.tensor import QuantizedTensor
+from triton.runtime.errors import OutOfResources
 
 from lowbit.ops import registry
 from lowbit.ops.linear import OP as LINEAR
@@ -103,6 +104,15 @@ def test_what_fails_its_trial_is_refused_with_the_reason(monkeypatch):
     assert w4a4.self_test(torch.device("cpu")) == "errs by 0.10 here"
     monkeypatch.setattr(w4a4, "mxfp4_mm", lambda *g, backend: real(*g, backend="reference"))
     assert w4a4.self_test(torch.device("cpu")) is None
+
+    def fails(*given, backend):
+        if backend == "triton":
+            raise OutOfResources(300, 227, "shared memory")
+        return real(*given, backend=backend)
+
+    monkeypatch.setattr(w4a4, "mxfp4_mm", fails)
+    reason = w4a4.self_test(torch.device("cpu"))
+    assert reason.startswith("fails here: OutOfResources: out of resource: shared memory")
 
 
 def test_what_does_not_fit_is_refused():
