@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
+from torch.utils._python_dispatch import _disable_current_modes
 
 from . import tuning
 
@@ -168,7 +169,9 @@ def _wrong_version(needs: Needs) -> str | None:
 @functools.cache
 @torch.compiler.assume_constant_result
 def _self_test(test: SelfTest, device: torch.device) -> str | None:
-    return test(device)
+    # A compiler, whose tensors have no values, may be the first to ask.
+    with _disable_current_modes():
+        return test(device)
 
 
 def unmet(needs: Needs, call: Call) -> str | None:
