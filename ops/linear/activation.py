@@ -43,8 +43,8 @@ class QuantizedActivation:
     stored: [M, K] INT8 or FP8. scale: float32, [M, 1] or one element. shape: of x, [..., K]. dtype:
     of x and of what linear layers make of it. headroom: powers of two that are left above the
     largest value of each row; where there are some, `linear` may shift values into them: what the
-    rows stand for stays. made: what layers made of it that others may read, by a key of theirs; made
-    anew after other writes to it, of which tensors of inference mode do not tell: leave these be.
+    rows stand for stays. made: what layers made of it that others may read, by a key of theirs;
+    made anew after other writes to it. Tensors of inference mode tell of none: leave these be.
     """
 
     stored: torch.Tensor

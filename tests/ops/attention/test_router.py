@@ -331,7 +331,7 @@ def test_fp4_on_a_cpu_gives_the_numbers_of_its_format(dtype):
     assert (got.dtype, got.shape) == (dtype, q.shape)
     assert torch.equal(got, attention_fp4(q, k, v))
     assert 0.05 < error(got, sdpa(q, k, v)) < 0.25
-    assert router.bits("lowbit_fp4") == 4 and not router.takes_prologue("lowbit_fp4")
+    assert router.bits("lowbit_fp4") == 4 and not router.prepares("lowbit_fp4")
 
 
 def test_inputs_are_not_written_to():
