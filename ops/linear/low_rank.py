@@ -56,20 +56,23 @@ class LowRank:
         x: [..., K], as the weight's product takes it. plain: gives it before it was quantized.
         """
         given = x if self._takes(x) else plain()
-        name = "low rank", self.key, self._writes()
         if self.key is None:
             h = self._product(given)
         elif isinstance(given, QuantizedActivation):
-            h = given.once(name, lambda: self._product(given))
+            h = given.once(self._name(), lambda: self._product(given))
         else:
-            h = quantized_once(given, name, lambda: self._product(given))
+            h = quantized_once(given, self._name(), lambda: self._product(given))
         return h if self.rows is None else h[:, slice(*self.rows)]
 
-    def _writes(self) -> tuple[int | None, ...]:
-        """Return how often what x is multiplied by was written to, as another strength is."""
+    def _name(self) -> tuple:
+        """Return the name of the product: `key`, and how often its parts were written to.
+
+        Another strength is written into the same tensors.
+        """
         down = self.down
         parts = (down._qdata, down._params.scale) if isinstance(down, QuantizedTensor) else (down,)
-        return tuple(version(t) for t in (*parts, self.factor, self.shift) if t is not None)
+        constants = (t for t in (self.factor, self.shift) if t is not None)
+        return "low rank", self.key, *map(version, (*parts, *constants))
 
     def unprojected(self, x: torch.Tensor | QuantizedActivation) -> Down | None:
         """Return the first product as `scaled_mm` makes it within the second; None: it cannot.
