@@ -16,11 +16,13 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
+from torch.utils._python_dispatch import _disable_current_modes
 
 from . import tuning
 
 logger = logging.getLogger(__name__)
 
+SelfTest = Callable[[torch.device], str | None]
 KERNEL = "kernel"
 # `Needs.measured` of what `auto` takes nowhere: it runs when named.
 BY_NAME = ((0, 0), (0, 0))
@@ -38,7 +40,9 @@ class Needs:
     below the second; elsewhere it runs when named; BY_NAME: nowhere. few: `auto` takes
     it for few rows (True) or for many (False) only. package: a module to import, dots allowed.
     package_min, package_max: the first and the last version of it that will do; (3, 9) is 3.9.1
-    too. Where `auto` passes over a backend for its version alone, it says so once.
+    too. Where `auto` passes over a backend for its version alone, it says so once. self_test: asked
+    once on each device, gives a reason or None; a dict: one for each K, which are kernels of their
+    own.
     """
 
     schemes: frozenset[str]
@@ -52,7 +56,7 @@ class Needs:
     package: str | None = None
     package_min: tuple[int, ...] | None = None
     package_max: tuple[int, ...] | None = None
-    self_test: Callable[[torch.device], str | None] | None = field(default=None, compare=False)
+    self_test: SelfTest | dict[int, SelfTest] | None = field(default=None, compare=False)
 
 
 class Call(NamedTuple):
@@ -164,8 +168,10 @@ def _wrong_version(needs: Needs) -> str | None:
 
 @functools.cache
 @torch.compiler.assume_constant_result
-def _self_test(test: Callable[[torch.device], str | None], device: torch.device) -> str | None:
-    return test(device)
+def _self_test(test: SelfTest, device: torch.device) -> str | None:
+    # A compiler, whose tensors have no values, may be the first to ask.
+    with _disable_current_modes():
+        return test(device)
 
 
 def unmet(needs: Needs, call: Call) -> str | None:
@@ -185,10 +191,10 @@ def unmet(needs: Needs, call: Call) -> str | None:
         return f"N={call.n} is not a multiple of {needs.n_multiple}"
     if needs.k_max and call.k > needs.k_max:
         return f"K={call.k} is above {needs.k_max}"
-    wrong = _wrong_version(needs)
-    if wrong or not needs.self_test:
-        return wrong
-    return _self_test(needs.self_test, call.device)
+    wrong, test = _wrong_version(needs), needs.self_test
+    if isinstance(test, dict):
+        test = test.get(call.k)
+    return wrong if wrong or not test else _self_test(test, call.device)
 
 
 def _unmeasured(needs: Needs, call: Call) -> str | None:

@@ -23,15 +23,24 @@ _UNKNOWN = object()
 def facts(arguments: Iterable) -> tuple:
     """Return what is to be known of arguments but the values in tensors, as a key.
 
-    Of tensors, tuples of them included: dtype, shape, strides, alignment and device.
+    Of tensors, tuples of them included: dtype, shape, strides, alignment and device. Of numbers:
+    the type too.
     """
     known = []
     for given in arguments:
         if isinstance(given, torch.Tensor):
             aligned = not given.data_ptr() & MISALIGNED
             known += (given.dtype, given.shape, given.stride(), aligned, given.device)
-        else:
-            known.append(facts(given) if type(given) is tuple else given)
+            continue
+        kind = type(given)
+        if kind is tuple:
+            given = facts(given)
+        # As text: 1, 1.0 and True are equal, and so are 0.0 and -0.0.
+        elif kind is float:
+            given = given.hex()
+        elif kind is bool:
+            given = "True" if given else "False"
+        known.append(given)
     return tuple(known)
 
 

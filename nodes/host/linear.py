@@ -4,6 +4,8 @@ A QuantizedTensor stays the module's `weight`, which the host moves, patches and
 """
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from comfy_kitchen.tensor import QuantizedTensor
@@ -29,6 +31,15 @@ def _marker(module) -> dict:
     """Return the `comfy_quant` marker of one of the host's quantized modules."""
     params = module.weight._params
     return {"format": module.quant_format, "convrot": getattr(params, "convrot", False)}
+
+
+@contextmanager
+def naming(layer: str) -> Iterator[None]:
+    """Have a ValueError about a weight say of which layer it is."""
+    try:
+        yield
+    except ValueError as problem:
+        raise ValueError(f"layer {layer}: {problem}") from problem
 
 
 def show(

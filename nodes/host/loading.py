@@ -26,7 +26,7 @@ from .. import stand_in
 from ..inputs import AS_STORED
 from .fusing import fuse
 from .layers import ATTACHMENT, linears
-from .linear import format_of, log_arithmetic, show
+from .linear import format_of, log_arithmetic, naming, show
 from .memory import make_room
 from .work import device, progress
 
@@ -61,7 +61,8 @@ def load_model(path, format_name, recipe_name, keep=(), wish=AUTO, disable_dynam
     for name, module in linears(patcher):
         fmt = formats_by_layer.get(name) or format_of(module)
         if fmt and not module._full_precision_mm_config:
-            show(module, fmt, module.weight, wish, patcher.load_device)
+            with naming(name):
+                show(module, fmt, module.weight, wish, patcher.load_device)
             ours[name] = module
     fuse(patcher, patcher, ours)
     log_arithmetic(patcher, ours, wish)

@@ -14,7 +14,7 @@ from ...quant.memory import quantize_within_memory
 from ..inputs import AS_STORED
 from .fusing import fuse
 from .layers import ATTACHMENT, ROOT, base_weight, layer_records, linears, record
-from .linear import format_of, log_arithmetic, replacement
+from .linear import format_of, log_arithmetic, naming, replacement
 from .memory import make_room
 from .work import progress
 
@@ -43,9 +43,10 @@ def quantize_model(patcher, format_name, recipe_name=recipe.AUTO, keep=(), wish=
         choice = chosen[name]
         if choice.format:
             new, error = _quantized(patcher, name, module, choice.format, tick)
-            new_module = replacement(
-                module, choice.format, new, error is None, wish, patcher.load_device
-            )
+            same = error is None
+            with naming(name):
+                device = patcher.load_device
+                new_module = replacement(module, choice.format, new, same, wish, device)
             clone.add_object_patch(f"{ROOT}.{name}", new_module)
             ours[name] = new_module
             error = known[name].error if error is None else error

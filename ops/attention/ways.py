@@ -14,6 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .. import registry
 from ..attention_fp4 import WIDTHS, attention_fp4
+from ..failures import failures
 from ..registry import Backend, Needs, register
 from . import attention, sage
 from .check import DTYPES
@@ -37,6 +38,8 @@ BITS = {SDPA: 16, "cudnn": 16, "flash": 16, FP4: 4, "sageattn3_fp4": 4}
 BROKEN = {16: 0.02, 8: 0.25, 4: 0.5}
 # The example: queries and keys that no tile divides.
 QUERIES, KEYS = 200, 333
+# What a package raises where it cannot run, besides what kernels do.
+REFUSALS = (ValueError, AssertionError, ImportError, AttributeError)
 
 
 def bits(way: str) -> int:
@@ -134,7 +137,7 @@ def trial(run: Callable, head_size: int, most: float) -> Callable:
                 # torch warns of every backend that it does not take, and raises besides.
                 warnings.simplefilter("ignore", UserWarning)
                 got = run(q, k, v, None, False, None)
-        except (RuntimeError, ValueError, AssertionError, ImportError, AttributeError) as error:
+        except (*failures(), *REFUSALS) as error:
             return f"fails here: {type(error).__name__}: {error}"
         error = relative_error(got, want).item()
         # Not `>`, which NaN would pass.
@@ -173,7 +176,8 @@ for _mode in MODES.values():
 # EXPERIMENTAL: no GPU that has the instructions has run it, so it is tried like a package.
 _fp4_needs = {"k_max": max(WIDTHS), "k_multiple": min(WIDTHS)}
 _fp4_gpu = {"capability": (10, 0), "package": "triton", "package_min": (3, 6)}
-_register_tried(FP4, _fp4, (PLAIN,), **_fp4_needs, **_fp4_gpu)
+_fp4_gpu["self_test"] = {width: trial(_fp4, width, BROKEN[bits(FP4)]) for width in WIDTHS}
+_register(FP4, _fp4, _schemes(PLAIN), devices=CUDA, **_fp4_needs, **_fp4_gpu)
 _fp4_on_cpu = _schemes(PLAIN, dtypes=(*DTYPES, torch.float32))
 _register(FP4, _fp4, _fp4_on_cpu, devices=CPU, **_fp4_needs)
 _register(

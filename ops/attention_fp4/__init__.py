@@ -28,18 +28,24 @@ def attention_fp4(
 ) -> torch.Tensor:
     """Return nearly softmax(scale · q·kᵀ) · v, [B, H, Lq, D], in the dtype of q.
 
-    q: [B, H, Lq, D]; k, v: [B, Hkv, Lk, D], H % Hkv = 0, D of WIDTHS, float, never written to.
+    q: [B, H, Lq, D]; k, v: [B, Hkv, Lk, D], H % Hkv = 0, D of WIDTHS, of one float dtype, never
+    written to; none is empty. What a head gives depends on no other.
     scale: None is D**-0.5. backend: `auto` is the reference; the kernel runs when named.
     Raises ValueError on other inputs, NoBackendError when the backend cannot run them.
     """
     if q.dim() != 4 or k.shape != v.shape or q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
         shapes = ", ".join(str(list(t.shape)) for t in (q, k, v))
         raise ValueError(f"{OP}: q [B, H, Lq, D] and k, v [B, Hkv, Lk, D] are wanted, got {shapes}")
-    if q.shape[3] not in WIDTHS or q.shape[1] % k.shape[1] or 0 in (q.numel(), k.numel()):
+    empty = 0 in (q.numel(), k.numel())
+    if empty or q.shape[3] not in WIDTHS or q.shape[1] % k.shape[1]:
         raise ValueError(
             f"{OP}: head sizes {WIDTHS} are taken, heads of q a multiple of k's, none empty; got "
             f"{list(q.shape)} and {list(k.shape)}"
         )
+    dtypes = {t.dtype for t in (q, k, v)}
+    if len(dtypes) > 1 or not q.is_floating_point():
+        names = ", ".join(str(t.dtype) for t in (q, k, v))
+        raise ValueError(f"{OP}: q, k and v are of one floating-point dtype, got {names}")
     call = registry.Call(SCHEME, q.device, 0, q.shape[3])
     run = registry.select(OP, call, backend).run
     scale = q.shape[3] ** -0.5 if scale is None else float(scale)

@@ -62,7 +62,8 @@ def attend_kernel(
     q: [heads, rows, D/2] packed, low nibble first, q_scale [heads, rows, D/16]; k alike; v: [heads,
     D, PADDED/2], packed along keys, v_scale [heads, D, PADDED/16]; rows and keys padded to tiles.
     correction: [heads, tiles of M rows, PADDED] float32, the mean query times the keys.
-    logit_scale: of the tensors, the softmax's and log2(e), one float32. v_factor: of v. zero: 0.0.
+    logit_scale: [heads] float32, of q, k, the softmax and log2(e). v_factor: of each head of v.
+    zero: 0.0.
     """
     tile, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
     tiles = tl.num_programs(0)
@@ -73,7 +74,7 @@ def attend_kernel(
     at = head * tiles * M + rows
     q_tile = tl.load(q + at[:, None] * (D // 2) + half[None, :])
     q_scales = tl.load(q_scale + at[:, None] * (D // GROUP) + groups[None, :])
-    factor = tl.load(logit_scale)
+    factor = tl.load(logit_scale + head)
     largest = tl.full((M,), float("-inf"), tl.float32)
     total = tl.zeros((M,), tl.float32)
     acc = tl.zeros((M, D), tl.float32)
@@ -105,5 +106,5 @@ def attend_kernel(
         total = total * shrink + tl.sum(p, axis=1) * outer
         largest = new
     place = out + head * out_b + rows.to(tl.int64)[:, None] * out_l + width[None, :]
-    result = (acc / total[:, None] * tl.load(v_factor)).to(out.dtype.element_ty)
+    result = (acc / total[:, None] * tl.load(v_factor + kv_head)).to(out.dtype.element_ty)
     tl.store(place, result, mask=rows[:, None] < ROWS)

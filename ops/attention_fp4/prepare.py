@@ -17,7 +17,7 @@ P_MAX = E2M1_MAX * E4M3_MAX
 
 
 class Quantized(NamedTuple):
-    """stored: [..., K/2] uint8; scale: [..., K/16] E4M3. The scale of the tensor is apart."""
+    """stored: [..., K/2] uint8; scale: [..., K/16] E4M3. The scale of a head is apart."""
 
     stored: torch.Tensor
     scale: torch.Tensor
@@ -33,8 +33,8 @@ class Prepared(NamedTuple):
     """Heads are [B · H] or [B · Hkv]; queries are padded to tiles of 128, keys to 128.
 
     q: [heads, rows, D]. k: [heads, keys, D]. v: [heads, D, keys]. correction: [heads, tiles, keys]
-    float32, what each tile's mean query adds to the logits. logit_scale, v_scale: float32 scalars,
-    of the tensors: real logits are stored · logit_scale, real values stored · v_scale.
+    float32, what each tile's mean query adds to the logits. logit_scale: [B · H]; v_scale: [B ·
+    Hkv]; float32: a head's real logits are stored · logit_scale, real values stored · v_scale.
     """
 
     q: Quantized
@@ -77,13 +77,15 @@ def prepare(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Prepared:
     values, v_scale = _normalized(_padded(v).transpose(1, 2))
     rows = (tiles - means.unsqueeze(2)).flatten(1, 2)
     stored = (quantize(x) for x in (rows, k, values))
-    return Prepared(*stored, correction, q_scale * k_scale, v_scale)
+    logit_scale = q_scale * k_scale.repeat_interleave(group)
+    return Prepared(*stored, correction, logit_scale, v_scale)
 
 
 def _normalized(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return (values / scale, scale), the largest value at the largest that NVFP4 holds."""
-    scale = (values.abs().amax() / P_MAX).clamp_min(SMALLEST_SCALE)
-    return values / scale, scale
+    """Return (values / scale, scale [heads]): the largest of each head as NVFP4 holds at most."""
+    largest = values.abs().flatten(1).amax(dim=1)
+    scale = (largest / P_MAX).clamp_min(SMALLEST_SCALE)
+    return values / scale.view(-1, *[1] * (values.dim() - 1)), scale
 
 
 def _padded(tokens: torch.Tensor) -> torch.Tensor:

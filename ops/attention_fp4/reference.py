@@ -18,7 +18,7 @@ def run(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torc
     right, values = (x.repeat_interleave(group, dim=0) for x in (right, values))
     logits = (left @ right.transpose(1, 2)).unflatten(1, (prepared.correction.shape[1], -1))
     logits = (logits + prepared.correction.unsqueeze(2)).flatten(1, 2)[:, :length]
-    logits = logits * (prepared.logit_scale * scale)
+    logits = logits * (prepared.logit_scale * scale).view(-1, 1, 1)
     logits[..., keys:] = -torch.inf
     largest = logits.amax(dim=-1, keepdim=True)
     out = total = 0
@@ -31,7 +31,8 @@ def run(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torc
         product = rounded @ values[..., start : start + KEYS].transpose(1, 2)
         out = out + product * (outer / P_MAX)
         total = total + p.sum(dim=-1, keepdim=True) * outer
-    return (out / total * prepared.v_scale).to(q.dtype).view(q.shape)
+    v_scale = prepared.v_scale.repeat_interleave(group).view(-1, 1, 1)
+    return (out / total * v_scale).to(q.dtype).view(q.shape)
 
 
 register(Backend(OP, "reference", 100, Needs(frozenset({SCHEME})), run))

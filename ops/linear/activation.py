@@ -17,6 +17,14 @@ from .four_bit import EIGHT_BITS, GROUPS, has_fp8, rotation_of
 FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 
 
+def version(x: torch.Tensor) -> int | None:
+    """Return the count of writes to x; None of tensors of inference mode, which have no such count.
+
+    None while torch.compile is at work, too: what it follows is written to by nobody.
+    """
+    return None if torch.compiler.is_compiling() or x.is_inference() else x._version
+
+
 class Kind(NamedTuple):
     """What a weight multiplies: `dtype`, rotated over `rotation` columns at a time (0: not).
 
@@ -35,7 +43,8 @@ class QuantizedActivation:
     stored: [M, K] INT8 or FP8. scale: float32, [M, 1] or one element. shape: of x, [..., K]. dtype:
     of x and of what linear layers make of it. headroom: powers of two that are left above the
     largest value of each row; where there are some, `linear` may shift values into them: what the
-    rows stand for stays. made: what layers made of it that others may read, by a key of theirs.
+    rows stand for stays. made: what layers made of it that others may read, by a key of theirs;
+    made anew after other writes to it. Tensors of inference mode tell of none: leave these be.
     """
 
     stored: torch.Tensor
@@ -44,17 +53,21 @@ class QuantizedActivation:
     shape: tuple[int, ...]
     dtype: torch.dtype
     headroom: int = 0
-    made: dict[Hashable, torch.Tensor] = field(default_factory=dict, compare=False, repr=False)
+    made: dict[Hashable, tuple[tuple, torch.Tensor]] = field(
+        default_factory=dict, compare=False, repr=False
+    )
 
     @property
     def device(self) -> torch.device:
         return self.stored.device
 
     def once(self, key: Hashable, make: Callable[[], torch.Tensor]) -> torch.Tensor:
-        """Return `make()`, or what it returned for the same key before."""
-        if key not in self.made:
-            self.made[key] = make()
-        return self.made[key]
+        """Return `make()`, or what it returned for the same key and values before."""
+        writes = version(self.stored), version(self.scale)
+        found = self.made.get(key)
+        if found is None or found[0] != writes:
+            found = self.made[key] = writes, make()
+        return found[1]
 
     def dequantize(self) -> torch.Tensor:
         """Return x as it was rounded, [..., K]."""

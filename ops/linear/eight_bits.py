@@ -6,6 +6,8 @@ runs: it is taken from what was measured on tokens with outlier channels (every 
 large, K = 5120), since those are what 8 bits find hard in a diffusion transformer.
 """
 
+import math
+
 import torch
 from comfy_kitchen.tensor import QuantizedTensor
 
@@ -26,7 +28,7 @@ def eight_bit_errors(
 
     Against the very 4-bit values, `w4a8_fp8` and `w4a8_int8`. device: where it is computed, a piece
     of the weight at a time; None: where the weight is. A weight of zeros errs by 0. Raises
-    ValueError when a scale of a block is NaN.
+    ValueError when a scale of a block is NaN, or so large that a value is infinite.
     """
     w, totals = four_bit(weight), {W4A8_FP8: 0.0, W4A8_INT8: 0.0}
     rotated, size = rotation_of(w.shape) > 0, 0.0
@@ -40,8 +42,11 @@ def eight_bit_errors(
             # The matrix is symmetric and its own inverse.
             values = rotate(values) if turned else values
             totals[name] += _squares(values - exact)
-    if size != size:
-        raise ValueError("the weight holds NaN")
+    if not all(map(math.isfinite, (size, *totals.values()))):
+        raise ValueError(
+            "the weight holds NaN or Inf, a block scale is corrupt: no 8 bits can be told to err "
+            "less. Convert the layer again, or choose w4a8, which computes with it as it is"
+        )
     return {name: (total / size) ** 0.5 if size else 0.0 for name, total in totals.items()}
 
 
@@ -69,7 +74,7 @@ def _pieces(w: FourBit, device: torch.device):
     # Swizzled scales of so many rows lie together.
     of_rows = SCALE_ROWS * -(-(columns // w.group) // SCALE_COLUMNS) * SCALE_COLUMNS
     blocks = w.scale.view(torch.uint8).reshape(-1).split(height // SCALE_ROWS * of_rows)
-    for start, scale in zip(range(0, n, height), blocks, strict=False):
+    for start, scale in zip(range(0, n, height), blocks, strict=True):
         rows = min(height, n - start)
         packed = w.packed[start : start + rows].to(device)
         yield FourBit(packed, scale.to(device), None, (rows, k), w.group)

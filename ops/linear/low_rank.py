@@ -17,7 +17,7 @@ from comfy_kitchen.tensor import QuantizedTensor
 from ..registry import capability
 from ..scaled_mm.check import K_MULTIPLE, LOW_RANK, MADE_RANKS, Down
 from ..scaled_mm.hopper import NEEDS as OF_HOPPER
-from .activation import Kind, QuantizedActivation, fits, kind_of
+from .activation import Kind, QuantizedActivation, fits, kind_of, version
 from .sharing import quantized_once
 
 # Powers of two that an activation leaves free for the columns of a term. E4M3 has 15 between its
@@ -56,14 +56,23 @@ class LowRank:
         x: [..., K], as the weight's product takes it. plain: gives it before it was quantized.
         """
         given = x if self._takes(x) else plain()
-        name = "low rank", self.key
         if self.key is None:
             h = self._product(given)
         elif isinstance(given, QuantizedActivation):
-            h = given.once(name, lambda: self._product(given))
+            h = given.once(self._name(), lambda: self._product(given))
         else:
-            h = quantized_once(given, name, lambda: self._product(given))
+            h = quantized_once(given, self._name(), lambda: self._product(given))
         return h if self.rows is None else h[:, slice(*self.rows)]
+
+    def _name(self) -> tuple:
+        """Return the name of the product: `key`, and how often its parts were written to.
+
+        Another strength is written into the same tensors.
+        """
+        down = self.down
+        parts = (down._qdata, down._params.scale) if isinstance(down, QuantizedTensor) else (down,)
+        constants = (t for t in (self.factor, self.shift) if t is not None)
+        return "low rank", self.key, *map(version, (*parts, *constants))
 
     def unprojected(self, x: torch.Tensor | QuantizedActivation) -> Down | None:
         """Return the first product as `scaled_mm` makes it within the second; None: it cannot.
@@ -92,8 +101,8 @@ class LowRank:
             from . import linear
 
             down = self.down if self.factor is None else scaled(self.down, self.factor)
-            return linear(x, down, self.shift).flatten(0, -2)
-        h = F.linear(x, self.down.to(x.dtype)).flatten(0, -2).float() * self.factor
+            return linear(x, down, self.shift).reshape(-1, len(down))
+        h = F.linear(x, self.down.to(x.dtype)).reshape(-1, len(self.down)).float() * self.factor
         return (h if self.shift is None else h + self.shift).to(x.dtype)
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Hashable
 
 import torch
 
-from .activation import QuantizedActivation
+from .activation import QuantizedActivation, version
 
 ATTRIBUTE = "_lowbit_shared"
 
@@ -23,11 +23,6 @@ class Shared:
         self.forms: dict[Hashable, QuantizedActivation | torch.Tensor] = {}
 
 
-def _version(x: torch.Tensor) -> int | None:
-    """Return the count of writes to x; tensors of inference mode have none."""
-    return None if x.is_inference() else x._version
-
-
 def share(x: torch.Tensor, readers: int) -> None:
     """Announce that `readers` linear layers read x, and that nobody writes to it in between.
 
@@ -38,8 +33,8 @@ def share(x: torch.Tensor, readers: int) -> None:
     if torch.compiler.is_compiling() or readers < 2 or type(x) is not torch.Tensor:
         return
     shared = getattr(x, ATTRIBUTE, None)
-    if shared is None or shared.version != _version(x):
-        setattr(x, ATTRIBUTE, Shared(readers, _version(x)))
+    if shared is None or shared.version != version(x):
+        setattr(x, ATTRIBUTE, Shared(readers, version(x)))
 
 
 def release(x: torch.Tensor) -> None:
@@ -63,7 +58,7 @@ def quantized_once(
     kind: what is made of x, a `Kind` or any other name for it.
     """
     shared = None if torch.compiler.is_compiling() else getattr(x, ATTRIBUTE, None)
-    if shared is None or shared.version != _version(x):
+    if shared is None or shared.version != version(x):
         return quantize()
     if kind not in shared.forms:
         shared.forms[kind] = quantize()

@@ -31,13 +31,16 @@ def linear_with_terms(
     """Return what `linear` does with the sum of `terms`, of which there is one at least.
 
     In a compiled graph `weight` is quantized, in a layout that comfy-kitchen has `run_step` for.
+    Raises ValueError without terms, and what `linear` raises.
     """
+    if not terms:
+        raise ValueError("linear_with_terms: there are no terms; one is wanted, else call linear")
     if not torch.compiler.is_compiling():
         return _linear(x, weight, bias, terms, input_act, gate, residual)
     scale, kind, headroom, dtype, shape = None, (0, False), 0, x.dtype, x.shape
     if isinstance(x, QuantizedActivation):
         scale, kind, headroom, x = x.scale, x.kind[1:], x.headroom, x.stored
-        residual = None if residual is None else residual.flatten(0, -2)
+        residual = None if residual is None else residual.reshape(-1, residual.shape[-1])
     given = (x, scale, *kind, headroom, dtype, weight, bias)
     matrices = [term.down for term in terms], [term.up for term in terms]
     constants = [term.factor for term in terms], [term.shift for term in terms]

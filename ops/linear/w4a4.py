@@ -11,6 +11,7 @@ from comfy_kitchen.tensor import QuantizedTensor
 
 from .. import block_scales
 from ..decode_fp4 import MXFP4_GROUP
+from ..failures import failures
 from ..mxfp4_mm import SCHEME, mxfp4_mm
 from ..mxfp4_mm.triton import NEEDS
 from ..registry import Backend, register
@@ -38,8 +39,8 @@ def self_test(device: torch.device) -> str | None:
     want = mxfp4_mm(*given, (n, k), backend="reference").double()
     try:
         got = mxfp4_mm(*(t.to(device) for t in given), (n, k), backend="triton").cpu().double()
-    except RuntimeError as error:
-        return f"fails here: {error}"
+    except failures() as error:
+        return f"fails here: {type(error).__name__}: {error}"
     wrong = ((got - want).norm() / want.norm()).item()
     # Not `>`, which NaN would pass.
     return None if wrong <= TRIAL_MAX_ERROR else f"errs by {wrong:.2f} here"

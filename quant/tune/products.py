@@ -6,7 +6,6 @@ tried, of which the first ones are taken.
 
 import dataclasses
 import functools
-import importlib.util
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,6 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from ...ops import registry
+from ...ops.failures import failures
 from ...ops.linear import OP as LINEAR
 from ...ops.linear import linear
 from ...ops.linear.four_bit import FEW_ROWS, GROUPS
@@ -177,22 +177,12 @@ def attempt(run: Callable[[], Any], device: torch.device) -> Any:
         result = run()
     except torch.OutOfMemoryError:
         raise
-    except (RuntimeError, *_triton_errors()) as error:
+    except failures() as error:
         _wait(device)
         text = str(error).strip() or type(error).__name__
         raise CannotRunError(text.splitlines()[0]) from error
     _wait(device)
     return result
-
-
-@functools.cache
-def _triton_errors() -> tuple[type[Exception], ...]:
-    """Return the class of Triton's errors; none where Triton is missing."""
-    if importlib.util.find_spec("triton") is None:
-        return ()
-    from triton.errors import TritonError
-
-    return (TritonError,)
 
 
 def _wait(device: torch.device) -> None:

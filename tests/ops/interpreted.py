@@ -14,10 +14,18 @@ from lowbit.ops.scaled_mm import triton as mm_triton
 from lowbit.ops.scaled_mm.tiles import Tile
 from lowbit.ops.widen_rows import reference as widen_reference
 from lowbit.ops.widen_rows import triton as widen_triton
+from tests.ops.recorded import only_launches
 
 FP8 = torch.float8_e4m3fn
 BLOCK_TILES = [Tile(16, 32, 128), Tile(32, 128, 128, tma=True, warps=1, flatten=True)]
 TILES = [Tile(16, 32, 32), Tile(16, 32, 32, tma=True), Tile(32, 16, 64, group_m=1, flatten=True)]
+
+
+@pytest.fixture(autouse=True)
+def recorded():
+    """Whatever is recorded is found out if it does more than launch."""
+    with only_launches() as counts:
+        yield counts
 
 
 def make(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.Tensor:

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from lowbit.ops import launch, replay, tuning
+from tests.ops.recorded import only_launches
 
 CPU = torch.device("cpu")
 
@@ -103,6 +104,52 @@ def test_call_that_differs_is_prepared_for_itself(run, prepared, launched, other
     assert len(prepared) == 2
     run(*other)
     assert len(prepared) == 2
+
+
+@pytest.mark.parametrize("numbers", [(1, True, 1.0), (0, False, 0.0, -0.0)], ids=str)
+def test_numbers_that_are_equal_are_not_the_same(run, prepared, launched, numbers):
+    for _ in range(2):
+        for number in numbers:
+            run(torch.zeros(3, 5), (None, None), number)
+            found = launched[-2][1][3]
+            assert type(found) is type(number) and str(found) == str(number)
+    assert len(prepared) == len(numbers)
+
+
+def test_not_a_number_is_prepared_once(run, prepared, launched):
+    for _ in range(3):
+        run(torch.zeros(3, 5), (None, None), float("nan"))
+    assert len(prepared) == 1
+
+
+def test_function_that_only_launches_passes_for_one(run, launched):
+    with only_launches() as counts:
+        run(torch.zeros(3, 5), (torch.zeros(5), None), 2)
+        run(torch.zeros(3, 5), (torch.zeros(5), None), 2, True)
+        run(torch.zeros(3, 5), (torch.zeros(5), None), 2)
+    assert counts == [2, 2]
+
+
+@pytest.mark.parametrize(
+    ("more", "told"),
+    [
+        (lambda x, out: out.zero_(), "zero_.default of a tensor that"),
+        (lambda x, out: out[:1].add_(1), "add_.Tensor of a tensor that"),
+        (lambda x, out: x + out, "add.Tensor of a tensor that"),
+        (lambda x, out: x.mul_(2), "mul_.Tensor writes to an argument"),
+        (lambda x, out: torch.add(x, x, out=x), "add.out writes to an argument"),
+    ],
+)
+def test_function_that_does_more_is_found_out(launched, more, told):
+    @replay.replayed
+    def wrong(x):
+        out = replay.empty(x.shape, x.dtype, x.device)
+        replay.launch("kernel", 1, (x, out), {}, "key", x.device)
+        more(x, out)
+        return out
+
+    with only_launches(), pytest.raises(AssertionError, match=told):
+        wrong(torch.ones(2))
 
 
 def test_copy_of_an_argument_is_made_each_time(run, prepared, launched):

@@ -3,6 +3,8 @@
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
+from triton.errors import TritonError
+from triton.runtime.errors import OutOfResources, PTXASError
 
 from lowbit.ops import registry
 from lowbit.ops.attention import guard, router, ways
@@ -187,6 +189,18 @@ def test_trial_passes_on_why_a_package_fails(error):
 
     text = ways.trial(fails, 128, 0.25)(torch.device("cpu"))
     assert text == f"fails here: {error.__name__}: SM90 kernel is not available"
+
+
+@pytest.mark.parametrize("error", [OutOfResources(1, 0, "shared memory"), PTXASError("no")])
+def test_trial_passes_on_why_triton_cannot_compile(error):
+    """Triton's errors are no RuntimeErrors."""
+    assert isinstance(error, TritonError) and not isinstance(error, RuntimeError)
+
+    def fails(*arguments):
+        raise error
+
+    text = ways.trial(fails, 64, 0.25)(torch.device("cpu"))
+    assert text == f"fails here: {type(error).__name__}: {error}"
 
 
 def test_ways_of_torch_and_of_packages_are_tried_before_they_are_used():

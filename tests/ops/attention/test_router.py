@@ -307,6 +307,23 @@ def test_fp4_on_a_gpu_runs_the_kernel_and_is_tried_first(hopper, monkeypatch):
     assert router.missing("lowbit_fp4", CUDA) == "lowbit_fp4: errs by 0.70 here"
 
 
+@pytest.mark.parametrize("width", [64, 128])
+def test_fp4_is_tried_with_the_head_size_that_is_asked_for(hopper, monkeypatch, width):
+    monkeypatch.setattr(registry, "capability", lambda device: (12, 0))
+    tried = []
+
+    def of_cpu(q, k, v, scale, backend):
+        tried.append(q.shape[3])
+        return attention_fp4(q, k, v, scale) * (1 if q.shape[3] == 128 else 2)
+
+    monkeypatch.setattr(ways, "attention_fp4", of_cpu)
+    monkeypatch.setattr(registry, "_self_test", lambda test, device: test(torch.device("cpu")))
+    refusal = router.refusal("lowbit_fp4", *on_gpu(*inputs(d=width)))
+    assert tried == [width]
+    # The other kernel, which is right, is no word for this one.
+    assert refusal is None if width == 128 else "errs by 1." in refusal
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_fp4_on_a_cpu_gives_the_numbers_of_its_format(dtype):
     q, k, v = inputs(h=4, kv=2, length=140, keys=300, dtype=dtype)

@@ -87,17 +87,32 @@ def test_scale_is_used_and_inputs_stay():
     assert all(torch.equal(a, b) for a, b in zip(before, (q, k, v), strict=True))
 
 
-def test_heads_at_a_time_are_the_heads_each_alone(monkeypatch):
-    """Apart from the scale of a tensor, which is then that of the heads."""
+@pytest.mark.parametrize("factor", [1, 1000])
+def test_heads_at_a_time_and_together_give_the_same(monkeypatch, factor):
+    """Whatever is in the other heads: each has scales of its own."""
     q, k, v = make(b=2, h=6, kv=3, length=140, keys=70)
+    v[:, 0] *= factor / 1000
+    q[0, 1] *= 30
     whole = attention_fp4(q, k, v)
+    assert error(whole[:, 2:], exact(q, k, v)[:, 2:]) < 1.1 * GAUSSIAN_L1
     monkeypatch.setattr(module, "CORRECTION_BYTES", 1)
-    got = attention_fp4(q, k, v)
-    for head in range(3):
-        few = (q[:, 2 * head : 2 * head + 2], k[:, head : head + 1], v[:, head : head + 1])
-        assert torch.equal(got[:, 2 * head : 2 * head + 2], attention_fp4(*few))
-    assert error(got, whole.double()) < GAUSSIAN_L1
-    assert error(got, exact(q, k, v)) < 1.1 * GAUSSIAN_L1
+    # Sums in another order may round a few of P otherwise; a scale of all heads gave 11 to 17%.
+    assert error(attention_fp4(q, k, v), whole.double()) < 1e-3
+    for batch in range(2):
+        for head in range(3):
+            of_q = slice(2 * head, 2 * head + 2)
+            few = q[batch, of_q][None], k[batch, head][None, None], v[batch, head][None, None]
+            assert error(whole[batch, of_q][None], attention_fp4(*few).double()) < 1e-3
+
+
+def test_other_dtypes_and_no_heads_are_refused():
+    q, k, v = make()
+    with pytest.raises(ValueError, match=r"one floating-point dtype, got torch.int32"):
+        attention_fp4(q.int(), k.int(), v.int())
+    with pytest.raises(ValueError, match=r"one floating-point dtype, got torch.float16, torch.bf"):
+        attention_fp4(q, k.bfloat16(), v)
+    with pytest.raises(ValueError, match="none empty"):
+        attention_fp4(q[:, :0], k[:, :0], v[:, :0])
 
 
 def test_quantized_values_are_the_nearest():

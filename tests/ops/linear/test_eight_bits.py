@@ -1,5 +1,7 @@
 """Which 8 bits W4A8 takes for a layer under `w4a8_exact`: what is computed, and what it decides."""
 
+import dataclasses
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,7 +12,7 @@ from lowbit.ops.linear import eight_bits as module
 from lowbit.ops.linear.activation import Kind, kind_on, takes
 from lowbit.ops.linear.arithmetic import EXACT, arithmetic_of
 from lowbit.ops.linear.eight_bits import eight_bit_errors, least_error
-from lowbit.ops.linear.four_bit import EIGHT_BITS, GROUPS, W4A8_FP8, W4A8_INT8
+from lowbit.ops.linear.four_bit import EIGHT_BITS, GROUPS, W4A8_FP8, W4A8_INT8, four_bit
 from lowbit.quant import formats
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
@@ -61,8 +63,24 @@ def test_a_scale_of_nan_is_refused_and_zeros_err_by_nothing():
     weight = formats.get("nvfp4").quantize(torch.zeros(4, 64))
     assert eight_bit_errors(weight) == {W4A8_FP8: 0, W4A8_INT8: 0}
     weight._params.block_scale.view(torch.uint8).reshape(-1)[0] = 0x7F
-    with pytest.raises(ValueError, match="holds NaN"):
+    with pytest.raises(ValueError, match=r"holds NaN.* Convert the layer again, or choose w4a8"):
         eight_bit_errors(weight)
+
+
+def test_a_scale_that_overflows_is_refused():
+    """Errors of NaN would be compared, and the first name taken."""
+    weight = formats.get("mxfp4").quantize(make(64, 256))
+    weight._params.scale.view(torch.uint8).reshape(-1)[3] = 254
+    with pytest.raises(ValueError, match="NaN or Inf, a block scale is corrupt"):
+        least_error(weight, CPU)
+
+
+def test_scales_of_other_rows_than_the_weight_are_no_reason_to_skip_some(monkeypatch):
+    monkeypatch.setattr(module, "PIECE_ELEMENTS", 1)
+    w = four_bit(formats.get("nvfp4").quantize(make(300, 64)))
+    short = dataclasses.replace(w, scale=w.scale.reshape(-1)[:-512])
+    with pytest.raises(ValueError, match="shorter"):
+        list(module._pieces(short, CPU))
 
 
 def test_what_is_taken_for_the_activation_is_what_it_errs_by():

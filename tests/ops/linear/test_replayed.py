@@ -6,6 +6,7 @@ import torch
 from lowbit.ops import launch, registry, replay, tuning
 from lowbit.ops.linear import linear, quantize_activation
 from lowbit.quant import formats
+from tests.ops.recorded import only_launches
 
 K, N = 512, 96
 
@@ -42,7 +43,8 @@ def prepared(monkeypatch):
     only = registry.Backend("linear", "stand_in", 0, needs, None, run, **does)
     monkeypatch.setitem(registry._BACKENDS, "linear", [only])
     tuning.forget()
-    yield seen
+    with only_launches():
+        yield seen
     tuning.forget()
 
 

@@ -1,5 +1,7 @@
 """A product and its low-rank terms as one step of a compiled graph: what it computes, and how."""
 
+import dataclasses
+
 import pytest
 import torch
 import torch._dynamo as dynamo
@@ -90,6 +92,57 @@ def test_layers_of_one_quantized_input_project_it_once(layer, graphs, name, monk
         got = torch.compile(run, fullgraph=True, backend=backend)(x)
     assert above[0].count(STEP) == 2
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_another_strength_and_other_values_are_projected_anew(layer, graphs, compiled):
+    """Both may be written into the same tensors: inputs of a graph are."""
+    x, weight, bias, *_ = layer
+    packed = formats.get("int8_convrot").quantize(weight)
+    terms = [in_8_bits("int8_convrot", 10, object())]
+    given = quantize_activation(x, packed)
+
+    def run(given):
+        return linear_with_terms(given, packed, bias, terms)
+
+    step = torch.compile(run, fullgraph=True, backend="eager") if compiled else run
+    seen = [step(given)]
+    with torch.no_grad():
+        for change in (
+            lambda: terms[0].down._params.scale.mul_(2),
+            lambda: terms[0].shift.add_(1),
+            lambda: given.stored.neg_(),
+            lambda: given.scale.mul_(3),
+        ):
+            change()
+            copy = dataclasses.replace(given, stored=given.stored.clone(), made={})
+            seen.append(step(given))
+            assert torch.equal(seen[-1], run(copy)) and not torch.equal(*seen[-2:])
+
+
+@pytest.mark.parametrize("key", [None, object()], ids=["its own", "shared"])
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("early", [False, True], ids=["floats", "quantized"])
+def test_one_token_without_a_dimension_of_tokens_is_taken(layer, graphs, key, compiled, early):
+    x, weight, bias, down, up = layer
+    packed = formats.get("int8_convrot").quantize(weight)
+    terms = [in_8_bits("int8_convrot", 10, key), term(down, up)]
+
+    def run(x, residual):
+        given = quantize_activation(x, packed) if early else x
+        return linear_with_terms(given, packed, bias, terms, residual=residual)
+
+    step = torch.compile(run, fullgraph=True, backend="eager") if compiled else run
+    residual = make(1, N, seed=7)
+    with torch.inference_mode():
+        got = step(x[0], residual[0])
+        assert torch.equal(got, run(x[:1], residual)[0]) and got.shape == (N,)
+
+
+def test_no_terms_are_refused(layer):
+    x, weight, *_ = layer
+    with pytest.raises(ValueError, match="no terms"):
+        linear_with_terms(x, formats.get("int8").quantize(weight), None, [])
 
 
 @pytest.mark.parametrize("quantized", [False, True], ids=["floats", "quantized before"])

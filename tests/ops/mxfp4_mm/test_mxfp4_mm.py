@@ -1,10 +1,14 @@
 """W4A4 of MXFP4: its numerics on the CPU, who may run the kernel, what is refused."""
 
+import dataclasses
+
 import pytest
 import torch
+import torch.nn.functional as F
 from comfy_kitchen.tensor import QuantizedTensor
+from triton.runtime.errors import OutOfResources
 
-from lowbit.ops import registry
+from lowbit.ops import registry, tuning
 from lowbit.ops.linear import OP as LINEAR
 from lowbit.ops.linear import linear, w4a4, with_arithmetic
 from lowbit.ops.linear.four_bit import four_bit
@@ -104,6 +108,15 @@ def test_what_fails_its_trial_is_refused_with_the_reason(monkeypatch):
     monkeypatch.setattr(w4a4, "mxfp4_mm", lambda *g, backend: real(*g, backend="reference"))
     assert w4a4.self_test(torch.device("cpu")) is None
 
+    def fails(*given, backend):
+        if backend == "triton":
+            raise OutOfResources(300, 227, "shared memory")
+        return real(*given, backend=backend)
+
+    monkeypatch.setattr(w4a4, "mxfp4_mm", fails)
+    reason = w4a4.self_test(torch.device("cpu"))
+    assert reason.startswith("fails here: OutOfResources: out of resource: shared memory")
+
 
 def test_what_does_not_fit_is_refused():
     w = four_bit(weight_of())
@@ -123,3 +136,35 @@ def test_product_is_one_step_of_a_graph():
         return mxfp4_mm(x * 2, w.packed, w.scale, w.shape, backend="reference") + 1
 
     assert torch.equal(torch.compile(run, fullgraph=True, backend="aot_eager")(x), run(x))
+
+
+@pytest.mark.parametrize("below", [False, True], ids=["linear", "F.linear"])
+def test_trial_may_be_asked_for_first_by_a_compiled_graph(monkeypatch, below):
+    """Traced, it would be compared as a number that nobody knows yet."""
+    real = mxfp4_mm
+
+    def by_reference(x, packed, scale, shape, bias=None, backend=None):
+        return real(x, packed, scale, shape, bias, "reference")
+
+    monkeypatch.setattr(w4a4, "mxfp4_mm", by_reference)
+    found = next(b for b in registry.backends(LINEAR) if b.name == "w4a4")
+    on_cpu = dataclasses.replace(
+        found.needs, devices=frozenset(), capability=None, package_min=None
+    )
+    here = dataclasses.replace(found, needs=on_cpu)
+    monkeypatch.setitem(registry._BACKENDS, LINEAR, [here])
+    weight, x = with_arithmetic(weight_of(), "native"), make(4, 512)
+    layer = F.linear if below else linear
+    registry._self_test.cache_clear()
+    tuning.forget()
+    torch._dynamo.reset()
+    try:
+        with torch.inference_mode():
+            compiled = torch.compile(
+                lambda x: layer(x, weight), fullgraph=True, backend="aot_eager"
+            )
+            got = compiled(x)
+            assert torch.equal(got, w4a4.run(x, weight, None, "reference"))
+    finally:
+        registry._self_test.cache_clear()
+        tuning.forget()
