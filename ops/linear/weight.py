@@ -58,7 +58,12 @@ class Weight(QuantizedTensor):
         """Return a weight of what `do` makes of each tensor of this one."""
         names, context = self.__tensor_flatten__()
         parts = {name: do(getattr(self, name)) for name in names}
-        return _weight(self.__tensor_unflatten__(parts, context, None, None))
+        return self.__tensor_unflatten__(parts, context, None, None)
+
+    @staticmethod
+    def __tensor_unflatten__(parts, context, size, stride) -> "Weight":
+        """Return the weight that `__tensor_flatten__` took apart, of this class, as torch wants."""
+        return _weight(QuantizedTensor.__tensor_unflatten__(parts, context, size, stride))
 
     def _copy_with(self, qdata=None, params=None, clone_params: bool = True) -> "Weight":
         return _weight(super()._copy_with(qdata, params, clone_params))

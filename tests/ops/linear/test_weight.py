@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from lowbit.ops.linear.modules import converted
 from lowbit.ops.linear.weight import Weight, parameter
 from lowbit.quant import formats
 
@@ -74,3 +75,16 @@ def test_streams_and_pinning_reach_each_tensor(weight, monkeypatch):
     pinned = weight.data.pin_memory()
     assert type(pinned) is Weight and torch.equal(pinned.dequantize(), weight.dequantize())
     assert pinned._qdata.data_ptr() != weight._qdata.data_ptr()
+
+
+@pytest.mark.parametrize("name", formats.names())
+def test_products_in_lowered_graphs_are_the_same(name):
+    generator = torch.Generator().manual_seed(0)
+    module = nn.Linear(256, 64, bias=False)
+    dense = torch.randn(64, 256, generator=generator).bfloat16()
+    module = converted(module, None, parameter(formats.get(name).quantize(dense)))
+    x = torch.randn(3, 256, generator=generator).bfloat16()
+    torch._dynamo.reset()
+    with torch.inference_mode():
+        got = torch.compile(module, backend="aot_eager", fullgraph=True)(x)
+        assert torch.equal(got, module(x))
