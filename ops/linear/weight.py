@@ -13,6 +13,7 @@ from torch import nn
 WRITES = (torch.ops.aten.copy_.default,)
 
 NO_MERGE = "A LoRA acts beside it and is not merged (fuse_lora): merge before quantizing, if at all"
+UNMERGE = "what was merged into other layers until now, `unfuse_lora()` takes out again"
 
 
 class Weight(QuantizedTensor):
@@ -34,8 +35,8 @@ class Weight(QuantizedTensor):
         if not same or source.shape != self.shape:
             raise TypeError(
                 f"the data of a quantized weight {self._layout_cls} {list(self.shape)} is one such,"
-                f" not {type(source).__name__} {list(source.shape)}. {NO_MERGE}; offload to memory,"
-                " not to disk; cast with `.to`"
+                f" not {type(source).__name__} {list(source.shape)}. {NO_MERGE};"
+                f" {UNMERGE}. Offload to memory, not to disk; cast with `.to`"
             )
         torch.utils.swap_tensors(self, parameter(source))
 
@@ -73,7 +74,8 @@ class Weight(QuantizedTensor):
         written = func._schema.is_mutable and args and isinstance(args[0], cls)
         if written and func not in WRITES:
             raise TypeError(
-                f"{func} would write into a quantized weight, which is not possible. {NO_MERGE}"
+                f"{func} would write into a quantized weight, which is not possible. {NO_MERGE};"
+                f" {UNMERGE}"
             )
         return super().__torch_dispatch__(func, types, args, kwargs)
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from ...ops.linear import linear
 from ...ops.linear.modules import LowBitLinear, converted, is_quantized
-from ...ops.linear.weight import parameter
+from ...ops.linear.weight import NO_MERGE, parameter
 from .. import formats, fusion, recipe, report
 from ..checkpoint.stored import FP8_DTYPES
 from ..convert import DENSE_DTYPE
@@ -187,18 +187,31 @@ class _NotSerializable:
     quantization_config = SimpleNamespace(quant_method="LowBit, whose lowbit.save_model writes it")
 
 
+def _refuse_merging(*arguments, **options):
+    """Stand for a model's `fuse_lora`, which would merge into dense layers and then fail."""
+    raise TypeError(f"the model is quantized, nothing was merged. {NO_MERGE}")
+
+
 def guard(model: nn.Module) -> Callable[[], None]:
-    """Make `save_pretrained` of a diffusers model refuse; return a function that undoes this."""
-    before = vars(model).get(GUARD)
-    mark = _NotSerializable()
+    """Make `save_pretrained` and `fuse_lora` of a diffusers model refuse; return what undoes this.
+
+    Only the one model is changed: attributes of its own, plain ones, that its copies have too.
+    """
+    marks = {}
     if hasattr(model, "save_pretrained"):
-        setattr(model, GUARD, mark)
+        marks[GUARD] = _NotSerializable()
+    if hasattr(model, "fuse_lora"):
+        marks["fuse_lora"] = _refuse_merging
+    before = {name: vars(model)[name] for name in marks if name in vars(model)}
+    for name, mark in marks.items():
+        setattr(model, name, mark)
 
     def undo():
-        if vars(model).get(GUARD) is mark:
-            delattr(model, GUARD)
-            if before is not None:
-                setattr(model, GUARD, before)
+        for name, mark in marks.items():
+            if vars(model).get(name) is mark:
+                delattr(model, name)
+                if name in before:
+                    setattr(model, name, before[name])
 
     return undo
 
