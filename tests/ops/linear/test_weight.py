@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from lowbit.ops.linear.arithmetic import arithmetic_of, with_arithmetic
 from lowbit.ops.linear.modules import converted
 from lowbit.ops.linear.weight import Weight, parameter
 from lowbit.quant import formats
@@ -102,6 +103,17 @@ def test_values_of_another_shape_are_not_copied_into_it(weight):
     assert torch.equal(weight.dequantize(), before)
     weight.copy_(fmt.quantize(torch.ones(64, 256).bfloat16()))
     assert weight.dequantize().float().mean() > 0.9
+
+
+def test_wish_for_an_arithmetic_keeps_the_kind():
+    dense = torch.ones(64, 256).bfloat16()
+    layer = nn.Linear(256, 64)
+    layer.weight = parameter(formats.get("nvfp4").quantize(dense))
+    layer.weight = with_arithmetic(layer.weight, "w4a16")
+    assert type(layer.weight) is Weight and arithmetic_of(layer.weight) == "w4a16"
+    assert not isinstance(with_arithmetic(layer.weight.data, "auto"), nn.Parameter)
+    with pytest.raises(TypeError, match="merge before quantizing"):
+        layer.weight.data.add_(1)
 
 
 def test_sharing_is_refused(weight):
