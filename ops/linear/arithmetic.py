@@ -9,6 +9,7 @@ import functools
 
 import torch
 from comfy_kitchen.tensor import QuantizedTensor, get_layout_class, register_layout_class
+from torch import nn
 
 from .eight_bits import least_error
 from .four_bit import GROUPS, W4A8_FP8, W4A8_INT8
@@ -25,11 +26,11 @@ NATIVE_BACKENDS = {"nvfp4": "kitchen", "mxfp4": "w4a4"}
 def with_arithmetic(
     weight: QuantizedTensor, arithmetic: str, device: torch.device | None = None
 ) -> QuantizedTensor:
-    """Return `weight`, on the same memory, to be multiplied in `arithmetic`, one of ARITHMETICS.
+    """Return `weight`, of its class and on its memory, to be multiplied in `arithmetic`.
 
-    Where that cannot run, `linear` raises NoBackendError with the reason. "auto" takes a wish back.
-    "w4a8_exact" becomes "w4a8_fp8" or "w4a8_int8" here, once: `least_error` says which. device:
-    where the layer will run, for that; None: where the weight is.
+    arithmetic: one of ARITHMETICS. Where that cannot run, `linear` raises NoBackendError with the
+    reason. "auto" takes a wish back. "w4a8_exact" becomes "w4a8_fp8" or "w4a8_int8" here, once:
+    `least_error` says which. device: where the layer will run, for that; None: where the weight is.
     Raises ValueError for other names, and for a weight that has not 4 bits.
     """
     check_name(arithmetic)
@@ -40,7 +41,9 @@ def with_arithmetic(
         arithmetic = least_error(weight, device)
     plain = getattr(layout, "plain_layout", weight._layout_cls)
     name = plain if arithmetic == AUTO else _layout(plain, arithmetic)
-    return QuantizedTensor(weight._qdata, name, weight._params)
+    made = type(weight)(weight._qdata, name, weight._params)
+    is_parameter = isinstance(weight, nn.Parameter)
+    return nn.Parameter(made, requires_grad=False) if is_parameter else made
 
 
 def arithmetic_of(weight: QuantizedTensor) -> str:

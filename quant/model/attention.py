@@ -76,7 +76,7 @@ def set_attention(
     ranges = parse_blocks(blocks)
     if rotate:
         router.check_rotation(mode)
-    if reason := router.missing(mode, _device(model)):
+    if reason := router.missing(mode, running_device(next(model.parameters()).device)):
         raise NoBackendError(reason)
     found = list(_attentions(model))
     if not found:
@@ -98,9 +98,9 @@ def set_attention(
     return AttentionSetting(changed)
 
 
-def _device(model: nn.Module) -> torch.device:
-    """Return the device on which `model` is likely to run: a GPU, where there is one."""
-    device = next(model.parameters()).device
+def running_device(device: torch.device | str) -> torch.device:
+    """Return where a model that lies on `device` is likely to run: a GPU, where there is one."""
+    device = torch.device(device)
     waits = device.type in ("cpu", "meta") and torch.cuda.is_available()
     return torch.device("cuda", torch.cuda.current_device()) if waits else device
 

@@ -14,8 +14,11 @@ from comfy_kitchen.tensor import QuantizedTensor
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from ...ops.linear.arithmetic import AUTO, check_name
+from ...ops.linear.four_bit import GROUPS
 from ...ops.linear.modules import LowBitLinear
 from .. import convert, families, formats, recipe
+from ..arithmetic import check as check_arithmetic
 from ..checkpoint import Checkpoint, CheckpointError, CheckpointWriter, open_checkpoint
 from ..checkpoint.stored import (
     LEGACY_FLAG,
@@ -30,8 +33,9 @@ from ..checkpoint.stored import (
 from ..checkpoint.writer import ENTRY_BYTES
 from ..recipe import Choice
 from ..record import RECORD_KEY, LayerRecord, decode, encode
+from .attention import running_device
 from .names import check_unwrapped, is_fused, names_of
-from .quantize import Progress, fuse, guard, layer_records, stand_in
+from .quantize import Progress, fuse, guard, layer_records, stand_in, to_be_multiplied
 from .swap import Swap, place
 
 # Where our files keep a diffusers model's configuration; the host reads "config" itself.
@@ -108,6 +112,7 @@ def load_model(
     format: str | None = None,
     recipe: str = recipe.AUTO,
     keep: Iterable[str] = (),
+    arithmetic: str = AUTO,
     dtype: torch.dtype = torch.bfloat16,
     device: torch.device | str = "cpu",
     progress: Progress = lambda done, total: None,
@@ -120,12 +125,17 @@ def load_model(
     the folder `path`. format: quantize to it while reading, as `quantize_model` does; None: as
     stored. A layer that the file has in `format` stays as stored, unless it asks for more than a
     product: one of full precision becomes dense, one with its input smoothed is rounded again.
-    dtype: of dense tensors, but for those that the model's class keeps in float32, and of what
-    layers dequantize to. progress: called with (tensors done, all tensors).
+    arithmetic: in which nvfp4 and mxfp4 weights are multiplied, as `quantize_model` has it; files
+    say nothing of it. dtype: of dense tensors, but for those that the model's class keeps in
+    float32, and of what layers dequantize to. progress: called with (tensors done, all tensors).
     Raises CheckpointError when the file does not fit the model, naming what lacks, ValueError when
-    the configuration is missing or names no model of diffusers. A model that was given may then be
+    the configuration is missing or names no model of diffusers, and for an arithmetic where no
+    layer has 4 bits; NoBackendError for one that cannot run. A model that was given may then be
     half filled.
     """
+    check_name(arithmetic)
+    if format is not None:
+        check_arithmetic(format, arithmetic, running_device(device))
     checkpoint = open_checkpoint(path)
     if format is None:
         entries, total = _as_stored(checkpoint, dtype), len(checkpoint)
@@ -135,9 +145,23 @@ def load_model(
         entries, total = _quantized(plan, dtype, device), len(plan.steps)
     if not isinstance(model, nn.Module):
         model = _build(_config(checkpoint, model))
+    entries = _wishing(entries, arithmetic, device)
     _fill(model, entries, checkpoint.path, dtype, device, lambda done: progress(done, total))
     guard(model)
     return model.to(device).eval()
+
+
+def _wishing(entries: Iterator[Entry], arithmetic: str, device) -> Iterator[Entry]:
+    """Yield entries, those of 4 bits with the wish. Raises ValueError where there were none."""
+    met = arithmetic == AUTO
+    for entry in entries:
+        if entry.record is not None:
+            met = met or entry.tensor.layout_cls.scheme in GROUPS
+            weight = to_be_multiplied(entry.tensor, arithmetic, device)
+            entry = replace(entry, tensor=weight)
+        yield entry
+    if not met:
+        raise ValueError(f"arithmetic {arithmetic}: the file has no layers of {', '.join(GROUPS)}")
 
 
 def _config(checkpoint: Checkpoint, folder: str | os.PathLike | None) -> dict:

@@ -11,15 +11,19 @@ import torch.nn.functional as F
 from torch import nn
 
 from ...ops.linear import linear
+from ...ops.linear.arithmetic import AUTO, with_arithmetic
+from ...ops.linear.four_bit import GROUPS
 from ...ops.linear.modules import LowBitLinear, converted, is_quantized
-from ...ops.linear.weight import parameter
+from ...ops.linear.weight import NO_MERGE, parameter
 from .. import formats, fusion, recipe, report
+from ..arithmetic import check as check_arithmetic
 from ..checkpoint.stored import FP8_DTYPES
 from ..convert import DENSE_DTYPE
 from ..families.base import FeedForward
 from ..formats import Format
 from ..memory import quantize_within_memory
 from ..record import LayerRecord
+from .attention import running_device
 from .names import Names, is_fused, names_of
 from .swap import Swap, place, places
 
@@ -73,6 +77,7 @@ def quantize_model(
     recipe: str = recipe.AUTO,
     *,
     keep: Iterable[str] = (),
+    arithmetic: str = AUTO,
     device: torch.device | str | None = None,
     progress: Progress = lambda done, total: None,
 ) -> Quantization:
@@ -80,16 +85,20 @@ def quantize_model(
 
     format: a name of `formats.names()`. recipe: `auto` for the family that the model is of, a
     family's name, or `none`, which spares only what `keep` names. keep: regular expressions,
-    searched in a layer's name, the model's own or the host's. device: where layers are quantized;
-    None: where they are; a layer for which the device has no memory is quantized on the CPU, and a
-    warning says so. progress: called with (layers done, all layers) after each.
+    searched in a layer's name, the model's own or the host's. arithmetic: in which nvfp4 and mxfp4
+    weights are multiplied, one of `ops.linear.arithmetic.ARITHMETICS`. device: where layers are
+    quantized; None: where they are; a layer for which the device has no memory is quantized on the
+    CPU, and a warning says so. progress: called with (layers done, all layers) after each.
     Layers that read the same tensor quantize it once, and the GELU of a feed-forward is done while
     its result is quantized, as in the host. What exists of the model besides is not touched.
     Raises ValueError, before anything changes, for unknown names, for layers that are quantized
     already, have a `forward` assigned to them, hold NaN or lie on the meta device, and when nothing
-    would be quantized.
+    would be quantized; NoBackendError when the arithmetic cannot run where the model does, or would
+    on a GPU that is there.
     """
     names = names_of(model)
+    lies = next(model.parameters()).device
+    check_arithmetic(format, arithmetic, running_device(lies))
     rules = _rules(format, recipe, keep, names)
     layers = {spots[0].name: spots for spots in places(model, nn.Linear)}
     for name, spots in layers.items():
@@ -100,6 +109,7 @@ def quantize_model(
         choice = _choose(rules, name, names.layer(name), original.weight)
         if choice.format:
             weight, error = _quantized(name, original.weight, choice.format, device)
+            weight = to_be_multiplied(weight, arithmetic, lies)
             records.append(_record(name, weight, choice.format, error, choice.reason))
             made[name] = stand_in(original, weight, records[-1])
         else:
@@ -113,6 +123,18 @@ def quantize_model(
     fuse(model, swap, names, made)
     logger.info("%d of %d linear layers quantized to %s", len(made), len(layers), format)
     return Quantization(swap, records, guard(model))
+
+
+def to_be_multiplied(weight, arithmetic: str, device: torch.device | str):
+    """Return a quantized `weight` with the wish for its arithmetic, if it has 4 bits.
+
+    device: where its model lies. Raises NoBackendError where the wish cannot run.
+    """
+    if arithmetic == AUTO or weight.layout_cls.scheme not in GROUPS:
+        return weight
+    runs = running_device(device)
+    check_arithmetic(formats.of(weight).name, arithmetic, runs)
+    return with_arithmetic(weight, arithmetic, runs)
 
 
 def _rules(format: str, name: str, keep: Iterable[str], names: Names) -> recipe.Recipe:
@@ -187,18 +209,31 @@ class _NotSerializable:
     quantization_config = SimpleNamespace(quant_method="LowBit, whose lowbit.save_model writes it")
 
 
+def _refuse_merging(*arguments, **options):
+    """Stand for a model's `fuse_lora`, which would merge into dense layers and then fail."""
+    raise TypeError(f"the model is quantized, nothing was merged. {NO_MERGE}")
+
+
 def guard(model: nn.Module) -> Callable[[], None]:
-    """Make `save_pretrained` of a diffusers model refuse; return a function that undoes this."""
-    before = vars(model).get(GUARD)
-    mark = _NotSerializable()
+    """Make `save_pretrained` and `fuse_lora` of a diffusers model refuse; return what undoes this.
+
+    Only the one model is changed: attributes of its own, plain ones, that its copies have too.
+    """
+    marks = {}
     if hasattr(model, "save_pretrained"):
-        setattr(model, GUARD, mark)
+        marks[GUARD] = _NotSerializable()
+    if hasattr(model, "fuse_lora"):
+        marks["fuse_lora"] = _refuse_merging
+    before = {name: vars(model)[name] for name in marks if name in vars(model)}
+    for name, mark in marks.items():
+        setattr(model, name, mark)
 
     def undo():
-        if vars(model).get(GUARD) is mark:
-            delattr(model, GUARD)
-            if before is not None:
-                setattr(model, GUARD, before)
+        for name, mark in marks.items():
+            if vars(model).get(name) is mark:
+                delattr(model, name)
+                if name in before:
+                    setattr(model, name, before[name])
 
     return undo
 

@@ -1,5 +1,7 @@
 """torch.compile of quantized diffusers models: one graph per kind of block, compiled once."""
 
+import itertools
+
 import pytest
 import torch
 import torch._dynamo as dynamo
@@ -54,13 +56,16 @@ def test_blocks_are_one_graph_for_all_blocks_and_steps(model, run, name):
 
 
 @pytest.mark.parametrize(
-    ("small", "mode"),
-    list(zip(SMALL, MODES, strict=True)),
+    ("small", "name"),
+    [
+        pytest.param(small, name, marks=() if name in QUICK else pytest.mark.slow)
+        for small, name in zip(itertools.cycle(SMALL), formats.names(), strict=False)
+    ],
     indirect=["small"],
-    ids=["wan", "qwen_image"],
+    ids=lambda value: getattr(value, "name", value),
 )
-def test_lowered_graph_computes_the_same(model, run, mode):
-    prepared(model, "int8_convrot", mode)
+def test_lowered_graph_computes_the_same(model, run, name):
+    prepared(model, name, MODES[formats.names().index(name) % 2])
     want = run(model, torch.bfloat16)
     model.compile_repeated_blocks(backend="aot_eager", fullgraph=True)
     got = run(model, torch.bfloat16)
