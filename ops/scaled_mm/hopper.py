@@ -20,7 +20,7 @@ from .reference import in_16_bits
 HOPPER = (9, 0)
 OPERANDS = ("int8", "fp8", "fp8_mixed", "fp8_e5m2")
 FOLDER = Path(__file__).with_name("kernels")
-SOURCES = ("machine.cu", "epilogue.cu", "product.cu")
+SOURCES = ("machine.cu", "order.cu", "epilogue.cu", "product.cu")
 THREADS = 384
 # Rows and columns of a tile, bytes of K of a stage.
 TILE_M, TILE_N, STEP = 128, 256, 128
@@ -30,7 +30,7 @@ SHARED_BYTES = 227 * 1024
 COLUMNS = 32
 # Row tiles that share columns in the L2.
 GROUP = 16
-# Row tiles that `order` can name.
+# Row tiles that a number of 16 bits names.
 MOST_ROWS = (1 << 16) - 1
 ALIGNMENT = 16
 # As the source has them.
@@ -39,7 +39,7 @@ TYPES = {None: 0, torch.bfloat16: 1, torch.float16: 2, torch.float32: 3}
 TILES_BYTES = 2 * 4
 BARRIERS = 2 * (2 + 1)
 POINTERS = (
-    *("order", "scale_a", "scale_b", "bias", "gate", "out", "h", "ready", "taken"),
+    *("scale_a", "scale_b", "bias", "gate", "out", "h", "ready", "taken"),
     *("scale_down", "shift"),
 )
 
@@ -51,6 +51,7 @@ class Params(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in POINTERS),
         ("stride_gate", ctypes.c_longlong),
         *((name, ctypes.c_int) for name in ("m", "n", "steps", "ranks", "tiles", "gate_rows")),
+        ("ahead", ctypes.c_int),
     )
 
 
@@ -71,31 +72,29 @@ def shared_bytes(stages: int, projects: bool, vectors: Iterable[torch.dtype]) ->
     return stages * stage + held + TILES_BYTES + 8 * (2 * stages + BARRIERS)
 
 
+def row_tiles(m: int) -> int:
+    """Return the tiles of m rows. Raises ValueError for more than a number of 16 bits names."""
+    if m > MOST_ROWS * TILE_M:
+        raise ValueError(f"scaled_mm: hopper takes {MOST_ROWS * TILE_M} rows; split a")
+    return -(-m // TILE_M)
+
+
 def order(rows: int, columns: int, ahead: int = 0) -> list[int]:
     """Return the tiles, row | column << 16, in the order in which they are begun.
 
     In groups of rows that share columns in the L2. ahead: 0, or where other tiles wait for those of
-    column 0: so many of these come first, the others a group before their rows.
-    Raises ValueError for more rows than 16 bits count.
+    column 0: so many of these come first, a multiple of GROUP, the others a group before their
+    rows. The kernel finds each by itself: `tile_at` in order.cu.
     """
-    if rows > MOST_ROWS:
-        raise ValueError(f"scaled_mm: hopper takes {MOST_ROWS * TILE_M} rows; split a")
     groups = [range(i, min(i + GROUP, rows)) for i in range(0, rows, GROUP)]
     if not ahead:
         return [row | column << 16 for g in groups for column in range(columns) for row in g]
-    first = max(ahead, GROUP)
-    tiles = list(range(min(first, rows)))
+    tiles = list(range(min(ahead, rows)))
     for i, group in enumerate(groups):
         later = groups[i + 1] if i + 1 < len(groups) else ()
-        tiles += [row for row in later if row >= first]
+        tiles += [row for row in later if row >= ahead]
         tiles += [row | column << 16 for column in range(1, columns) for row in group]
     return tiles
-
-
-# Kept for good: CUDA graphs hold their addresses.
-@functools.cache
-def _order(rows: int, columns: int, ahead: int, device: torch.device) -> torch.Tensor:
-    return torch.tensor(order(rows, columns, ahead), dtype=torch.int32, device=device)
 
 
 class Variant(NamedTuple):
@@ -137,6 +136,7 @@ class Variant(NamedTuple):
             "LOW_RANK": self.term is not None,
             "FP16": self.term == torch.float16,
             "DOWN": self.down,
+            "GROUP": GROUP,
             "ROWS_A": self.rows_a,
             "ROWS_B": self.rows_b,
             "OUT": TYPES[self.out],
@@ -290,9 +290,8 @@ def _launch(
 ) -> None:
     """Start the kernel; tensors: those of `Params` from scale_a to out. size: M, N, K."""
     (m, n, k), device, gate = size, tensors[0].device, tensors[3]
-    rows, processors = -(-m // TILE_M), _processors(device)
-    tiles = _order(rows, -(-n // TILE_N), processors if variant.down else 0, device)
-    pointers = [None if x is None else x.data_ptr() for x in (tiles, *tensors)]
+    rows, processors = row_tiles(m), _processors(device)
+    pointers = [None if x is None else x.data_ptr() for x in tensors]
     if variant.down:
         # Flags, and the number of tiles that were taken.
         ready = torch.zeros(rows + 1, dtype=torch.int32, device=device)
@@ -307,6 +306,7 @@ def _launch(
         0 if gate is None else gate.stride(0),
         *(m, n, -(-k // STEP), 0 if term is None else term.u.shape[1], count),
         0 if gate is None else m // gate.shape[0],
+        -(-processors // GROUP) * GROUP,
     )
     kernel, blocks = _kernel(device.index, variant), min(count, processors)
     stream = torch.cuda.current_stream(device).cuda_stream

@@ -1,7 +1,7 @@
 // The scaled product on Hopper: C = residual + gate · act(scale_a · scale_b · A·Bᵀ + H·Uᵀ + bias).
 //
 // One block of threads on each multiprocessor takes one tile of 128 x 256 after the other, in the
-// order that the host wrote down. One warp copies 128 bytes of K of both operands to a ring of
+// order of order.cu. One warp copies 128 bytes of K of both operands to a ring of
 // stages, and is ahead of the two warpgroups, of 64 rows each, that multiply: so the loads of a
 // tile run behind the epilogue of the one before.
 //
@@ -19,12 +19,13 @@
 // wgmma's 128-byte swizzle reads them. The rows of B and U are put in shared memory in such an
 // order that the sums of a thread are of 8 neighbouring columns of C.
 //
-// Three files, compiled as one by NVRTC for sm_90a, after ops/cuda/hopper.cu: this one has the
+// Four files, compiled as one by NVRTC for sm_90a, after ops/cuda/hopper.cu: this one has the
 // products, epilogue.cu what follows them, product.cu the kernel. Defined from outside:
 //   INTEGER      A and B are INT8, else E4M3, or E5M2 where A_E5M2 and B_E5M2 say so
 //   STAGES       of the ring
 //   LOW_RANK     there is a term; FP16: H and U are fp16, not bf16
 //   DOWN         H is made here
+//   GROUP        rows of tiles that share columns in the L2 cache
 //   ROWS_A, ROWS_B  a scale for each row of A, of B, else one for all
 //   OUT          dtype of C, BIAS, GATE, RESIDUAL: of these; dtypes are as below
 //   GATES        gate has more than one row
@@ -36,7 +37,6 @@
 #define FP32_TYPE 3
 
 struct Params {
-    const int* order;      // [tiles]: row | column << 16, in tiles
     const float* scale_a;  // [M] or one
     const float* scale_b;  // [N] or one
     const void* bias;      // [N]
@@ -49,6 +49,7 @@ struct Params {
     const float* shift;       // DOWN: [ranks], or null
     long long stride_gate;
     int m, n, steps, ranks, tiles, gate_rows;
+    int ahead;             // DOWN: heads that come first
 };
 
 constexpr int M = 128;

@@ -63,6 +63,12 @@ __device__ __forceinline__ void tell(const Shared& at, Slots<2>& told, int packe
     told.next();
 }
 
+// The tile at place t, or that there is none.
+__device__ __forceinline__ int place(const Params& args, int t) {
+    int rows = (args.m + M - 1) / M, columns = (args.n + N - 1) / N;
+    return t < args.tiles ? tile_at(t, rows, columns, args.ahead) : NO_TILE;
+}
+
 __device__ __forceinline__ void produce(const Params& args, const Maps& maps, const Shared& at) {
     Ring ring;
     Slots<1> vectors;
@@ -70,18 +76,17 @@ __device__ __forceinline__ void produce(const Params& args, const Maps& maps, co
     // With heads, a block takes the next tile when it runs and is free: they take longer, and what
     // others wait for may not be kept for a block that has found no multiprocessor yet.
     int t = DOWN ? atomicAdd(args.taken, 1) : blockIdx.x;
-    int packed = t < args.tiles ? args.order[t] : NO_TILE;
     for (;;) {
+        int packed = place(args, t);
         tell(at, told, packed);
         if (packed == NO_TILE) return;
         Tile tile(packed);
         if (!DOWN) t += gridDim.x;
         // The answer takes a while.
-        int ask = max(args.steps - 6, 0), look = max(args.steps - 3, 0);
+        int ask = max(args.steps - 6, 0);
 #pragma unroll 1
         for (int step = 0; step < args.steps; ++step) {
             if (DOWN && step == ask) t = atomicAdd(args.taken, 1);
-            if (step == look) packed = t < args.tiles ? args.order[t] : NO_TILE;
             barrier_wait(at.empty + 8 * ring.slot, ring.phase ^ 1);
             u32 full = at.full + 8 * ring.slot, to = at.stages + ring.slot * STAGE_BYTES;
             barrier_expect(full, A_BYTES + B_BYTES + (tile.is_head() ? DOWN_BYTES : 0));
