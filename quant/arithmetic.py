@@ -103,7 +103,8 @@ def summary(weights: Iterable[QuantizedTensor], device: torch.device) -> str:
     counts: Counter[str] = Counter()
     for weight in weights:
         fmt = formats.of(weight)
-        call = registry.Call(fmt.layout.scheme, device, *weight.shape)
+        # Of many tokens.
+        call = registry.Call(fmt.layout.scheme, device, *weight.shape, few=False)
         wish = backend_of(weight)
         words = of(registry.select(OP, call, wish).name, call, wish != AUTO).words
         counts[f"{fmt.name} weights, {words}"] += 1

@@ -14,8 +14,6 @@ import torch
 from ..registry import capability
 from . import nvrtc
 
-# CUresult where no CUDA context is current on the thread.
-NO_CONTEXT = 201
 _Parameters = ctypes.c_char_p * 1
 
 
@@ -46,7 +44,6 @@ class CudaKernel:
         threads: of a block. shared_bytes: its dynamic shared memory.
         """
         code = nvrtc.compile_source(self._source(), options(capability(device), defined))
-        enter(device.index)
         loaded = Loaded(code, self._name, shared_bytes)
         loaded.prepare(self._pointers, self._layout, threads, device.index)
         return loaded
@@ -66,19 +63,6 @@ def _cu_launch_kernel() -> Callable:
     number, pointer = ctypes.c_uint, ctypes.c_void_p
     types = (pointer, *(number,) * 7, pointer, pointer, pointer)
     return ctypes.CFUNCTYPE(ctypes.c_int, *types)(("cuLaunchKernel", nvrtc.driver()))
-
-
-def enter(device: int) -> None:
-    """Make torch's context of a device current, on a thread that has called no CUDA function."""
-    driver, current = nvrtc.driver(), ctypes.c_void_p()
-    nvrtc.check(driver.cuCtxGetCurrent(ctypes.byref(current)), "cuCtxGetCurrent")
-    if current.value is not None:
-        return
-    number = ctypes.c_int()
-    nvrtc.check(driver.cuDeviceGet(ctypes.byref(number), device), "cuDeviceGet")
-    retained = driver.cuDevicePrimaryCtxRetain(ctypes.byref(current), number)
-    nvrtc.check(retained, "cuDevicePrimaryCtxRetain")
-    nvrtc.check(driver.cuCtxSetCurrent(current), "cuCtxSetCurrent")
 
 
 class Loaded(nvrtc.Kernel):
@@ -104,8 +88,8 @@ class Loaded(nvrtc.Kernel):
         stream = torch._C._cuda_getCurrentRawStream(self._device)
         launch, rest = _cu_launch_kernel(), (*self._sizes, stream, parameters, None)
         result = launch(self._function, programs, *rest)
-        if result == NO_CONTEXT:
-            enter(self._device)
+        if result == nvrtc.NO_CONTEXT:
+            nvrtc.enter(self._device)
             result = launch(self._function, programs, *rest)
         if result:
             nvrtc.check(result, "cuLaunchKernel")

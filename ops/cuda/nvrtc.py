@@ -12,10 +12,10 @@ import torch
 WINDOWS = hasattr(ctypes, "WinDLL")
 # CUfunction_attribute: most dynamic shared memory that a launch may ask for.
 MAX_DYNAMIC_SHARED_BYTES = 8
+# CUresult where no CUDA context is current on the thread.
+NO_CONTEXT = 201
 # CUlaunchAttributeID: the kernel may be set up while the one before it in the stream ends.
 PROGRAMMATIC_STREAM_SERIALIZATION = 6
-# Shared memory that a kernel has without asking.
-DEFAULT_SHARED_BYTES = 48 * 1024
 
 
 class NvrtcError(RuntimeError):
@@ -95,6 +95,19 @@ def _bytes_of(size_of, read, program: ctypes.c_void_p) -> bytes:
     return buffer.raw
 
 
+def enter(device: int) -> None:
+    """Make torch's context of a device current, on a thread that has called no CUDA function."""
+    current = ctypes.c_void_p()
+    check(driver().cuCtxGetCurrent(ctypes.byref(current)), "cuCtxGetCurrent")
+    if current.value is not None:
+        return
+    number = ctypes.c_int()
+    check(driver().cuDeviceGet(ctypes.byref(number), device), "cuDeviceGet")
+    retained = driver().cuDevicePrimaryCtxRetain(ctypes.byref(current), number)
+    check(retained, "cuDevicePrimaryCtxRetain")
+    check(driver().cuCtxSetCurrent(current), "cuCtxSetCurrent")
+
+
 class _Attribute(ctypes.Structure):
     """CUlaunchAttribute, whose value, of 64 bytes from byte 8 on, is a number here."""
 
@@ -116,6 +129,7 @@ class Kernel:
 
     def __init__(self, code: bytes, name: str, shared_bytes: int):
         """Load `name` of `code`; shared_bytes: the dynamic shared memory of every launch."""
+        enter(torch.cuda.current_device())
         self._shared_bytes = shared_bytes
         self._module = ctypes.c_void_p()
         self._function = ctypes.c_void_p()
@@ -124,7 +138,8 @@ class Kernel:
             driver().cuModuleGetFunction(ctypes.byref(self._function), self._module, name.encode()),
             f"cuModuleGetFunction {name}",
         )
-        if shared_bytes > DEFAULT_SHARED_BYTES:
+        # Beside what the source itself declares, any may be too much without asking.
+        if shared_bytes:
             check(
                 driver().cuFuncSetAttribute(self._function, MAX_DYNAMIC_SHARED_BYTES, shared_bytes),
                 f"cuFuncSetAttribute {shared_bytes} bytes of shared memory",
@@ -151,7 +166,9 @@ class Kernel:
             *(grid, (threads, 1, 1), self._shared_bytes, stream),
             *(ctypes.addressof(attribute), int(early)),
         )
-        check(
-            driver().cuLaunchKernelEx(ctypes.byref(config), self._function, pointers, None),
-            "cuLaunchKernelEx",
-        )
+        given = ctypes.byref(config), self._function, pointers, None
+        result = driver().cuLaunchKernelEx(*given)
+        if result == NO_CONTEXT:
+            enter(torch.cuda.current_device())
+            result = driver().cuLaunchKernelEx(*given)
+        check(result, "cuLaunchKernelEx")

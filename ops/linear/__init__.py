@@ -203,7 +203,8 @@ def _chosen(
 ) -> registry.Backend:
     """Return the backend for rows of x and a low-rank term of so many ranks."""
     (n, k), scheme = weight.shape, weight.layout_cls.scheme
-    m = tuning.bucket_if_tuned(OP, scheme, device, n, k, rows)
+    # What was tuned was measured without a term.
+    m = None if ranks else tuning.bucket_if_tuned(OP, scheme, device, n, k, rows)
     few = None
     if scheme in GROUPS:
         few = rows <= FEW_ROWS

@@ -65,6 +65,10 @@ def _run(x, scale, rotation, interleaved, headroom, dtype, weight, bias, *rest):
         x = QuantizedActivation(x, scale, kind, tuple(x.shape), dtype, headroom, made)
     *columns, rows = parts
     ends = zip(rows[::2], rows[1::2], strict=True)
+    # All rows are none in particular, as without compiling.
+    ends = [
+        None if end == (0, len(down)) else end for end, down in zip(ends, columns[0], strict=True)
+    ]
     keys = [down if one else None for down, one in zip(columns[0], shared, strict=True)]
     terms = [LowRank(*part) for part in zip(*columns, ends, keys, strict=True)]
     return _linear(x, weight, bias, terms, input_act, gate, residual)

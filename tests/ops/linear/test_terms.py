@@ -10,6 +10,7 @@ from torch._dynamo.backends.common import aot_autograd
 from lowbit.ops import linear as package
 from lowbit.ops.linear import LowRank, linear_with_terms, quantize_activation
 from lowbit.ops.linear import low_rank as terms_module
+from lowbit.ops.linear import terms as terms_op
 from lowbit.quant import formats
 from tests.ops.linear import test_low_rank
 from tests.ops.linear.test_low_rank import K, N, R, in_fp8, make, term
@@ -64,6 +65,27 @@ def test_it_is_one_step_that_computes_what_happens_without_the_compiler(layer, g
         got = torch.compile(run, fullgraph=True, backend=backend)(x)
         assert torch.equal(got, run(x))
     assert above == [[STEP]]
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_compiled_term_is_the_one_that_came(layer, graphs, monkeypatch, whole):
+    """One LoRA has all rows of its own: what the product may make within itself."""
+    x, weight, bias, *_ = layer
+    backend, _, _ = graphs
+    packed, term = formats.get("int8_convrot").quantize(weight), in_8_bits("int8_convrot", 10)
+    if whole:
+        term = dataclasses.replace(term, up=make(N, 2 * R, seed=3), rows=None)
+    seen, real = [], terms_op.stacked
+    monkeypatch.setattr(
+        terms_op, "stacked", lambda terms: seen.append(terms[0].rows) or real(terms)
+    )
+    with torch.inference_mode():
+        run = torch.compile(
+            lambda x: linear_with_terms(x, packed, bias, [term]), fullgraph=True, backend=backend
+        )
+        run(x)
+    # While it is compiled, and when it runs.
+    assert set(seen) == {term.rows}
 
 
 @pytest.mark.parametrize("name", ["int8_convrot", "fp8_e4m3_rowwise"])

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from lowbit.ops import registry, tuning
-from lowbit.ops.linear import OP, linear
+from lowbit.ops.linear import OP, LowRank, linear
 from lowbit.ops.tuning import Entry, Gpu
 from lowbit.quant import formats
 
@@ -88,3 +88,13 @@ def test_choice_of_backend_is_remembered_by_bucket_not_by_rows(weight):
     for m in range(257, 513):
         linear(rows(m), weight)
     assert registry.select.cache_info().currsize == 1
+
+
+def test_layer_with_a_low_rank_term_is_none_that_was_measured(weight):
+    """A backend that won without a term may not take one, or be slow with it."""
+    prefer_reference(weight, 64)
+    x = rows(40)
+    # A term of nothing: the results tell which backend made the product.
+    term = LowRank(torch.zeros(8, K), torch.zeros(N, 8), torch.ones(()))
+    assert torch.equal(linear(x, weight), linear(x, weight, backend="reference"))
+    assert torch.equal(linear(x, weight, low_rank=term), linear(x, weight, backend="kitchen"))
