@@ -13,7 +13,7 @@ from ..launch import ALIGNMENT
 from ..registry import Backend, Needs, register
 from ..replay import empty, launch, replayed
 from . import NOTHING, OP, ROTATION, limit_of
-from .prologue import Prologue
+from .prologue import Prologue, rows_of
 
 SOURCES = (
     FOLDER / "ampere.cu",
@@ -128,7 +128,8 @@ def _run(x, dtype, rotated, input_scale, headroom, *steps) -> tuple[torch.Tensor
         None if t is None else _readable(t) for t in (p.weight, p.bias, p.scale, p.shift)
     )
     scale, shift = modulation[2:]
-    (stride_scale, tokens_scale), (stride_shift, tokens_shift) = _rows(scale, m), _rows(shift, m)
+    stride_scale, tokens_scale = rows_of(scale, m)
+    stride_shift, tokens_shift = rows_of(shift, m)
     tokens = math.gcd(tokens_scale, tokens_shift)
     processors = _processors(x.device)
     shared = any(t is not None for t in modulation) and tokens >= SHARED_ROWS * processors
@@ -186,13 +187,6 @@ def _readable(t: torch.Tensor) -> torch.Tensor:
     if t.stride(-1) == 1 and row_bytes % ALIGNMENT == 0 and t.data_ptr() % ALIGNMENT == 0:
         return t
     return t.clone(memory_format=torch.contiguous_format)
-
-
-def _rows(value: torch.Tensor | None, m: int) -> tuple[int, int]:
-    """Return (stride of the rows, tokens of a row) of a modulation."""
-    if value is None or value.dim() == 1 or value.shape[0] == 1:
-        return 0, m
-    return value.stride(0), m // value.shape[0]
 
 
 def _magic(tokens: int) -> tuple[int, int]:

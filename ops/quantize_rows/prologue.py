@@ -61,3 +61,10 @@ def _check_tensor(name: str, value, shapes, wanted: str, device: torch.device | 
         raise TypeError(f"quantize_rows: {name} is {value.dtype}; cast it to a float of 16 or 32")
     if value.stride(-1) != 1 and value.shape[-1] > 1:
         raise ValueError(f"quantize_rows: {name} is not K-contiguous; call .contiguous() on it")
+
+
+def rows_of(value: torch.Tensor | None, m: int) -> tuple[int, int]:
+    """Return (stride of the rows, tokens of a row) of a modulation."""
+    if value is None or value.dim() == 1 or value.shape[0] == 1:
+        return 0, m
+    return value.stride(0), m // value.shape[0]

@@ -8,7 +8,7 @@ from ..launch import ALIGNMENT, TRITON_MIN, alignment
 from ..registry import Backend, Needs, capability, register
 from ..replay import empty, launch, replayed
 from . import NOTHING, OP, ROTATION, SUFFIXES, limit_of
-from .prologue import Prologue
+from .prologue import Prologue, rows_of
 
 # Powers of two that a row is cut into at most.
 PIECES = 4
@@ -87,7 +87,7 @@ def _run(
     if input_scale is None:
         row_scale = empty((m, 1), torch.float32, x.device)
     tensors = (input_scale, p.weight, p.bias, p.scale, p.shift)
-    rows = (_rows(p.scale, m), _rows(p.shift, m))
+    rows = (rows_of(p.scale, m), rows_of(p.shift, m))
     sizes = (k, x.stride(0), rows[0][0], rows[1][0], rows[0][1], rows[1][1])
     constants = (
         *(limit_of(dtype, headroom), *cover(k), rotated),
@@ -102,13 +102,6 @@ def _run(
     options = {"num_warps": warps, "enable_fp_fusion": False}
     launch(quantize_rows_kernel, m, arguments, options, key, x.device)
     return stored, row_scale
-
-
-def _rows(value: torch.Tensor | None, m: int) -> tuple[int, int]:
-    """Return (stride of the rows, tokens of a row) of a modulation."""
-    if value is None or value.dim() == 1 or value.shape[0] == 1:
-        return 0, m
-    return value.stride(0), m // value.shape[0]
 
 
 def _register(kind: str, capability: tuple[int, int]) -> None:
