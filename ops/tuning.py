@@ -14,6 +14,7 @@ import logging
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -167,6 +168,21 @@ def lookup(op: str, gpu: Gpu | None) -> Mapping[Key, Entry]:
     found = {e.key: e for part in sections if part.mark == wanted for e in part.entries}
     found.update(_used.get((op, gpu), {}))
     return {key: entry for key, entry in found.items() if entry is not None}
+
+
+@cached
+def choices(op: str, gpu: Gpu, read: Callable[[Any], Any]) -> Mapping[Key, Any]:
+    """Return what was measured to be faster than the built-in choices of `op` on a GPU.
+
+    read: makes a choice of an entry's, or raises ValueError; such an entry is ignored, and logged.
+    """
+    found = {}
+    for key, entry in lookup(op, gpu).items():
+        try:
+            found[key] = read(entry.choice)
+        except ValueError as error:
+            logger.warning("tuned tile for %s ignored: %s. Run `lowbit tune` again.", key, error)
+    return found
 
 
 @cached

@@ -6,8 +6,6 @@ There are two ways: a kernel that decodes as it multiplies (`Tile`), for few tok
 
 import dataclasses
 import itertools
-import logging
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,8 +15,6 @@ from ..scaled_mm import candidates as of_product
 from ..scaled_mm import tiles
 from ..scaled_mm.candidates import Limits
 from . import OP
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -103,21 +99,9 @@ def from_choice(choice: Any) -> AnyTile:
     return Tile(**choice)
 
 
-@tuning.cached
-def _tuned(gpu: tuning.Gpu) -> Mapping[tuning.Key, AnyTile]:
-    """Return the tiles that were measured to be faster than the built-in ones on a GPU."""
-    found = {}
-    for key, entry in tuning.lookup(OP, gpu).items():
-        try:
-            found[key] = from_choice(entry.choice)
-        except ValueError as error:
-            logger.warning("tuned tile for %s ignored: %s. Run `lowbit tune` again.", key, error)
-    return found
-
-
 def choose(gpu: tuning.Gpu, scheme: str, m: int, n: int, k: int, group: int) -> AnyTile:
     """Return the tile for m tokens and a weight [n, k] of a scheme: tuned here, or the built-in."""
-    tuned = _tuned(gpu).get((scheme, n, k, tuning.bucket(m)))
+    tuned = tuning.choices(OP, gpu, from_choice).get((scheme, n, k, tuning.bucket(m)))
     return tuned or default_tile(m, group, gpu.capability)
 
 

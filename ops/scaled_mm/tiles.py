@@ -5,16 +5,13 @@ that fits the product gives the candidates; of those, `choose` takes the one tha
 first.
 """
 
-import logging
 import math
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from .. import tuning
 from . import OP
 
-logger = logging.getLogger(__name__)
 RATE = "rate"
 
 
@@ -151,18 +148,6 @@ def from_choice(choice: Any) -> Tile:
     return tile
 
 
-@tuning.cached
-def _tuned(gpu: tuning.Gpu) -> Mapping[tuning.Key, Tile]:
-    """Return the tiles that were measured to be faster than the table's on a GPU."""
-    found = {}
-    for key, entry in tuning.lookup(OP, gpu).items():
-        try:
-            found[key] = from_choice(entry.choice)
-        except ValueError as error:
-            logger.warning("tuned tile for %s ignored: %s. Run `lowbit tune` again.", key, error)
-    return found
-
-
 def _time(tile: Tile, m: int, n: int, processors: int) -> float:
     """Return the expected time, in waves of tiles.
 
@@ -191,7 +176,8 @@ def choose(
     wide: the result is float32, of which only so much fits in shared memory on its way out. gpu:
     whose tuned tiles come first; None: the table alone.
     """
-    tuned = _tuned(gpu).get((scheme(integer), n, k, tuning.bucket(m))) if gpu else None
+    key = (scheme(integer), n, k, tuning.bucket(m))
+    tuned = tuning.choices(OP, gpu, from_choice).get(key) if gpu else None
     if tuned and fits(tuned, wide):
         return tuned
     row = next(row for row in rows_of(capability) if row.fits(m, n, k, integer))
