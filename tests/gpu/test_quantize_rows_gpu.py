@@ -48,8 +48,8 @@ def check(x: torch.Tensor, prologue: Prologue, backend: str, exact: float = 2**-
         for rotated in (False, True):
             stored, scale = quantize_rows(x, stored_dtype, rotated, backend, prologue=prologue)
             want, unit = reference.run(x, stored_dtype, rotated, prologue)
-            # A rotation multiplies in TF32, and from the dtype of x.
-            loose = 2**-10 if rotated else exact
+            # A rotation multiplies in TF32, twice: sums of 16 products of which each is rounded.
+            loose = 2**-9 if rotated else exact
             torch.testing.assert_close(scale, unit, rtol=loose, atol=1e-37)
             got, want = stored.float(), want.float()
             # One code further at most, and seldom: a step is 1, or E4M3's 3 bits of mantissa.
