@@ -77,9 +77,22 @@ __device__ __forceinline__ u32 block_in_cluster() {
     asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
     return rank;
 }
-// Waits for all threads of the cluster.
+// Waits for all threads of the cluster, in two steps, of which a thread takes each in its turn.
+__device__ __forceinline__ void cluster_arrive() {
+    asm volatile("barrier.cluster.arrive;" ::: "memory");
+}
+__device__ __forceinline__ void cluster_wait() {
+    asm volatile("barrier.cluster.wait;" ::: "memory");
+}
 __device__ __forceinline__ void cluster_sync() {
-    asm volatile("barrier.cluster.arrive;\nbarrier.cluster.wait;" ::: "memory");
+    cluster_arrive();
+    cluster_wait();
+}
+// The address of what stands at the same place in another block.
+__device__ __forceinline__ u32 address_in_block(u32 here, u32 block) {
+    u32 there;
+    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(here), "r"(block));
+    return there;
 }
 // Arrives at the barrier that stands at the same place in another block.
 __device__ __forceinline__ void barrier_arrive_at(u32 bar, u32 block) {

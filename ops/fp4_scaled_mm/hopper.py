@@ -70,7 +70,7 @@ def options(tile: Tile, group: int, out_dtype: torch.dtype) -> tuple[str, ...]:
     """Return NVRTC's options for one tile, kind of weight and type of the result."""
     defined = {
         **{"GROUP": group, "GROUPS": tile.groups, "TOKENS": tile.tokens, "OUT": TYPES[out_dtype]},
-        "STAGES": tile.stages,
+        **{"STAGES": tile.stages, "PARTS": tile.parts},
     }
     return (*HOPPER_OPTIONS, *(f"-D{name}={value}" for name, value in defined.items()))
 
@@ -78,7 +78,7 @@ def options(tile: Tile, group: int, out_dtype: torch.dtype) -> tuple[str, ...]:
 @functools.cache
 def _kernel(tile: Tile, group: int, out_dtype: torch.dtype, device: int) -> nvrtc.Kernel:
     code = nvrtc.compile_source(source(tile), options(tile, group, out_dtype))
-    return nvrtc.Kernel(code, "fp4_scaled_mm", tile.stages * tile.stage_bytes + ALIGNMENT)
+    return nvrtc.Kernel(code, "fp4_scaled_mm", tile.shared_bytes + ALIGNMENT)
 
 
 @functools.cache
@@ -119,7 +119,7 @@ def run_tile(
         tensor_map(x, (tile.tokens, BLOCK)),
         tensor_map(packed, (tile.rows, ROW_BYTES), swizzle=0),
     )
-    grid = (-(-m // tile.tokens), -(-n // tile.rows), 1)
+    grid = (-(-m // tile.tokens), -(-n // tile.rows), tile.parts)
     # One more warpgroup copies.
     threads = GROUP_THREADS * (tile.groups + 1)
     kernel = _kernel(tile, group, out_dtype, x.device.index)

@@ -20,11 +20,13 @@ TOKEN_BYTES, ROW_BYTES, SCALE_BYTES = 128, 64, 1024
 class Tile:
     """One way to cut a product.
 
-    groups: warpgroups, of 64 outputs each. tokens: of a tile.
+    groups: warpgroups, of 64 outputs each. tokens: of a tile. parts: blocks of threads, 1 or 2,
+    that have it together, each a part of the columns.
     """
 
     groups: int
     tokens: int
+    parts: int = 1
 
     @property
     def rows(self) -> int:
@@ -40,21 +42,32 @@ class Tile:
     @property
     def stages(self) -> int:
         """Blocks of 128 columns that are in shared memory."""
-        room = SHARED_BYTES - BESIDE_BYTES
+        room = SHARED_BYTES - BESIDE_BYTES - self._sums_bytes
         return min(room // self.stage_bytes, STAGES_MAX)
+
+    @property
+    def shared_bytes(self) -> int:
+        """Shared memory of all stages, and of the sums that come from the other block."""
+        return self.stages * self.stage_bytes + self._sums_bytes
+
+    @property
+    def _sums_bytes(self) -> int:
+        return 0 if self.parts == 1 else 4 * self.rows * self.tokens // self.parts
 
 
 TILES = tuple(
-    Tile(groups, tokens)
+    Tile(groups, tokens, parts)
     for groups in (1, 2, 3)
     for tokens in (64, 96, 128, 160, 176, 192, 224, 256)
-    # More sums than registers.
-    if groups < 3 or tokens <= 192
+    for parts in (1, 2)
+    # More sums than registers; stores take sixteen tokens at a time.
+    if (groups < 3 or tokens <= 192) and tokens % (16 * parts) == 0
 )
 # Units of a 1.8 GHz cycle, fitted to 48 products on an H200, where they give the fastest of the
 # tiles that were measured: a stage that a warpgroup decodes and multiplies; what a token adds;
-# what a warpgroup waits that is alone; what comes before the first stage and after the last.
-DECODED, WITH_TOKEN, ALONE, ENDS = 222.3, 1.584, 117.4, 6520
+# what a warpgroup waits that is alone; what comes before the first stage and after the last; until
+# two blocks have added up their sums.
+DECODED, WITH_TOKEN, ALONE, ENDS, ADDED = 222.3, 1.584, 117.4, 6520, 1500
 
 
 @functools.lru_cache(maxsize=4096)
@@ -68,4 +81,6 @@ def cycles(tile: Tile, processors: int, tokens: int, rows: int, columns: int) ->
     stage = tile.groups * (DECODED + WITH_TOKEN * tile.tokens)
     stage += ALONE if tile.groups == 1 else 0
     count = math.ceil(tokens / tile.tokens) * math.ceil(rows / tile.rows)
-    return math.ceil(count / processors) * (columns / COLUMNS * stage + ENDS)
+    ends = ENDS + (ADDED if tile.parts > 1 else 0)
+    waves = math.ceil(count / (processors // tile.parts))
+    return waves * (math.ceil(columns / COLUMNS / tile.parts) * stage + ends)

@@ -106,11 +106,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", default="", help="only shapes whose name holds this")
     parser.add_argument("--least", type=int, default=0, help="only shapes of so many tokens")
+    parser.add_argument("--most", type=int, help="only shapes of so many tokens at most")
     arguments = parser.parse_args()
     print("| layer M x N x K | bf16 | " + " | ".join(ours for ours, _ in PAIRS) + " |")
     print("|---" * (2 + len(PAIRS)) + "|")
     for name, m, n, k in shapes():
-        if arguments.only in name and m >= arguments.least:
+        in_range = arguments.least <= m <= (arguments.most or m)
+        if arguments.only in name and in_range:
             results = bench(m, n, k)
             print(row(name, m, n, k, results), flush=True)
             runner.append("linear", {"layer": name, "M": m, "N": n, "K": k, "results": results})

@@ -29,8 +29,12 @@ E4M3 = torch.float8_e4m3fn
 N, K = 1040, 1280
 INTERLEAVED = Kind(E4M3, 0, True)
 KIND_ERROR = {Kind(E4M3, 0): 0.03, INTERLEAVED: 0.03, Kind(torch.int8, 256): 0.015}
-# One of each number of warpgroups, with and without rows that share a block of scales.
-PRODUCT_TILES = (Tile(1, 64), Tile(1, 256), Tile(2, 96), Tile(2, 256), Tile(3, 128), Tile(3, 192))
+# One of each number of warpgroups, with and without rows that share a block of scales; then those
+# that two blocks have together.
+PRODUCT_TILES = (
+    *(Tile(1, 64), Tile(1, 256), Tile(2, 96), Tile(2, 256), Tile(3, 128), Tile(3, 192)),
+    *(Tile(1, 64, 2), Tile(1, 256, 2), Tile(2, 96, 2), Tile(2, 256, 2), Tile(3, 192, 2)),
+)
 
 
 def make(*shape: int, seed: int = 0) -> torch.Tensor:

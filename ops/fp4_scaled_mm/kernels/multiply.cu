@@ -3,7 +3,8 @@
 // The product is W · xᵀ, as tensor cores take their left operand from registers. One warp copies
 // packed W, its scales and x to shared memory, 128 columns a stage; each warpgroup decodes and
 // multiplies 64 rows of W, and decodes ahead of the tensor cores: while they multiply one half of a
-// stage, it decodes the other.
+// stage, it decodes the other. Where tiles are fewer than multiprocessors, the blocks of a cluster
+// have a tile together, each half of its columns, and add up the other's sums of half of its tokens.
 //
 // Compiled by NVRTC for sm_90a after ops/cuda/hopper.cu, the instruction `multiply` (hopper.py)
 // and decode.cu. Defined from outside:
@@ -11,6 +12,7 @@
 //   GROUPS   warpgroups that multiply, each 64 rows of W
 //   TOKENS   rows of x of a block of threads
 //   STAGES   of shared memory
+//   PARTS    blocks of a cluster, 1 or 2, which share the columns of a tile
 //   OUT      type of the result
 
 #define OUT_BF16 0
@@ -34,6 +36,9 @@ constexpr int COLUMNS = 128;
 constexpr int ROWS = 64 * GROUPS;
 constexpr int WARPS = 4 * GROUPS;
 constexpr int SUMS = TOKENS / 2;
+// Of a block's tokens, and of a thread's sums, those that the block finishes.
+constexpr int OWN_TOKENS = TOKENS / PARTS;
+constexpr int OWN_SUMS = SUMS / PARTS;
 constexpr int X_BYTES = TOKENS * COLUMNS;
 constexpr int W_ROW_BYTES = COLUMNS / 2;
 constexpr int W_BYTES = ROWS * W_ROW_BYTES;
@@ -50,7 +55,7 @@ constexpr int ROOM = (REGISTERS * (GROUPS + 1) - FEW_REGISTERS) / GROUPS / 8 * 8
 constexpr int MANY_REGISTERS = ROOM < 240 ? ROOM : 240;
 
 struct Shared {
-    u32 x, w, scale, full, empty;
+    u32 x, w, scale, sums, full, empty;
 };
 
 // A place in the ring of stages.
@@ -67,6 +72,11 @@ struct Ring {
 
 __device__ __forceinline__ int first_row() { return blockIdx.y * ROWS; }
 __device__ __forceinline__ int first_token() { return blockIdx.x * TOKENS; }
+__device__ __forceinline__ int first_own() { return blockIdx.z * OWN_TOKENS; }
+// Stages of the block: from its own first to the next block's.
+__device__ __forceinline__ int first_stage(const Params& args, int part) {
+    return args.stages * part / PARTS;
+}
 // Waits for the warpgroup; for all warpgroups that multiply.
 __device__ __forceinline__ void group_sync() {
     asm volatile("bar.sync %0, 128;" ::"r"(2 + threadIdx.x / 128) : "memory");
@@ -78,7 +88,9 @@ __device__ __forceinline__ void all_sync() {
 __device__ __forceinline__ void produce(const Params& args, const TensorMap* x, const TensorMap* w,
                                         const Shared& at) {
     Ring ring;
-    for (int i = 0; i < args.stages; ++i) {
+    // Unrolled, it would need more registers than it has.
+#pragma unroll 1
+    for (int i = first_stage(args, blockIdx.z); i < first_stage(args, blockIdx.z + 1); ++i) {
         u32 full = at.full + 8 * ring.stage;
         barrier_wait(at.empty + 8 * ring.stage, ring.phase ^ 1);
         barrier_expect(full, X_BYTES + W_BYTES + SCALE_ROWS * SCALE_BYTES);
@@ -178,7 +190,8 @@ __device__ __forceinline__ void consume(float (&sums)[SUMS], const Params& args,
     u32 a[2][8], release = 0;
 #pragma unroll
     for (int i = 0; i < SUMS; ++i) sums[i] = 0.0f;
-    for (int i = 0; i < args.stages; ++i) {
+    int count = first_stage(args, blockIdx.z + 1) - first_stage(args, blockIdx.z);
+    for (int i = 0; i < count; ++i) {
         barrier_wait(at.full + 8 * ring.stage, ring.phase);
         advance(sums, a, at, rows, ring.stage, release, numbers);
         release = at.empty + 8 * ring.stage;
@@ -188,6 +201,44 @@ __device__ __forceinline__ void consume(float (&sums)[SUMS], const Params& args,
     // Keeps the compiler from using them before the wait.
 #pragma unroll
     for (int i = 0; i < SUMS; ++i) asm volatile("" : "+f"(sums[i])::"memory");
+}
+
+// own = the sums of the block's own tokens, with those of the other block of the cluster, of which
+// a thread has the same as the one of its number here.
+__device__ __forceinline__ void add_up(float (&own)[OWN_SUMS], const float (&sums)[SUMS], u32 here) {
+    if constexpr (PARTS == 1) {
+#pragma unroll
+        for (int i = 0; i < OWN_SUMS; ++i) own[i] = sums[i];
+    } else {
+        bool second = blockIdx.z == 1;
+        here += threadIdx.x * 16;
+        u32 there = address_in_block(here, blockIdx.z ^ 1);
+        // The other one runs.
+        cluster_wait();
+#pragma unroll
+        for (int i = 0; i < OWN_SUMS; i += 4) {
+            float sent[4];
+#pragma unroll
+            for (int j = 0; j < 4; ++j) {
+                sent[j] = second ? sums[i + j] : sums[OWN_SUMS + i + j];
+                own[i + j] = second ? sums[OWN_SUMS + i + j] : sums[i + j];
+            }
+            asm volatile("st.shared::cluster.v4.f32 [%0], {%1, %2, %3, %4};"
+                         ::"r"(there + i / 4 * (16 * 128 * GROUPS)), "f"(sent[0]), "f"(sent[1]),
+                           "f"(sent[2]), "f"(sent[3]) : "memory");
+        }
+        cluster_arrive();
+        cluster_wait();
+#pragma unroll
+        for (int i = 0; i < OWN_SUMS; i += 4) {
+            float more[4];
+            asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
+                         : "=f"(more[0]), "=f"(more[1]), "=f"(more[2]), "=f"(more[3])
+                         : "r"(here + i / 4 * (16 * 128 * GROUPS)) : "memory");
+#pragma unroll
+            for (int j = 0; j < 4; ++j) own[i + j] += more[j];
+        }
+    }
 }
 
 __device__ __forceinline__ u32 load_bias(const Params& args, int row) {
@@ -204,11 +255,11 @@ __device__ __forceinline__ float bias_of(const Params& args, u32 bits) {
 }
 
 // sums = sums · scale of the token · scale of the row + bias.
-__device__ __forceinline__ void finish(float (&sums)[SUMS], const Params& args, const Rows& rows,
+__device__ __forceinline__ void finish(float (&sums)[OWN_SUMS], const Params& args, const Rows& rows,
                                        const float* token_scale) {
     float bias[2] = {bias_of(args, rows.bias[0]), bias_of(args, rows.bias[1])};
 #pragma unroll
-    for (int i = 0; i < TOKENS / 8; ++i) {
+    for (int i = 0; i < OWN_TOKENS / 8; ++i) {
         float2 token =
             *reinterpret_cast<const float2*>(token_scale + 8 * i + threadIdx.x % 4 * 2);
 #pragma unroll
@@ -222,11 +273,12 @@ __device__ __forceinline__ void finish(float (&sums)[SUMS], const Params& args, 
 
 #if OUT == OUT_FP32
 // Eight lanes write a sector.
-__device__ __forceinline__ void store(const float (&sums)[SUMS], const Params& args, int row, u32) {
+__device__ __forceinline__ void store(const float (&sums)[OWN_SUMS], const Params& args, int row,
+                                      u32) {
     row += threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4;
 #pragma unroll
-    for (int i = 0; i < SUMS; ++i) {
-        int token = first_token() + i / 4 * 8 + threadIdx.x % 4 * 2 + i % 2;
+    for (int i = 0; i < OWN_SUMS; ++i) {
+        int token = first_token() + first_own() + i / 4 * 8 + threadIdx.x % 4 * 2 + i % 2;
         int channel = row + i / 2 % 2 * 8;
         if (token < args.tokens && channel < args.rows)
             static_cast<float*>(args.out)[u64(token) * args.rows + channel] = sums[i];
@@ -235,11 +287,11 @@ __device__ __forceinline__ void store(const float (&sums)[SUMS], const Params& a
 #else
 // By way of shared memory: a row of 64 channels for each token, its 16-byte chunks XORed with the
 // token's number modulo 8.
-__device__ __forceinline__ void store(const float (&sums)[SUMS], const Params& args, int row,
+__device__ __forceinline__ void store(const float (&sums)[OWN_SUMS], const Params& args, int row,
                                       u32 staged) {
     int lane = threadIdx.x % 32, warp = threadIdx.x % 128 / 32;
 #pragma unroll
-    for (int i = 0; i < TOKENS / 8; i += 2) {
+    for (int i = 0; i < OWN_TOKENS / 8; i += 2) {
         u32 pair[4];
 #pragma unroll
         for (int j = 0; j < 4; ++j)
@@ -256,7 +308,7 @@ __device__ __forceinline__ void store(const float (&sums)[SUMS], const Params& a
     }
     group_sync();
 #pragma unroll
-    for (int i = threadIdx.x % 128; i < TOKENS * 8; i += 128) {
+    for (int i = threadIdx.x % 128; i < OWN_TOKENS * 8; i += 128) {
         int token = i / 8, chunk = i % 8;
         uint4 eight;
         u32 from = staged + token * CHANNEL_BYTES + (chunk ^ (token % 8)) * 16;
@@ -264,7 +316,7 @@ __device__ __forceinline__ void store(const float (&sums)[SUMS], const Params& a
                      : "=r"(eight.x), "=r"(eight.y), "=r"(eight.z), "=r"(eight.w)
                      : "r"(from) : "memory");
         int channel = row + chunk * 8;
-        token += first_token();
+        token += first_token() + first_own();
         if (token < args.tokens && channel < args.rows)
             *reinterpret_cast<uint4*>(static_cast<unsigned short*>(args.out) +
                                       u64(token) * args.rows + channel) = eight;
@@ -306,11 +358,19 @@ __device__ __forceinline__ void work(const Params& args, const Shared& at, int* 
     await_words();
     // The stages are read no more, and the scales of the tokens are there.
     all_sync();
-    finish(sums, args, rows, token_scale);
-    store(sums, args, row, at.x + group * TOKENS * CHANNEL_BYTES);
+    float own[OWN_SUMS];
+    add_up(own, sums, at.sums);
+    finish(own, args, rows, token_scale + first_own());
+    store(own, args, row, at.x + group * OWN_TOKENS * CHANNEL_BYTES);
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, 1)
+#if PARTS > 1
+#define IN_CLUSTERS __cluster_dims__(1, 1, PARTS)
+#else
+#define IN_CLUSTERS
+#endif
+
+extern "C" __global__ void IN_CLUSTERS __launch_bounds__(THREADS, 1)
 fp4_scaled_mm(const __grid_constant__ Params args, const __grid_constant__ TensorMap x,
               const __grid_constant__ TensorMap w) {
     extern __shared__ char raw[];
@@ -321,6 +381,7 @@ fp4_scaled_mm(const __grid_constant__ Params args, const __grid_constant__ Tenso
     at.x = (shared_address(raw) + 1023) & ~1023u;
     at.w = at.x + STAGES * X_BYTES;
     at.scale = at.w + STAGES * W_BYTES;
+    at.sums = at.scale + STAGES * SCALE_ROWS * SCALE_BYTES;
     at.full = shared_address(barriers);
     at.empty = at.full + 8 * STAGES;
     if (threadIdx.x == 0) {
@@ -337,10 +398,16 @@ fp4_scaled_mm(const __grid_constant__ Params args, const __grid_constant__ Tenso
         prefetch_map(&w);
     }
     __syncthreads();
+    if (PARTS > 1) cluster_arrive();
     await_kernel_before();
     if (__shfl_sync(0xffffffff, threadIdx.x / 128, 0) == GROUPS) {
         asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(FEW_REGISTERS));
         if (threadIdx.x == 128 * GROUPS) produce(args, &x, &w, at);
+        // The barrier of the cluster is one of all its threads.
+        if (PARTS > 1) {
+            cluster_wait();
+            cluster_arrive();
+        }
     } else {
         asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(MANY_REGISTERS));
         work(args, at, largest, token_scale);

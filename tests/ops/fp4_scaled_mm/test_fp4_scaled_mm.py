@@ -130,3 +130,9 @@ def test_tile_fills_the_multiprocessors():
     assert tile in TILES
     count = -(-512 // tile.tokens) * -(-5120 // tile.rows)
     assert 100 <= count <= 132
+
+
+def test_two_blocks_have_a_tile_where_tiles_are_few():
+    tile = choose(132, 128, 3072, 3072)
+    assert tile.parts == 2 and -(-128 // tile.tokens) * -(-3072 // tile.rows) <= 66
+    assert choose(132, 1024, 13824, 5120).parts == 1

@@ -17,13 +17,18 @@ E4M3 = torch.float8_e4m3fn
 SHARED_KIB = 228
 OTHERS = ((16, torch.float16), (16, torch.float32), (32, torch.bfloat16))
 # Those that take the most registers, of each number of warpgroups, and a small one.
-LARGEST = tuple(max((t for t in TILES if t.groups == g), key=lambda t: t.tokens) for g in (1, 2, 3))
+LARGEST = (Tile(1, 256), Tile(2, 256), Tile(3, 192))
 SOME = (*LARGEST, Tile(2, 64))
+SHARED_BY_TWO = (Tile(1, 256, 2), Tile(2, 256, 2), Tile(3, 192, 2), Tile(1, 64, 2))
 
 
 @pytest.mark.parametrize(
     ("tile", "group", "dtype"),
-    [*((tile, 16, torch.bfloat16) for tile in SOME), *((LARGEST[1], *other) for other in OTHERS)],
+    [
+        *((tile, 16, torch.bfloat16) for tile in (*SOME, *SHARED_BY_TWO)),
+        *((LARGEST[1], *other) for other in OTHERS),
+        *((SHARED_BY_TWO[1], *other) for other in OTHERS),
+    ],
     ids=str,
 )
 def test_kernel_uses_wgmma_and_no_local_memory(tile, group, dtype, tmp_path):
@@ -36,11 +41,14 @@ def test_kernel_uses_wgmma_and_no_local_memory(tile, group, dtype, tmp_path):
     # Four products of 32 columns; the tensor cores work on one half while the other is decoded.
     assert len(re.findall(rf"\bQGMMA\.64x{tile.tokens}x32", sass)) == 4
     assert len(re.findall(r"WARPGROUP\.DEPBAR\.LE gsb0, 0x1\b", sass)) == 2
+    # Half of the sums go to the other block of the cluster, sixteen bytes at a time.
+    sent = len(re.findall(r"\bST\.E\.128 ", sass))
+    assert sent == (tile.tokens // 16 if tile.parts == 2 else 0)
 
 
 @pytest.mark.parametrize("tile", TILES, ids=str)
 def test_shared_memory_and_registers_suffice(tile):
-    used = tile.stages * tile.stage_bytes + hopper.ALIGNMENT + 4 * (tile.tokens + tile.rows)
+    used = tile.shared_bytes + hopper.ALIGNMENT + 4 * (tile.tokens + tile.rows)
     # A KiB is the system's.
     assert used + 16 * tile.stages + 1024 <= SHARED_KIB * 1024
     # The result goes by way of the stages.
