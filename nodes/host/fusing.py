@@ -11,7 +11,6 @@ from comfy_kitchen.tensor import QuantizedTensor
 from ...ops.linear import (
     LowRank,
     QuantizedActivation,
-    input_headroom,
     input_kind,
     linear,
     linear_with_terms,
@@ -192,12 +191,7 @@ def run_after(modules, given: Modulated) -> tuple[torch.Tensor, ...]:
         kinds = {input_kind(module.weight, *sizes) for module in modules}
         (kind,) = kinds if len(kinds) == 1 else (None,)
         if kind is not None and all(term.multiplies(kind) for term in itertools.chain(*terms)):
-            room = (
-                input_headroom(module.weight, its, *sizes, x.dtype)
-                for module, its in zip(modules, terms, strict=True)
-            )
-            options = {"prologue": given.steps, "headroom": max(room)}
-            rounded = quantize_activation(x, modules[0].weight, **options)
+            rounded = quantize_activation(x, modules[0].weight, prologue=given.steps)
             pairs = zip(modules, terms, strict=True)
             return tuple(_run(module, rounded, None, None, None, its) for module, its in pairs)
     plain = given.plain()

@@ -12,7 +12,6 @@ from collections.abc import Collection, Iterator
 import torch
 from comfy_kitchen.tensor import QuantizedTensor
 
-from ...ops.linear import adds_in_8_bits
 from ...quant import families, formats, lora
 from ...quant.checkpoint import Checkpoint
 from ...quant.memory import quantize_within_memory
@@ -20,7 +19,7 @@ from ..attention_override import is_within
 from ..inputs import AS_STORED
 from ..lora_terms import Lora, Matrix, Stack, Term, padded
 from .layers import ROOT
-from .linear import format_of, is_static
+from .linear import format_of
 from .memory import make_room
 from .quantizing import quantize_model
 from .work import progress
@@ -31,10 +30,6 @@ KEY = "lowbit_lora"
 # Rows of `down` have a scale each here, so that strengths are a matter of scales.
 BY_ROW = {"fp8_e4m3": "fp8_e4m3_rowwise", "fp8_e5m2": "fp8_e4m3_rowwise"}
 IN_8_BITS = (*BY_ROW, "fp8_e4m3_rowwise", "int8", "int8_convrot")
-# The format with which a term in the same format is summed.
-ONE_SUM = "fp8_e4m3"
-# Of a weight, in parts of that of its term: one of zeros has no unit in which both could be summed.
-LEAST_UNIT = 2.0**-60
 # The layout of the host's whose layers it may run without calling them.
 UNCALLED = "TensorWiseINT8Layout"
 
@@ -218,8 +213,7 @@ def _terms(source: _Source, patcher) -> tuple[torch.nn.Module, dict[str, Term]]:
         key, first = object() if len(group) > 1 else None, 0
         for name, member in zip(group, members, strict=True):
             rows = None if key is None else (first, first + _size(member))
-            up = _up(member, source.modules[name], dtype, patcher.load_device)
-            terms[name] = Term(down, up, scales, constants, rows, key)
+            terms[name] = Term(down, _up(member, dtype), scales, constants, rows, key)
             first += _size(member)
         bar.update(len(group))
     model.extend(terms.values())
@@ -270,7 +264,9 @@ def _down(members: list[lora.Layer], module, dtype: torch.dtype, device: torch.d
     name = _format_beside(module)
     if name is None:
         return Matrix(down)
-    return Matrix(_packed(down, name, device))
+    # Quantized on `device` if that has the memory.
+    packed, *_ = quantize_within_memory(formats.get(name), down, device, make_room=make_room)
+    return Matrix(packed.to(device=down.device))
 
 
 def _format_beside(module) -> str | None:
@@ -285,27 +281,14 @@ def _format_beside(module) -> str | None:
     return BY_ROW.get(fmt.name, fmt.name)
 
 
-def _up(member: lora.Layer, module, dtype: torch.dtype, device: torch.device) -> Matrix:
-    """Return the second matrix of a LoRA: in FP8 where it is summed with a product in FP8."""
+def _up(member: lora.Layer, dtype: torch.dtype) -> Matrix:
+    """Return the second matrix of a LoRA."""
     rank = member.down.shape[0]
     up = torch.zeros(member.up.shape[0], _size(member), dtype=dtype)
     up[:, :rank] = member.up.to(dtype)
     if member.bias is not None:
         up[:, rank] = member.bias.to(dtype)
-    if _format_beside(module) is None or format_of(module).name != ONE_SUM:
-        return Matrix(up)
-    # An input that comes quantized has no room for the term.
-    if not adds_in_8_bits(device) or is_static(module):
-        return Matrix(up)
-    packed = _packed(up, ONE_SUM, device)
-    unit = module.weight._params.scale.to(up.device)
-    return Matrix(up if unit < packed._params.scale * LEAST_UNIT else packed)
-
-
-def _packed(matrix: torch.Tensor, name: str, device: torch.device) -> QuantizedTensor:
-    """Return a matrix in a format, quantized on `device` if that has the memory, where it was."""
-    made, *_ = quantize_within_memory(formats.get(name), matrix, device, make_room=make_room)
-    return made.to(device=matrix.device)
+    return Matrix(up)
 
 
 def _add_patches(clone, source: _Source, strength: float, steps: tuple[float, float]) -> None:

@@ -6,7 +6,6 @@ that it extends). Every backend gives the same result up to the rounding of the 
 """
 
 import math
-from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -19,7 +18,6 @@ from ..quantize_rows import Prologue
 from ..replay import Plans
 from ..scaled_mm.check import LOW_RANK, is_few
 from ..scaled_mm.hopper import HOPPER
-from ..widen_rows import widen_rows
 from .activation import (
     Kind,
     QuantizedActivation,
@@ -30,18 +28,7 @@ from .activation import (
 )
 from .arithmetic import backend_of, with_arithmetic
 from .four_bit import FEW_ROWS, GROUPS
-from .low_rank import (
-    HEADROOM,
-    LowRank,
-    add_low_rank,
-    add_product,
-    adds_in_8_bits,
-    joins,
-    plain,
-    rescale,
-    scaled,
-    stacked,
-)
+from .low_rank import LowRank, add_low_rank, add_product, rescale, scaled, stacked
 from .sharing import quantized_once, release, share
 
 OP = "linear"
@@ -52,11 +39,9 @@ __all__ = [
     "LowRank",
     "QuantizedActivation",
     "add_low_rank",
-    "adds_in_8_bits",
     "convert_fp4_linear",
     "convert_fp8_linear",
     "fp8_linear_forward",
-    "input_headroom",
     "input_kind",
     "linear",
     "linear_with_terms",
@@ -144,11 +129,9 @@ def _linear(
     _check_gated(gate, residual, shape)
     if rows == 0:
         return weight._qdata.new_empty(shape, dtype=dtype, device=x.device)
-    given, one_sum = x, _sums(chosen, weight, [low_rank], x.device, rows, dtype)
-    if isinstance(x, QuantizedActivation):
-        one_sum = one_sum and x.headroom > 0
-    else:
-        x = _prepared(x, weight, input_act, chosen, HEADROOM if one_sum else 0)
+    given = x
+    if not isinstance(x, QuantizedActivation):
+        x = _prepared(x, weight, input_act, chosen)
         if low_rank is None and _only_launches(chosen, x):
             return _product(chosen, x, weight, bias, gate, residual)
     term = None
@@ -156,7 +139,7 @@ def _linear(
         h = low_rank.unprojected(x) if chosen.projects else None
         if h is None:
             h = low_rank.project(x, lambda: _plain(given, input_act))
-        term = _joined(h, x, low_rank.up, weight) if one_sum else (h, plain(low_rank.up).to(dtype))
+        term = h, low_rank.up.to(dtype)
     if residual is not None:
         residual = _shaped(residual, (rows, n))
     return _shaped(_run(chosen, x, weight, bias, term, gate, residual), shape)
@@ -171,27 +154,6 @@ def input_kind(weight: QuantizedTensor, device: torch.device, rows: int) -> Kind
     """Return the kind to which `linear` quantizes floats [rows, K] on `device`; None: to none."""
     chosen = _chosen(weight, device, rows, "auto")
     return kind_on(device, weight, rows, chosen.name) if chosen.quantizes else None
-
-
-def input_headroom(
-    weight: QuantizedTensor,
-    terms: Sequence[LowRank],
-    device: torch.device,
-    rows: int,
-    dtype: torch.dtype,
-) -> int:
-    """Return the headroom that floats [rows, K] of `dtype` are to be quantized with for `linear`.
-
-    terms: whose sum it is given beside the weight.
-    """
-    chosen = _chosen(weight, device, rows, "auto", sum(map(_ranks, terms)))
-    return HEADROOM if terms and _sums(chosen, weight, terms, device, rows, dtype) else 0
-
-
-def _sums(chosen: registry.Backend, weight, terms, device, rows: int, dtype) -> bool:
-    """Return whether low-rank terms, or the one of None, are summed in 8 bits with the product."""
-    fuses = chosen.fuses and not chosen.projects and dtype in LOW_RANK
-    return fuses and all(joins(term, weight, device, rows) for term in terms)
 
 
 def _ranks(low_rank: LowRank | None) -> int:
@@ -215,12 +177,6 @@ def _chosen(
     few = few if few is None else bool(few)
     name = backend_of(weight) if backend == "auto" else backend
     return registry.select(OP, registry.Call(scheme, device, n, k, m, few), name)
-
-
-def _joined(h, x: QuantizedActivation, up: QuantizedTensor, weight: QuantizedTensor):
-    """Return (h, up) in 8 bits, in the units of x, which are made to fit, and of the weight."""
-    of_up, of_weight = up._params.scale, weight._params.scale
-    return widen_rows(h, x.stored, x.scale, of_up, of_weight), up._qdata
 
 
 def _run(chosen: registry.Backend, x, weight, bias, term, gate, residual) -> torch.Tensor:
@@ -276,16 +232,15 @@ def _prepared(
     weight: QuantizedTensor,
     input_act: str | None,
     chosen: registry.Backend,
-    headroom: int,
 ):
-    """Return act(x), quantized with so much headroom or not; x itself where nothing is to do."""
+    """Return act(x), quantized or not; x itself where nothing is to do."""
     if not chosen.quantizes:
         return _plain(x, input_act)
     kind = kind_on(x.device, weight, math.prod(x.shape[:-1]), chosen.name)
-    options = {"kind": kind, "headroom": headroom}
     if input_act is not None:
-        return quantize_activation(x, weight, prologue=Prologue(activation=input_act), **options)
-    return quantized_once(x, (kind, headroom), lambda: quantize_activation(x, weight, **options))
+        prologue = Prologue(activation=input_act)
+        return quantize_activation(x, weight, kind=kind, prologue=prologue)
+    return quantized_once(x, kind, lambda: quantize_activation(x, weight, kind=kind))
 
 
 def _check_act(x, weight: QuantizedTensor, input_act: str | None, backend: str) -> None:

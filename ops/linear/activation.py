@@ -41,10 +41,9 @@ class QuantizedActivation:
     """x ≈ stored · scale, after the rotation of its kind, its columns in the order of its kind.
 
     stored: [M, K] INT8 or FP8. scale: float32, [M, 1] or one element. shape: of x, [..., K]. dtype:
-    of x and of what linear layers make of it. headroom: powers of two that are left above the
-    largest value of each row; where there are some, `linear` may shift values into them: what the
-    rows stand for stays. made: what layers made of it that others may read, by a key of theirs;
-    made anew after other writes to it. Tensors of inference mode tell of none: leave these be.
+    of x and of what linear layers make of it. made: what layers made of it that others may read, by
+    a key of theirs; made anew after writes to it. Tensors of inference mode tell of none: leave
+    these be.
     """
 
     stored: torch.Tensor
@@ -52,7 +51,6 @@ class QuantizedActivation:
     kind: Kind
     shape: tuple[int, ...]
     dtype: torch.dtype
-    headroom: int = 0
     made: dict[Hashable, tuple[tuple, torch.Tensor]] = field(
         default_factory=dict, compare=False, repr=False
     )
@@ -136,13 +134,12 @@ def quantize_activation(
     kind: Kind | None = None,
     prologue: Prologue = NOTHING,
     input_scale: torch.Tensor | None = None,
-    headroom: int = 0,
     backend: str = "auto",
 ) -> QuantizedActivation:
     """Return x after `prologue`, quantized as `weight` multiplies it, for any number of `linear`.
 
     x: [..., K] bf16, fp16 or fp32, never written to. kind: None, or one of those that a 4-bit
-    weight multiplies. prologue, input_scale, headroom, backend: as `quantize_rows` has them. Raises
+    weight multiplies. prologue, input_scale, backend: as `quantize_rows` has them. Raises
     ValueError when the weight's format takes no 8-bit activation, or none of `kind`.
     """
     if kind is not None and not takes(weight, kind):
@@ -166,10 +163,9 @@ def quantize_activation(
         backend,
         prologue=prologue,
         input_scale=input_scale,
-        headroom=headroom,
         interleaved=kind.interleaved,
     )
-    return QuantizedActivation(stored, scale, kind, tuple(x.shape), x.dtype, headroom)
+    return QuantizedActivation(stored, scale, kind, tuple(x.shape), x.dtype)
 
 
 def from_host(x: QuantizedTensor, weight: QuantizedTensor) -> QuantizedActivation | torch.Tensor:

@@ -14,18 +14,9 @@ import torch
 import torch.nn.functional as F
 from comfy_kitchen.tensor import QuantizedTensor
 
-from ..registry import capability
-from ..scaled_mm.check import K_MULTIPLE, LOW_RANK, MADE_RANKS, Down
-from ..scaled_mm.hopper import NEEDS as OF_HOPPER
+from ..scaled_mm.check import LOW_RANK, MADE_RANKS, Down
 from .activation import Kind, QuantizedActivation, fits, kind_of, version
 from .sharing import quantized_once
-
-# Powers of two that an activation leaves free for the columns of a term. E4M3 has 15 between its
-# largest number and the smallest that it does not round more coarsely. With these, rows of a term
-# fit up to about twice the layer's own result; beyond that `widen_rows` changes rows of x.
-HEADROOM = 4
-# Where it was measured, and from so many rows on: there tiles come by TMA.
-JOINS_ON, JOINS_ROWS = 9, 1025
 
 
 @dataclass(frozen=True)
@@ -34,11 +25,10 @@ class LowRank:
 
     down: [G, K] float or quantized, of which `rows`, from the first to before the last, are this
     layer's R; None: all.
-    up: [N, R] float; or FP8 with one scale, for weights that are so, too (`joins`). factor: [G]
-    float32, or None where the scales of a quantized `down` hold it (`scaled`). shift: [G] float32
-    or None, added after the factor; with a row of zeros in `down` it makes a bias of a column of
-    `up`. key: of the product with `down`, which layers that share `down` and an input, announced
-    (`sharing.share`) or quantized before, compute once.
+    up: [N, R] float. factor: [G] float32, or None where the scales of a quantized `down` hold it
+    (`scaled`). shift: [G] float32 or None, added after the factor; with a row of zeros in `down` it
+    makes a bias of a column of `up`. key: of the product with `down`, which layers that share
+    `down` and an input, announced (`sharing.share`) or quantized before, compute once.
     """
 
     down: torch.Tensor
@@ -106,46 +96,6 @@ class LowRank:
         return (h if self.shift is None else h + self.shift).to(x.dtype)
 
 
-def adds_in_8_bits(device: torch.device) -> bool:
-    """Return whether terms of layers in FP8 had better be so, too, to be summed as one (`joins`).
-
-    Not where the kernel runs that adds one in 16 bits at less cost.
-    """
-    return _can_join(device) and OF_HOPPER.self_test(device) is not None
-
-
-def _can_join(device: torch.device) -> bool:
-    has = capability(device)
-    # AMD's GPUs have capabilities of their own, and other FP8.
-    return has is not None and has[0] == JOINS_ON and torch.version.hip is None
-
-
-def joins(low_rank: LowRank | None, weight: QuantizedTensor, device: torch.device, m: int) -> bool:
-    """Return whether a term of m rows is summed in FP8 with the product of a weight in FP8.
-
-    Both have one scale, so that all is in the units of the activation's rows, which `widen_rows`
-    fits to it. Per channel, a channel of zeros would have no unit for its term.
-    """
-    if low_rank is None or not isinstance(low_rank.up, QuantizedTensor):
-        return False
-    if not _can_join(device):
-        return False
-    up, k = low_rank.up, weight.shape[1]
-    # TMA reads nothing else, and only it can change matrices on its way along K. While a graph is
-    # compiled they lie nowhere; the kernel then takes 16 bits where they turn out to lie badly.
-    aligned = torch.compiler.is_compiling()
-    aligned = aligned or not any(x._qdata.data_ptr() % K_MULTIPLE for x in (up, weight))
-    same = up._qdata.dtype == weight._qdata.dtype == torch.float8_e4m3fn
-    one = weight.layout_cls.scheme == up.layout_cls.scheme == "fp8_tensor"
-    sized = m >= JOINS_ROWS and up.shape[1] % K_MULTIPLE == 0 and k % K_MULTIPLE == 0
-    return one and same and sized and aligned
-
-
-def plain(matrix: torch.Tensor) -> torch.Tensor:
-    """Return a matrix of a term as floats."""
-    return matrix.dequantize() if isinstance(matrix, QuantizedTensor) else matrix
-
-
 def stacked(terms: Sequence[LowRank]) -> LowRank:
     """Return the sum of several terms of one layer: ranks side by side.
 
@@ -156,32 +106,15 @@ def stacked(terms: Sequence[LowRank]) -> LowRank:
         return terms[0]
     parts = [_own_rows(term) for term in terms]
     downs = [part.down for part in parts]
-    up, units = _side_by_side([part.up for part in parts])
-    pairs = list(zip(parts, units, strict=True))
-    factors = [_per_row(part, part.factor, 1.0) * unit for part, unit in pairs]
-    shifts = torch.cat([_per_row(part, part.shift, 0.0) * unit for part, unit in pairs])
+    factors = [_per_row(part, part.factor, 1.0) for part in parts]
+    shifts = torch.cat([_per_row(part, part.shift, 0.0) for part in parts])
     if all(isinstance(d, QuantizedTensor) and d._layout_cls == downs[0]._layout_cls for d in downs):
         down = _joined(downs)
     else:
-        down = torch.cat([plain(d) for d in downs])
+        down = torch.cat([d.dequantize() if isinstance(d, QuantizedTensor) else d for d in downs])
+    up = torch.cat([part.up for part in parts], dim=1)
     held = isinstance(down, QuantizedTensor) and all(part.factor is None for part in parts)
-    held = held and not isinstance(up, QuantizedTensor)
     return LowRank(down, up, None if held else torch.cat(factors), shifts)
-
-
-def _side_by_side(ups: Sequence[torch.Tensor]) -> tuple[torch.Tensor, list]:
-    """Return (one [N, R] of several, by what the first product of each is to be multiplied).
-
-    In FP8 where all are: in the units of the largest.
-    """
-    if not all(isinstance(up, QuantizedTensor) for up in ups):
-        return torch.cat([plain(up) for up in ups], dim=1), [1.0] * len(ups)
-    scales = [up._params.scale.reshape(()) for up in ups]
-    largest = torch.stack(scales).amax()
-    stored = torch.cat([up._qdata for up in ups], dim=1)
-    params = dataclasses.replace(ups[0]._params, scale=largest, orig_shape=tuple(stored.shape))
-    units = [scale / largest for scale in scales]
-    return QuantizedTensor(stored, ups[0]._layout_cls, params), units
 
 
 def _per_row(part: LowRank, value: torch.Tensor | None, default: float) -> torch.Tensor:
@@ -254,4 +187,4 @@ def add_low_rank(out: torch.Tensor, x: torch.Tensor, low_rank: LowRank) -> torch
 
     out: [..., N], written to. x: [..., K] float.
     """
-    return add_product(out, low_rank.project(x, lambda: x), plain(low_rank.up))
+    return add_product(out, low_rank.project(x, lambda: x), low_rank.up)

@@ -37,11 +37,11 @@ def linear_with_terms(
         raise ValueError("linear_with_terms: there are no terms; one is wanted, else call linear")
     if not torch.compiler.is_compiling():
         return _linear(x, weight, bias, terms, input_act, gate, residual)
-    scale, kind, headroom, dtype, shape = None, (0, False), 0, x.dtype, x.shape
+    scale, kind, dtype, shape = None, (0, False), x.dtype, x.shape
     if isinstance(x, QuantizedActivation):
-        scale, kind, headroom, x = x.scale, x.kind[1:], x.headroom, x.stored
+        scale, kind, x = x.scale, x.kind[1:], x.stored
         residual = None if residual is None else residual.reshape(-1, residual.shape[-1])
-    given = (x, scale, *kind, headroom, dtype, weight, bias)
+    given = (x, scale, *kind, dtype, weight, bias)
     matrices = [term.down for term in terms], [term.up for term in terms]
     constants = [term.factor for term in terms], [term.shift for term in terms]
     rows = [end for term in terms for end in term.rows or (0, term.down.shape[0])]
@@ -56,13 +56,13 @@ def _linear(x, weight, bias, terms, input_act, gate, residual):
     return linear(x, weight, bias, low_rank=stacked(terms), **options)
 
 
-def _run(x, scale, rotation, interleaved, headroom, dtype, weight, bias, *rest):
+def _run(x, scale, rotation, interleaved, dtype, weight, bias, *rest):
     *parts, shared, input_act, gate, residual = rest
     if scale is not None:
         # Other steps of the graph get the same tensor.
         made = vars(x).setdefault(MADE, {})
         kind = Kind(x.dtype, rotation, interleaved)
-        x = QuantizedActivation(x, scale, kind, tuple(x.shape), dtype, headroom, made)
+        x = QuantizedActivation(x, scale, kind, tuple(x.shape), dtype, made)
     *columns, rows = parts
     ends = zip(rows[::2], rows[1::2], strict=True)
     # All rows are none in particular, as without compiling.
@@ -74,15 +74,15 @@ def _run(x, scale, rotation, interleaved, headroom, dtype, weight, bias, *rest):
     return _linear(x, weight, bias, terms, input_act, gate, residual)
 
 
-def _empty(x, scale, rotation, interleaved, headroom, dtype, weight, *rest):
+def _empty(x, scale, rotation, interleaved, dtype, weight, *rest):
     return x.new_empty((*x.shape[:-1], weight.shape[0]), dtype=dtype)
 
 
 _OP = custom_op(
-    "linear_with_terms(Tensor x, Tensor? scale, int rotation, bool interleaved, int headroom, "
-    "ScalarType dtype, Tensor weight, Tensor? bias, Tensor[] downs, Tensor[] ups, "
-    "Tensor?[] factors, Tensor?[] shifts, int[] rows, bool[] shared, str? input_act, "
-    "Tensor? gate, Tensor? residual) -> Tensor",
+    "linear_with_terms(Tensor x, Tensor? scale, int rotation, bool interleaved, ScalarType dtype, "
+    "Tensor weight, Tensor? bias, Tensor[] downs, Tensor[] ups, Tensor?[] factors, "
+    "Tensor?[] shifts, int[] rows, bool[] shared, str? input_act, Tensor? gate, "
+    "Tensor? residual) -> Tensor",
     _run,
     _empty,
 )

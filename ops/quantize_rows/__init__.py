@@ -28,7 +28,6 @@ def quantize_rows(
     *,
     prologue: Prologue = NOTHING,
     input_scale: torch.Tensor | None = None,
-    headroom: int = 0,
     interleaved: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return (stored [M, K] of `dtype`, scale [M, 1] float32): x ≈ stored · scale, row by row.
@@ -37,13 +36,12 @@ def quantize_rows(
     rotate: each 256 columns are multiplied by the Hadamard matrix before rounding; K % 256 = 0.
     prologue: what is done to each token before: norm, modulation, activation.
     input_scale: a static scale, one float32 element, FP8 only; it is then the scale returned, and
-    larger values are cut off at ±448. headroom: so many powers of two are left above the largest
-    value stored, FP8 without a static scale only. interleaved: columns are stored in the order of
-    `interleave`, FP8 without rotation only; K % 128 = 0.
-    The arithmetic is float32: scale = largest magnitude / (limit / 2^headroom), at least the
-    smallest normal float32; stored = x · (1 / scale), rounded to nearest even. A row with NaN or
-    Inf has a scale that is NaN or Inf, and stored values without meaning (with a static scale,
-    stored values that are NaN); a row of zeros gives zeros.
+    larger values are cut off at ±448. interleaved: columns are stored in the order of `interleave`,
+    FP8 without rotation only; K % 128 = 0.
+    The arithmetic is float32: scale = largest magnitude / limit, at least the smallest normal
+    float32; stored = x · (1 / scale), rounded to nearest even. A row with NaN or Inf has a scale
+    that is NaN or Inf, and stored values without meaning (with a static scale, stored values that
+    are NaN); a row of zeros gives zeros.
     Raises ValueError or TypeError on other inputs, NoBackendError when no backend can run them.
     """
     if dtype not in LIMITS:
@@ -61,8 +59,6 @@ def quantize_rows(
         prologue.check(*x.shape, x.device)
     if input_scale is not None:
         _check_input_scale(input_scale, dtype, x.device)
-    if headroom and (dtype == torch.int8 or input_scale is not None):
-        raise ValueError("quantize_rows: headroom is for FP8 with scales of the rows' own")
     if interleaved and (dtype == torch.int8 or rotate or x.shape[1] % BLOCK):
         raise ValueError(
             f"quantize_rows: interleaved columns are for FP8 without rotation, K a multiple of "
@@ -70,7 +66,7 @@ def quantize_rows(
         )
     p = prologue
     steps = (p.norm or "", float(p.eps), p.weight, p.bias, p.scale, p.shift, p.activation or "")
-    stored, scale = _OP(x, dtype, rotate, backend, input_scale, *steps, headroom, interleaved)
+    stored, scale = _OP(x, dtype, rotate, backend, input_scale, *steps, interleaved)
     return stored, scale if input_scale is None else input_scale.reshape(1, 1)
 
 
@@ -96,13 +92,8 @@ def scheme(dtype: torch.dtype, rotate: bool, bare: bool = False, interleaved: bo
     return ("int8" if dtype == torch.int8 else "fp8") + suffix
 
 
-def limit_of(dtype: torch.dtype, headroom: int) -> float:
-    """Return the largest magnitude that is stored."""
-    return LIMITS[dtype] / 2**headroom
-
-
 def _run(x, dtype, rotate, backend, input_scale, *steps):
-    norm, eps, weight, bias, scale, shift, activation, headroom, interleaved = steps
+    norm, eps, weight, bias, scale, shift, activation, interleaved = steps
     bare = not (norm or activation) and weight is bias is scale is shift is None
     name = scheme(dtype, rotate, bare, interleaved)
     call = registry.Call(name, x.device, 0, x.shape[1])
@@ -112,7 +103,7 @@ def _run(x, dtype, rotate, backend, input_scale, *steps):
     prologue = NOTHING
     if not bare:
         prologue = Prologue(norm or None, eps, weight, bias, scale, shift, activation or None)
-    stored, scale = run(x, dtype, rotate, prologue, input_scale, headroom, interleaved)
+    stored, scale = run(x, dtype, rotate, prologue, input_scale, interleaved)
     # A result of an operation is no alias of its arguments.
     return stored, scale if input_scale is None else x.new_empty(0, 1, dtype=torch.float32)
 
@@ -126,7 +117,7 @@ def _empty(x, dtype, rotate, backend, input_scale, *steps) -> tuple[torch.Tensor
 _OP = custom_op(
     "quantize_rows(Tensor x, ScalarType dtype, bool rotate, str backend, Tensor? input_scale, "
     "str norm, float eps, Tensor? weight, Tensor? bias, Tensor? scale, Tensor? shift, "
-    "str activation, int headroom, bool interleaved) -> (Tensor, Tensor)",
+    "str activation, bool interleaved) -> (Tensor, Tensor)",
     _run,
     _empty,
 )

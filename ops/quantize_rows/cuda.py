@@ -12,7 +12,7 @@ from ..cuda.kernel import CudaKernel
 from ..launch import ALIGNMENT
 from ..registry import Backend, Needs, register
 from ..replay import empty, launch, replayed
-from . import NOTHING, OP, ROTATION, limit_of
+from . import LIMITS, NOTHING, OP, ROTATION
 from .prologue import Prologue, rows_of
 
 SOURCES = (
@@ -100,7 +100,6 @@ def run(
     rotated: bool,
     prologue: Prologue = NOTHING,
     input_scale: torch.Tensor | None = None,
-    headroom: int = 0,
     interleaved: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return (stored, scale) as `quantize_rows` describes them, but for interleaved columns.
@@ -111,11 +110,11 @@ def run(
         raise ValueError("quantize_rows: the backend cuda stores columns in order")
     p = prologue
     steps = (p.norm, p.eps, p.weight, p.bias, p.scale, p.shift, p.activation)
-    return _run(x, dtype, rotated, input_scale, headroom, *steps)
+    return _run(x, dtype, rotated, input_scale, *steps)
 
 
 @replayed
-def _run(x, dtype, rotated, input_scale, headroom, *steps) -> tuple[torch.Tensor, torch.Tensor]:
+def _run(x, dtype, rotated, input_scale, *steps) -> tuple[torch.Tensor, torch.Tensor]:
     """Return what `run` does; steps: the fields of a prologue."""
     p = Prologue(*steps)
     m, k = x.shape
@@ -141,7 +140,7 @@ def _run(x, dtype, rotated, input_scale, headroom, *steps) -> tuple[torch.Tensor
         *(x, stored, row_scale, input_scale, *modulation),
         *(x.stride(0), stride_scale, stride_shift),
         *(magic_scale, magic_shift, bits_scale, bits_shift, tokens, parts),
-        *(p.eps, limit_of(dtype, headroom), 0, 0, 0),
+        *(p.eps, LIMITS[dtype], 0, 0, 0),
     )
     options = {
         "threads": cut.threads,

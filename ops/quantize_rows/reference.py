@@ -7,7 +7,7 @@ from comfy_kitchen.tensor.int8_utils import _build_hadamard
 from ..custom_op import custom_op
 from ..registry import Backend, Needs, register
 from ..rounding import SMALLEST_SCALE
-from . import NOTHING, OP, ROTATION, SUFFIXES, limit_of
+from . import LIMITS, NOTHING, OP, ROTATION, SUFFIXES
 from .order import interleave
 from .prologue import Prologue
 
@@ -60,18 +60,17 @@ def run(
     rotated: bool,
     prologue: Prologue = NOTHING,
     input_scale: torch.Tensor | None = None,
-    headroom: int = 0,
     interleaved: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return (stored, scale) as `quantize_rows` describes them."""
     if interleaved:
-        stored, scale = run(x, dtype, rotated, prologue, input_scale, headroom)
+        stored, scale = run(x, dtype, rotated, prologue, input_scale)
         return interleave(stored), scale
     # Rows of the result lie one after the other, whatever those of x do.
     value = (x.float() if prologue == NOTHING else prepare(x, prologue)).contiguous()
     if rotated:
         value = rotate(value.to(x.dtype))
-    limit = limit_of(dtype, headroom)
+    limit = LIMITS[dtype]
     if input_scale is not None:
         value = value * (1 / input_scale)
         # Cut off at the limit, Inf would pass for a number.

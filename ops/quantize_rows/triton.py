@@ -7,7 +7,7 @@ import torch
 from ..launch import ALIGNMENT, TRITON_MIN, alignment
 from ..registry import Backend, Needs, capability, register
 from ..replay import empty, launch, replayed
-from . import NOTHING, OP, ROTATION, SUFFIXES, limit_of
+from . import LIMITS, NOTHING, OP, ROTATION, SUFFIXES
 from .prologue import Prologue, rows_of
 
 # Powers of two that a row is cut into at most.
@@ -62,7 +62,6 @@ def run(
     rotated: bool,
     prologue: Prologue = NOTHING,
     input_scale: torch.Tensor | None = None,
-    headroom: int = 0,
     interleaved: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return (stored, scale) as `quantize_rows` describes them."""
@@ -70,13 +69,11 @@ def run(
         x = x.contiguous()
     p = prologue
     steps = (p.norm, p.eps, p.weight, p.bias, p.scale, p.shift, p.activation)
-    return _run(x, dtype, rotated, input_scale, headroom, interleaved, *steps)
+    return _run(x, dtype, rotated, input_scale, interleaved, *steps)
 
 
 @replayed
-def _run(
-    x, dtype, rotated, input_scale, headroom, interleaved, *steps
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _run(x, dtype, rotated, input_scale, interleaved, *steps) -> tuple[torch.Tensor, torch.Tensor]:
     """Return what `run` does, for rows that are K-contiguous; steps: the fields of a prologue."""
     from .kernel import quantize_rows_kernel
 
@@ -90,7 +87,7 @@ def _run(
     rows = (rows_of(p.scale, m), rows_of(p.shift, m))
     sizes = (k, x.stride(0), rows[0][0], rows[1][0], rows[0][1], rows[1][1])
     constants = (
-        *(limit_of(dtype, headroom), *cover(k), rotated),
+        *(LIMITS[dtype], *cover(k), rotated),
         *(p != NOTHING, p.norm or "", p.activation == "gelu_tanh", interleaved),
     )
     arguments = (x, stored, row_scale, *tensors, *sizes, p.eps, *constants)

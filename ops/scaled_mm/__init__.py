@@ -33,12 +33,11 @@ def scaled_mm(
     where each 128 columns of K are summed, scaled and added up in float32.
     zero_point: [M] int32, of a; column_sum: [N] int32, the sums of b along K; INT8 without blocks
     only; the point in the formula is zero_point · column_sum. low_rank: h [M, R] and u [N, R], both
-    bfloat16 or both float16, contiguous rows, R > 0; or in the dtypes of a and b, R % 16 = 0, and
-    then h·uᵀ is summed with a·bᵀ and scaled with it; or a `Down`, of which h is made, in the dtype
-    of u, within the product where the backend can; None: without. bias: [N]. activation: None or
-    `gelu_tanh`. gate: [R, N], R divides M: row i takes gate[i // (M / R)]. residual: [M, N], never
-    written to. Bias, gate and residual: bfloat16, float16 or float32, as is out_dtype. Everything
-    after the sums is float32, in the order of the formula, rounded once at the end.
+    bfloat16 or both float16, contiguous rows, R > 0; or for h a `Down`, of which it is made, in the
+    dtype of u, within the product where the backend can; None: without. bias: [N]. activation: None
+    or `gelu_tanh`. gate: [R, N], R divides M: row i takes gate[i // (M / R)]. residual: [M, N],
+    never written to. Bias, gate and residual: bfloat16, float16 or float32, as is out_dtype.
+    Everything after the sums is float32, in the order of the formula, rounded once at the end.
     Raises TypeError or ValueError when arguments do not fit (`check.py`), NoBackendError when no
     backend can run them.
     """

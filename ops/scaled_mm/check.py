@@ -136,11 +136,6 @@ def is_few(rows: int, rank: int) -> bool:
     return rows < (MANY_ROWS_WITH_TERM if rank else MANY_ROWS) or rank > MAX_RANKS
 
 
-def in_8_bits(low_rank: tuple[torch.Tensor, torch.Tensor]) -> bool:
-    """Return whether a low-rank term is summed with the 8-bit operands, before their scales."""
-    return low_rank[0].dtype.itemsize == 1
-
-
 def check_low_rank(a, b, scale_a, scale_b, zero_point, h, u) -> None:
     """Raise TypeError or ValueError when h [M, R] and u [N, R] do not fit a [M, K] and b [N, K].
 
@@ -149,14 +144,11 @@ def check_low_rank(a, b, scale_a, scale_b, zero_point, h, u) -> None:
     if isinstance(h, Down):
         _check_down(a, b, scale_a, scale_b, zero_point, h, u)
         return
-    rows, dtypes = (a.shape[0], b.shape[0]), (a.dtype, b.dtype)
-    in_16 = h.dtype in LOW_RANK and u.dtype == h.dtype
-    if not in_16 and (h.dtype, u.dtype) != dtypes:
+    if h.dtype not in LOW_RANK or u.dtype != h.dtype:
         raise TypeError(
-            f"scaled_mm: h is {h.dtype}, u {u.dtype}; both of {_names(LOW_RANK)}, or those of a and"
-            f" b ({_names(dtypes)}) are wanted"
+            f"scaled_mm: h is {h.dtype}, u {u.dtype}; both in one of {_names(LOW_RANK)} are wanted"
         )
-    for name, x, count in (("h", h, rows[0]), ("u", u, rows[1])):
+    for name, x, count in (("h", h, a.shape[0]), ("u", u, b.shape[0])):
         if x.dim() != 2 or x.shape[0] != count or x.shape[1] != h.shape[1] or not x.shape[1]:
             raise ValueError(
                 f"scaled_mm: {name} is {list(x.shape)}; [{count}, R] is wanted, one R > 0 for both"
@@ -164,13 +156,6 @@ def check_low_rank(a, b, scale_a, scale_b, zero_point, h, u) -> None:
         _check_rows(name, x)
         if x.device != a.device:
             raise ValueError(f"scaled_mm: {name} is on {x.device}, a on {a.device}; move it there")
-        if not in_16 and (x.shape[1] % K_MULTIPLE or x.stride(0) % K_MULTIPLE):
-            raise ValueError(
-                f"scaled_mm: {name} in 8 bits is {list(x.shape)}, its rows {x.stride(0)} apart; "
-                f"multiples of {K_MULTIPLE} are wanted"
-            )
-    if not in_16 and (zero_point is not None or granularity(a, b, scale_a, scale_b) == "block"):
-        raise ValueError("scaled_mm: h and u in 8 bits go with no zero point and no block scales")
 
 
 def _check_down(a, b, scale_a, scale_b, zero_point, down: Down, u) -> None:

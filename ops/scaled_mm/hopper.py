@@ -14,8 +14,7 @@ from ..cuda import source as cuda_source
 from ..cuda.tensor_map import TensorMap, encoded, no_map, tensor_map
 from ..registry import Backend, Needs, capability, register
 from . import OP
-from .check import MADE_RANKS, MAX_RANKS, Down, in_8_bits
-from .reference import in_16_bits
+from .check import MADE_RANKS, MAX_RANKS, Down
 
 HOPPER = (9, 0)
 OPERANDS = ("int8", "fp8", "fp8_mixed", "fp8_e5m2")
@@ -219,7 +218,7 @@ class _Term:
         return _map(self.h, TILE_M), _permuted(self.u), down
 
 
-def _term(low_rank, m: int, scale_a, scale_b) -> _Term:
+def _term(low_rank, m: int) -> _Term:
     """Return the term of m rows. Raises ValueError where it has too many ranks."""
     h, u = low_rank
     most = MADE_RANKS if isinstance(h, Down) else MAX_RANKS
@@ -231,8 +230,6 @@ def _term(low_rank, m: int, scale_a, scale_b) -> _Term:
         rows = -(-m // TILE_M) * TILE_M
         made = torch.empty((rows, MADE_RANKS), dtype=u.dtype, device=u.device)
         return _Term(made, _matrix(u), h._replace(stored=_matrix(h.stored)))
-    if in_8_bits(low_rank):
-        h, u = in_16_bits(low_rank, scale_a, scale_b)
     return _Term(_matrix(h), _matrix(u))
 
 
@@ -267,7 +264,7 @@ def run(
             return run(a, b, scale_a, scale_b, *rest)
     m, n = a.shape[0], b.shape[0]
     out = torch.empty((m, n), dtype=out_dtype, device=a.device)
-    term = None if low_rank is None else _term(low_rank, m, scale_a, scale_b)
+    term = None if low_rank is None else _term(low_rank, m)
     a, b, scale_b = _matrix(a), _matrix(b), _aligned(scale_b.reshape(-1))
     bias, gate, residual = (x if x is None else _aligned(x) for x in (bias, gate, residual))
     variant = Variant(

@@ -34,24 +34,6 @@ def _load(x, rows, inside, step, K, stride, BLOCK_K: tl.constexpr):
 
 
 @triton.jit
-def _fetch(
-    a, b, h, u, start_m, start_n, step, steps, MORE_STEPS: tl.constexpr, BLOCK_K: tl.constexpr
-):
-    """Return the blocks of a step along K by TMA: of a and b, from `steps` on of h and u."""
-    left = a
-    right = b
-    at = step * BLOCK_K
-    if MORE_STEPS:
-        over = step - steps
-        # One load of each operand, whichever it is, or Triton would not fetch them ahead.
-        if over >= 0:
-            left = h
-            right = u
-            at = over * BLOCK_K
-    return left.load([start_m, at]), right.load([start_n, at])
-
-
-@triton.jit
 def _scaled(
     acc,
     scale_a,
@@ -234,7 +216,6 @@ def scaled_mm_kernel(
     PARTS: tl.constexpr,
     RANK: tl.constexpr,
     PIECE: tl.constexpr,
-    MORE_STEPS: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """C = residual + gate · activation(scale_a · scale_b · (A·Bᵀ − point) + H·Uᵀ + bias).
@@ -244,8 +225,7 @@ def scaled_mm_kernel(
     stride_scale_a and step_scale_a; [⌈N/128⌉, ⌈K/128⌉], contiguous). bias: [N]. The point:
     zero_point [M] int32, of A, times column_sum [N] int32, of B along K. gate: [1 or R, N], for
     gate_tokens rows of C each. residual: [M, N]. h: [M, RANK], u: [N, RANK], 16 bits, PIECE columns
-    at a time, 0 for all; RANK 0: none. MORE_STEPS: h and u are TMA descriptors as a and b are, of
-    so many steps along K more, which are summed with A·Bᵀ, before the scales.
+    at a time, 0 for all; RANK 0: none.
     """
     if PDL:
         # This grid may be set up while the kernel before it in the stream ends. Until the wait
@@ -271,9 +251,10 @@ def scaled_mm_kernel(
         in_m = rows < M
         in_n = columns < N
         acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32 if BLOCKS else SUM)
-        for step in range(steps + MORE_STEPS):
+        for step in range(steps):
             if USE_TMA:
-                x, w = _fetch(a, b, h, u, start_m, start_n, step, steps, MORE_STEPS, BLOCK_K)
+                x = a.load([start_m, step * BLOCK_K])
+                w = b.load([start_n, step * BLOCK_K])
             else:
                 x = _load(a, rows, in_m, step, K, stride_a, BLOCK_K)
                 w = _load(b, columns, in_n, step, K, stride_b, BLOCK_K)

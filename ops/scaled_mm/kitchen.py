@@ -31,7 +31,7 @@ def run_int8(
     """Return the product of INT8 operands as `scaled_mm` describes it."""
     value = scaled(mm_int8(aligned(a), aligned(b).t()), scale_a, scale_b, zero_point, column_sum)
     rest = (bias, activation, gate, residual, out_dtype)
-    return finished(with_low_rank(value, low_rank, scale_a, scale_b), *rest)
+    return finished(with_low_rank(value, low_rank), *rest)
 
 
 def run_fp8(
@@ -57,7 +57,7 @@ def run_fp8(
     one = scale_a.new_ones(())
     total = scaled_mm_v2(a, b.t(), one, one, None, torch.float32)
     value = scaled(total, scale_a, scale_b, None, None)
-    return finished(with_low_rank(value, low_rank, scale_a, scale_b), *rest)
+    return finished(with_low_rank(value, low_rank), *rest)
 
 
 def _register(what: str, run, schemes: tuple[str, ...], least: tuple[int, int], **needs) -> None:

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 
 from ..registry import Backend, Needs, register
 from . import OP
-from .check import BLOCK, granularity, in_8_bits
+from .check import BLOCK, granularity
 
 SCHEMES = frozenset(
     f"{operands}_{scales}"
@@ -38,7 +38,7 @@ def run(
         total = a.double() @ b.double().t()
         value = scaled(total, scale_a, scale_b, zero_point, column_sum)
     rest = (bias, activation, gate, residual, out_dtype)
-    return finished(with_low_rank(value, low_rank, scale_a, scale_b), *rest)
+    return finished(with_low_rank(value, low_rank), *rest)
 
 
 def _blocks(a, b, scale_a, scale_b) -> torch.Tensor:
@@ -61,23 +61,12 @@ def scaled(total, scale_a, scale_b, zero_point, column_sum) -> torch.Tensor:
     return total.float() * scale_a.reshape(-1, 1) * scale_b.reshape(1, -1)
 
 
-def with_low_rank(value, low_rank, scale_a, scale_b) -> torch.Tensor:
-    """Return value plus the low-rank term h·uᵀ, [M, N] float32; low_rank: h and u, or None.
-
-    scale_a, scale_b: of the operands, with which h and u in 8 bits are scaled.
-    """
+def with_low_rank(value, low_rank) -> torch.Tensor:
+    """Return value plus the low-rank term h·uᵀ, [M, N] float32; low_rank: h and u, or None."""
     if low_rank is None:
         return value
-    h, u = in_16_bits(low_rank, scale_a, scale_b, torch.float32)
+    h, u = low_rank
     return torch.addmm(value, h.float(), u.float().t())
-
-
-def in_16_bits(low_rank, scale_a, scale_b, dtype=torch.bfloat16):
-    """Return h and u as they are added after the scales: in 16 bits, or of 8 bits made `dtype`."""
-    if not in_8_bits(low_rank):
-        return low_rank
-    pairs = zip(low_rank, (scale_a, scale_b), strict=True)
-    return tuple((x.float() * scale.reshape(-1, 1)).to(dtype) for x, scale in pairs)
 
 
 def finished(value, bias, activation, gate, residual, out_dtype) -> torch.Tensor:

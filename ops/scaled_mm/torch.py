@@ -54,7 +54,7 @@ def run_int8(
     total = torch._int_mm(aligned(_padded(a, INT8_ROWS)), aligned(b).t())[: a.shape[0]]
     value = scaled(total, scale_a, scale_b, zero_point, column_sum)
     rest = (bias, activation, gate, residual, out_dtype)
-    return finished(with_low_rank(value, low_rank, scale_a, scale_b), *rest)
+    return finished(with_low_rank(value, low_rank), *rest)
 
 
 def run_fp8(
@@ -83,7 +83,7 @@ def run_fp8(
         return _product(a, b, scale_a, scale_b, bias, out_dtype)
     one = scale_a.new_ones(())
     value = scaled(_product(a, b, one, one, None, torch.float32), scale_a, scale_b, None, None)
-    return finished(with_low_rank(value, low_rank, scale_a, scale_b), *rest)
+    return finished(with_low_rank(value, low_rank), *rest)
 
 
 def can_fuse(scales: str, bias, activation, gate, residual, out_dtype) -> bool:
@@ -103,7 +103,7 @@ def _run_blocks(a, b, scale_a, scale_b, rest, low_rank):
     # In memory, the scales of a column of blocks stand side by side.
     scale_a = scale_a.t().contiguous().t()
     value = _product(_padded(a, rows), b, scale_a, scale_b.t(), None, torch.float32)[:m]
-    return finished(with_low_rank(value, low_rank, scale_a, scale_b), *rest)
+    return finished(with_low_rank(value, low_rank), *rest)
 
 
 def _product(a, b, scale_a, scale_b, bias, out_dtype) -> torch.Tensor:

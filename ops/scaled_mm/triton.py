@@ -9,8 +9,7 @@ from ..launch import ALIGNMENT, TRITON_MIN, alignment, dependent
 from ..registry import Backend, Needs, capability, register
 from ..replay import empty, launch, replayed
 from . import OP
-from .check import granularity, in_8_bits
-from .reference import in_16_bits
+from .check import granularity
 from .tiles import Row, Tile, choose
 
 WARP_SIZE = 32
@@ -74,8 +73,6 @@ def run(
         # A gate and a residual take registers with which tiles are not tuned.
         known = tuning.gpu(a.device) if gate is None and residual is None else None
         tile = choose(has, processors, m, n, k, integer, out_dtype == torch.float32, known)
-    if low_rank and in_8_bits(low_rank) and not (tile.tma and all(alignment(a, b, *low_rank))):
-        low_rank = in_16_bits(low_rank, scale_a, scale_b)
     out = empty((m, n), out_dtype, a.device)
     operands = (a, b, scale_a, scale_b, bias, zero_point, column_sum)
     run_tile(out, *operands, tile, processors, activation, gate, residual, low_rank)
@@ -95,7 +92,7 @@ def parts(tile: Tile, activation: str | None, gate_rows: str | None, has_residua
 
 
 def pieces(tile: Tile, integer: bool, tma: bool, rank: int) -> tuple[int, bool]:
-    """Return (columns of a 16-bit low-rank term multiplied at a time, whether loops are flattened).
+    """Return (columns of a low-rank term multiplied at a time, whether loops are flattened).
 
     0 columns: all at once, with h in registers, in INT8's flattened loops where u [block_n, rank]
     fits in Hopper's shared memory beside the pipeline. FP8 loops are not flattened: between sums
@@ -145,10 +142,7 @@ def run_tile(
     residual: torch.Tensor | None = None,
     low_rank: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> None:
-    """Write the product to `out` [M, N], contiguous, cut into `tile` on so many processors.
-
-    A low-rank term in 8 bits needs a tile with TMA, and operands that are aligned for it.
-    """
+    """Write the product to `out` [M, N], contiguous, cut into `tile` on so many processors."""
     kernel, describe = _imports()
     (m, k), n = a.shape, b.shape[0]
     # The stride of one row may be anything, which a descriptor does not take.
@@ -158,13 +152,7 @@ def run_tile(
     aligned = alignment(a, b, *tensors)
     # A weight that is mapped from a file may start anywhere.
     tma = tile.tma and aligned[0] and aligned[1]
-    blocks_a, blocks_b = (tile.block_m, tile.block_k), (tile.block_n, tile.block_k)
-    integer, rank, more = a.dtype == torch.int8, 0, 0
-    if low_rank and in_8_bits(low_rank):
-        more = -(-h.shape[1] // tile.block_k)
-        tensors = (*tensors[:-2], describe(h, blocks_a), describe(u, blocks_b))
-    elif low_rank:
-        rank = h.shape[1]
+    integer, rank = a.dtype == torch.int8, 0 if h is None else h.shape[1]
     piece, flatten = pieces(tile, integer, tma, rank)
     early = dependent(a.device)
     blocks = granularity(a, b, scale_a, scale_b) == "block"
@@ -186,12 +174,12 @@ def run_tile(
         residual is not None,
         flatten,
         parts(tile, activation, gate_rows, residual is not None),
-        *(rank, piece, more),
+        *(rank, piece),
         bool(early),
     )
     arguments = (
-        describe(a, blocks_a) if tma else a,
-        describe(b, blocks_b) if tma else b,
+        describe(a, (tile.block_m, tile.block_k)) if tma else a,
+        describe(b, (tile.block_n, tile.block_k)) if tma else b,
         *(out, *tensors),
         *(m, n, k, a.stride(0), b.stride(0)),
         scale_a.stride(1) if blocks else None,

@@ -12,7 +12,6 @@ import torch
 from lowbit.ops.linear import (
     LowRank,
     add_low_rank,
-    adds_in_8_bits,
     linear,
     release,
     scaled,
@@ -68,9 +67,6 @@ def ways(x, weight, name: str, rank: int) -> dict[str, Callable[[], torch.Tensor
     # As the nodes have them: the strength is in the scales.
     in_8_bits, all_in_8_bits = scaled(beside.quantize(alone), small), beside.quantize(down)
     all_in_8_bits = scaled(all_in_8_bits, factor)
-    # A weight with one scale may have the second matrix in its own format, too.
-    in_fp8 = fmt.quantize(up) if name in BESIDE else up
-    stored = in_fp8 if adds_in_8_bits(x.device) else up
     in_16_bits = LowRank(alone, up, small, shift[:rank])
 
     def alone_with(term, backend="auto"):
@@ -78,16 +74,14 @@ def ways(x, weight, name: str, rank: int) -> dict[str, Callable[[], torch.Tensor
 
     def shared(key, i):
         rows = (i * rank, (i + 1) * rank)
-        return linear(x, packed, low_rank=LowRank(all_in_8_bits, stored, None, shift, rows, key))
+        return linear(x, packed, low_rank=LowRank(all_in_8_bits, up, None, shift, rows, key))
 
     return {
         "without": alone_with(None),
-        "in the product": alone_with(LowRank(in_8_bits, stored, None, shift[:rank])),
+        "in the product": alone_with(LowRank(in_8_bits, up, None, shift[:rank])),
         "in the product, A in 16 bits": alone_with(in_16_bits),
         "without, triton": alone_with(None, "triton"),
-        "in the product, triton": alone_with(
-            LowRank(in_8_bits, in_fp8, None, shift[:rank]), "triton"
-        ),
+        "in the product, triton": alone_with(LowRank(in_8_bits, up, None, shift[:rank]), "triton"),
         "after it": lambda: add_low_rank(linear(x, packed), x, in_16_bits),
         "three without": lambda: readers(lambda *_: linear(x, packed), x, None),
         "three in the product": lambda: readers(shared, x, key),

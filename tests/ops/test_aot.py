@@ -19,8 +19,6 @@ from lowbit.ops.quantize_rows.triton import K_MAX, cover, warps_of  # noqa: E402
 from lowbit.ops.scaled_mm.kernel import scaled_mm_kernel  # noqa: E402
 from lowbit.ops.scaled_mm.tiles import TABLE, Tile  # noqa: E402
 from lowbit.ops.scaled_mm.triton import BLOCK_TABLE, parts, pieces  # noqa: E402
-from lowbit.ops.widen_rows.kernel import widen_rows_kernel  # noqa: E402
-from lowbit.ops.widen_rows.triton import COLUMNS, ELEMENTS, WARPS  # noqa: E402
 from tests.ops.triton_versions import VERSIONS, Version  # noqa: E402
 
 WARP_SIZE = 32
@@ -87,9 +85,6 @@ def product(tile: Tile, arch: int, a: torch.dtype, b: torch.dtype, scales="row",
         **{"stride_residual": "residual" in given},
         **{name: "h" in given for name in ("stride_h", "stride_u")},
     }
-    more = given.get("MORE_STEPS", 0)
-    if more:
-        types.update(h=types["a"], u=types["b"])
     types.update({name: "i32" for name, there in sizes.items() if there})
     rank = given.get("RANK", 0)
     piece, flatten = pieces(tile, a == torch.int8, tile.tma, rank)
@@ -103,7 +98,7 @@ def product(tile: Tile, arch: int, a: torch.dtype, b: torch.dtype, scales="row",
         **{"ACTIVATION": activation, "GATE_ROWS": gate_rows},
         "HAS_RESIDUAL": "residual" in given,
         "PARTS": parts(tile, activation, gate_rows, "residual" in given),
-        **{"RANK": rank, "PIECE": piece, "MORE_STEPS": more},
+        **{"RANK": rank, "PIECE": piece},
         "PDL": arch >= HOPPER,
     }
     options = {"num_warps": tile.warps, "num_stages": tile.stages}
@@ -146,7 +141,6 @@ ALL = {**GELU, "gate": "*fp32", "GATE_ROWS": "many", "residual": "*fp32"}
 POINT = {"zero_point": "*i32", "column_sum": "*i32"}
 # As LoRAs have it.
 LOW_RANK = {"bias": "*bf16", "h": "*bf16", "u": "*bf16", "RANK": 64}
-SUMMED = {"bias": "*bf16", "MORE_STEPS": 1}
 
 
 def cases() -> list:
@@ -169,7 +163,6 @@ def cases() -> list:
             todo += [(by_row[-1], "row", "low rank", LOW_RANK)]
             if arch == HOPPER:
                 todo += [(tile, "row", "low rank", LOW_RANK) for tile in by_row[:-1]]
-                todo += [(tile, "row", "summed", SUMMED) for tile in by_row if tile.tma]
                 todo += [(tile, "block", "plain", PLAIN) for tile in by_block]
                 todo += [(by_row[-1], "row", "gelu", GELU), (by_row[-1], "row", "gated", GATED)]
             found += [
@@ -265,18 +258,6 @@ def test_quantizer_uses_the_tensor_cores_to_rotate_and_no_local_memory(
 @pytest.mark.parametrize("rotate", [True, pytest.param(False, marks=EVERY_TRITON)])
 def test_quantizer_to_fp8_compiles(arch, rotate, tmp_path):
     kernel = quantizer(3072, arch, torch.float8_e4m3fn, rotate)
-    assert spilled_bytes(kernel, tmp_path) <= SPILLED_BYTES
-
-
-@pytest.mark.parametrize("arch", [arch for arch in ARCHITECTURES if arch >= FIRST_WITH_FP8])
-def test_rows_are_widened_without_local_memory(arch, tmp_path):
-    types = {
-        **{"h": "*bf16", "stored": "*fp8e4nv", "out": "*fp8e4nv"},
-        **dict.fromkeys(("scale", "scale_up", "scale_weight"), "*fp32"),
-        **dict.fromkeys(("M", "K", "R", "stride_h"), "i32"),
-    }
-    constants = {"ROWS": ELEMENTS // 64, "RANK": 64, "COLUMNS": COLUMNS}
-    kernel = compiled(widen_rows_kernel, types, constants, arch, num_warps=WARPS)
     assert spilled_bytes(kernel, tmp_path) <= SPILLED_BYTES
 
 

@@ -200,7 +200,7 @@ def test_product_of_a_decoded_weight_fits_and_uses_the_tensor_cores(arch, tokens
         **{"GROUP_M": tile.group_m, "USE_TMA": True, "INTEGER": False, "FLATTEN": tile.flatten},
         **{"SCALE_A": "one", "SCALE_B": "one", "HAS_BIAS": True, "HAS_ZERO_POINT": False},
         **{"ACTIVATION": None, "GATE_ROWS": None, "HAS_RESIDUAL": False, "PARTS": 1, "PDL": True},
-        **{"RANK": 0, "PIECE": 0, "MORE_STEPS": 0},
+        **{"RANK": 0, "PIECE": 0},
     }
     options = {"num_warps": tile.warps, "num_stages": tile.stages}
     kernel = compiled(scaled_mm_kernel, types, constants, arch, **options)
