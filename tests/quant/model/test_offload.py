@@ -1,13 +1,12 @@
 """diffusers' group offloading of quantized models; a CPU alone moves everything to where it is."""
 
+import accelerate
 import pytest
 import torch
 
 import lowbit
 from lowbit.ops.linear.weight import Weight
 
-# Without it diffusers lacks a function that its own offloading calls.
-accelerate = pytest.importorskip("accelerate", reason="accelerate is not installed")
 CPU = torch.device("cpu")
 WAYS = [
     {"offload_type": "leaf_level"},

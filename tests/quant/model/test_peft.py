@@ -11,7 +11,6 @@ from lowbit.ops.linear.modules import LowBitLinear
 from lowbit.quant import formats
 from tests.quant.model.conftest import only_wan
 
-pytest.importorskip("peft", reason="peft, and transformers that it wants, are not installed")
 RANK = 4
 
 
