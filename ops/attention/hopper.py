@@ -146,7 +146,7 @@ def _strides(bias: torch.Tensor | None) -> tuple[int, int]:
 @functools.cache
 def _kernel(kind: Kind, device: int) -> tuple[nvrtc.Kernel, int]:
     """Return the kernel, and how many blocks its clusters have."""
-    code = nvrtc.compile_source(source(), kind.options)
+    code = nvrtc.machine_code(source(), kind.options)
     return nvrtc.Kernel(code, "attention", kind.shared_bytes), kind.variant["CLUSTER"]
 
 

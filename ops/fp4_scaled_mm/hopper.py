@@ -77,7 +77,7 @@ def options(tile: Tile, group: int, out_dtype: torch.dtype) -> tuple[str, ...]:
 
 @functools.cache
 def _kernel(tile: Tile, group: int, out_dtype: torch.dtype, device: int) -> nvrtc.Kernel:
-    code = nvrtc.compile_source(source(tile), options(tile, group, out_dtype))
+    code = nvrtc.machine_code(source(tile), options(tile, group, out_dtype))
     return nvrtc.Kernel(code, "fp4_scaled_mm", tile.stages * tile.stage_bytes + ALIGNMENT)
 
 

@@ -149,7 +149,7 @@ class Variant(NamedTuple):
 @functools.cache
 def _kernel(device: int, variant: Variant) -> nvrtc.Kernel:
     """Return the kernel for `device`, which is the current one."""
-    code = nvrtc.compile_source(source(), options(**variant.defined()))
+    code = nvrtc.machine_code(source(), options(**variant.defined()))
     shared = shared_bytes(variant.stages, variant.down, variant.vectors)
     return nvrtc.Kernel(code, "product", shared)
 
