@@ -3,6 +3,7 @@
 import hashlib
 import logging
 import os
+import re
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -243,8 +244,8 @@ def test_processes_may_keep_the_same_kernels_at_once(place):
     for run in runs:
         _, error = run.communicate(timeout=120)
         assert run.returncode == 0 and not error, error.decode()
+    assert files(place) and all(file.suffix == cache.SUFFIX for file in files(place))
     assert all(cache._read(file) for file in files(place))
-    assert 1 <= len(files(place)) <= 5
 
 
 def test_compiled_graphs_call_it_from_within_their_operations(compiler, monkeypatch):
@@ -282,7 +283,7 @@ def real(monkeypatch):
 
 
 def test_nvrtc_compiles_once(real, place, monkeypatch):
-    assert nvrtc._version().partition(".")[0] in ("12", "13")
+    assert re.fullmatch(r"\d+\.\d+", nvrtc._version())
     code = nvrtc.machine_code(SOURCE, OPTIONS)
     assert code == nvrtc.compile_source(SOURCE, OPTIONS) and code.startswith(b"\x7fELF")
     monkeypatch.delattr(nvrtc, "compile_source")
