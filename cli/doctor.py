@@ -33,6 +33,7 @@ def _print(found) -> None:
             *((f"  {b.name}", b.reason or "on") for b in found.kitchen_backends),
             *((name, version or MISSING) for name, version in found.packages.items()),
             ("ComfyUI", _host(found.host)),
+            ("cache", found.cache),
             ("tuned", _tuned(found.tuned)),
         ],
         indent="",

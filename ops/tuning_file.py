@@ -9,14 +9,13 @@ import contextlib
 import dataclasses
 import json
 import logging
-import os
 import sys
-import tempfile
-import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from . import cache_folder
 
 logger = logging.getLogger(__name__)
 
@@ -24,9 +23,6 @@ SCHEMA = 1
 FILE = "tuning.json"
 # A file that was not understood is kept under this name when a new one takes its place.
 SET_ASIDE = "tuning.unread.json"
-# On Windows a file that another process reads cannot be replaced; reading takes milliseconds.
-REPLACE_TRIES = 50
-REPLACE_WAIT_SECONDS = 0.02
 
 # Scheme, N, K and bucket of M.
 Key = tuple[str, int, int, int]
@@ -83,25 +79,9 @@ class Section:
     entries: tuple[Entry, ...]
 
 
-def folder() -> Path:
-    """Return where the file lies: LOWBIT_CACHE, or `lowbit` in the user's folder of caches."""
-    if os.environ.get("LOWBIT_CACHE"):
-        return Path(os.path.expanduser(os.environ["LOWBIT_CACHE"]))
-    home = Path(os.path.expanduser("~"))
-    if sys.platform == "win32":
-        base = Path(os.environ.get("LOCALAPPDATA") or home / "AppData" / "Local")
-    elif sys.platform == "darwin":
-        base = home / "Library" / "Caches"
-    else:
-        # The XDG specification has relative paths ignored.
-        named = Path(os.environ.get("XDG_CACHE_HOME", ""))
-        base = named if named.is_absolute() else home / ".cache"
-    return base / "lowbit"
-
-
 def path() -> Path:
     """Return the file's path, whether it is there or not."""
-    return folder() / FILE
+    return cache_folder.folder() / FILE
 
 
 def read(file: Path) -> list[Section]:
@@ -134,7 +114,7 @@ def update(file: Path, mark: Mark, changes: Mapping[Key, Entry | None]) -> None:
     Sections that differ from `mark` in the source alone go: no version at hand reads them. What
     another process wrote in the meantime is kept. Raises OSError when the file cannot be written.
     """
-    file.parent.mkdir(parents=True, exist_ok=True)
+    cache_folder.make(file.parent)
     with _locked(file.with_suffix(".lock")):
         sections = _read_or_set_aside(file)
         entries = {e.key: e for part in sections if part.mark == mark for e in part.entries}
@@ -167,7 +147,7 @@ def _read_or_set_aside(file: Path) -> list[Section]:
     except UnreadableError as error:
         aside = file.with_name(SET_ASIDE)
         logger.warning("%s: %s. It is now %s, a new one takes its place.", file, error, aside)
-        _replace(file, aside)
+        cache_folder.replace(file, aside)
         return []
 
 
@@ -179,26 +159,7 @@ def _write(file: Path, sections: list[Section]) -> None:
             for part in sections
         ],
     }
-    handle, temporary = tempfile.mkstemp(dir=file.parent, prefix=file.name, suffix=".part")
-    try:
-        with open(handle, "w", encoding="utf-8") as stream:
-            json.dump(content, stream, indent=1, allow_nan=False)
-            stream.flush()
-            os.fsync(stream.fileno())
-        _replace(Path(temporary), file)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-
-
-def _replace(source: Path, target: Path) -> None:
-    for left in reversed(range(REPLACE_TRIES)):
-        try:
-            return os.replace(source, target)
-        except PermissionError:
-            if sys.platform != "win32" or not left:
-                raise
-            time.sleep(REPLACE_WAIT_SECONDS)
+    cache_folder.write(file, json.dumps(content, indent=1, allow_nan=False).encode("utf-8"))
 
 
 @contextlib.contextmanager

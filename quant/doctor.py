@@ -12,7 +12,7 @@ from pathlib import Path
 import comfy_kitchen
 import torch
 
-from ..ops import registry, tuning, tuning_file
+from ..ops import cache_folder, registry, tuning, tuning_file
 from ..ops.fp4_mm import OP as FOUR_BIT
 from ..ops.linear import OP
 from ..ops.scaled_mm import OP as PRODUCT
@@ -77,7 +77,10 @@ class Tuned:
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """What `diagnose` found. Versions are None where the package is missing."""
+    """What `diagnose` found. Versions are None where the package is missing.
+
+    cache: the folder of compiled kernels and of what `lowbit tune` found.
+    """
 
     python: str
     platform: str
@@ -89,6 +92,7 @@ class Diagnosis:
     packages: dict[str, str | None]
     host: Host | None
     device: str
+    cache: str
     tuned: Tuned
     formats: tuple[FormatSupport, ...]
 
@@ -108,6 +112,7 @@ def diagnose() -> Diagnosis:
         packages={module: _version(module, names) for module, names in PACKAGES.items()},
         host=find_host(),
         device=str(device),
+        cache=str(cache_folder.folder()),
         tuned=_tuned(device),
         formats=tuple(_support(formats.get(name), device) for name in formats.names()),
     )

@@ -7,17 +7,17 @@ from pathlib import Path
 
 import torch
 
-from ..cuda import HOPPER_OPTIONS, nvrtc
-from ..cuda import source as cuda_source
+from ..cuda import nvrtc
+from ..cuda.hopper import HOPPER, OPTIONS, missing
+from ..cuda.hopper import source as cuda_source
 from ..cuda.tensor_map import TensorMap, no_map, tensor_map
 from ..launch import TRITON_MIN
-from ..registry import Backend, Needs, capability, register
+from ..registry import Backend, Needs, register
 from . import CAUSAL, KEYS, OP, scheme
 from .modes import MODES, Mode
 from .prepare import LOG2E, TILE, prepare
 from .prologue import NOTHING
 
-HOPPER = (9, 0)
 D = 128
 THREADS = 384
 # Scales of 128 keys: each thread of four holds the keys of one.
@@ -101,7 +101,7 @@ class Kind:
             **{"PV": self.mode.code, "FP16": int(self.dtype == torch.float16), **self.variant},
             **{"CAUSAL": int(self.causal), "BIASED": int(self.biased)},
         }
-        return (*HOPPER_OPTIONS, *(f"-D{name}={value}" for name, value in defined.items()))
+        return (*OPTIONS, *(f"-D{name}={value}" for name, value in defined.items()))
 
     @property
     def shared_bytes(self) -> int:
@@ -146,7 +146,7 @@ def _strides(bias: torch.Tensor | None) -> tuple[int, int]:
 @functools.cache
 def _kernel(kind: Kind, device: int) -> tuple[nvrtc.Kernel, int]:
     """Return the kernel, and how many blocks its clusters have."""
-    code = nvrtc.compile_source(source(), kind.options)
+    code = nvrtc.machine_code(source(), kind.options)
     return nvrtc.Kernel(code, "attention", kind.shared_bytes), kind.variant["CLUSTER"]
 
 
@@ -177,13 +177,6 @@ def run(out, lse, q, k, v, mode, mask, causal, scale, prologue=NOTHING, rotate=F
         lse += ready.shift.view_as(lse)
 
 
-def _missing(device: torch.device) -> str | None:
-    """Return why the kernel cannot run on `device`, or None."""
-    if device.type == "cuda" and capability(device) != HOPPER:
-        return f"needs compute capability {HOPPER}, got {capability(device)}"
-    return nvrtc.missing()
-
-
 NEEDS = Needs(
     frozenset(scheme(mode, kind) for mode in MODES for kind in (None, KEYS, CAUSAL)),
     devices=frozenset({"cuda"}),
@@ -192,6 +185,6 @@ NEEDS = Needs(
     k_max=D,
     package="triton",
     package_min=TRITON_MIN,
-    self_test=_missing,
+    self_test=missing,
 )
 register(Backend(OP, "hopper", 5, NEEDS, run))

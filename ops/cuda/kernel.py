@@ -43,7 +43,7 @@ class CudaKernel:
 
         threads: of a block. shared_bytes: its dynamic shared memory.
         """
-        code = nvrtc.compile_source(self._source(), options(capability(device), defined))
+        code = nvrtc.machine_code(self._source(), options(capability(device), defined))
         loaded = Loaded(code, self._name, shared_bytes)
         loaded.prepare(self._pointers, self._layout, threads, device.index)
         return loaded

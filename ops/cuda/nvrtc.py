@@ -9,6 +9,8 @@ from collections.abc import Sequence
 
 import torch
 
+from . import cache
+
 WINDOWS = hasattr(ctypes, "WinDLL")
 # CUfunction_attribute: most dynamic shared memory that a launch may ask for.
 MAX_DYNAMIC_SHARED_BYTES = 8
@@ -65,12 +67,31 @@ def check(result: int, what: str) -> None:
         raise NvrtcError(f"{what}: {reason}")
 
 
+@functools.cache
+def _version() -> str:
+    """Return NVRTC's version, 13.0. Raises NvrtcError when it cannot be loaded or gives none."""
+    major, minor = ctypes.c_int(), ctypes.c_int()
+    if _nvrtc().nvrtcVersion(ctypes.byref(major), ctypes.byref(minor)):
+        raise NvrtcError("NVRTC told no version")
+    return f"{major.value}.{minor.value}"
+
+
+def machine_code(source: str, options: Sequence[str]) -> bytes:
+    """Return the machine code of CUDA C++ `source`, compiled now or before, as `cache` keeps it.
+
+    Raises NvrtcError with the compiler's log.
+    """
+    # By torch's own version its wheels choose NVRTC's patch, which NVRTC does not tell.
+    versions = (_version(), torch.__version__, torch.version.cuda)
+    return cache.kept((*versions, *options, source), lambda: compile_source(source, options))
+
+
 def compile_source(
     source: str, options: Sequence[str], library: ctypes.CDLL | None = None
 ) -> bytes:
-    """Return the machine code of CUDA C++ `source`. Raises NvrtcError with the compiler's log.
+    """Return the machine code of CUDA C++ `source`, compiled now.
 
-    library: NVRTC, where it is not torch's.
+    library: NVRTC, where it is not torch's. Raises NvrtcError with the compiler's log.
     """
     nvrtc = library or _nvrtc()
     program = ctypes.c_void_p()

@@ -6,15 +6,15 @@ from pathlib import Path
 
 import torch
 
-from ..cuda import HOPPER_OPTIONS, nvrtc
-from ..cuda import source as cuda_source
+from ..cuda import nvrtc
+from ..cuda.hopper import HOPPER, OPTIONS, missing
+from ..cuda.hopper import source as cuda_source
 from ..cuda.tensor_map import tensor_map
 from ..quantize_rows.order import BLOCK
-from ..registry import Backend, Needs, capability, register
+from ..registry import Backend, Needs, register
 from . import OP, SCHEMES
 from .tiles import ROW_BYTES, Tile, choose
 
-HOPPER = (9, 0)
 # 16 bytes of a row of the result are stored together.
 N_MULTIPLE = 8
 FOLDER = Path(__file__).with_name("kernels")
@@ -72,12 +72,12 @@ def options(tile: Tile, group: int, out_dtype: torch.dtype) -> tuple[str, ...]:
         **{"GROUP": group, "GROUPS": tile.groups, "TOKENS": tile.tokens, "OUT": TYPES[out_dtype]},
         **{"STAGES": tile.stages, "PARTS": tile.parts},
     }
-    return (*HOPPER_OPTIONS, *(f"-D{name}={value}" for name, value in defined.items()))
+    return (*OPTIONS, *(f"-D{name}={value}" for name, value in defined.items()))
 
 
 @functools.cache
 def _kernel(tile: Tile, group: int, out_dtype: torch.dtype, device: int) -> nvrtc.Kernel:
-    code = nvrtc.compile_source(source(tile), options(tile, group, out_dtype))
+    code = nvrtc.machine_code(source(tile), options(tile, group, out_dtype))
     return nvrtc.Kernel(code, "fp4_scaled_mm", tile.shared_bytes + ALIGNMENT)
 
 
@@ -128,13 +128,6 @@ def run_tile(
     return out
 
 
-def _missing(device: torch.device) -> str | None:
-    """Return why the kernel cannot run on `device`, or None."""
-    if device.type == "cuda" and capability(device) != HOPPER:
-        return f"needs compute capability {HOPPER}, got {capability(device)}"
-    return nvrtc.missing()
-
-
 NEEDS = Needs(
     frozenset(SCHEMES),
     devices=frozenset({"cuda"}),
@@ -142,6 +135,6 @@ NEEDS = Needs(
     measured=(HOPPER, (9, 1)),
     k_multiple=BLOCK,
     n_multiple=N_MULTIPLE,
-    self_test=_missing,
+    self_test=missing,
 )
 register(Backend(OP, "hopper", 10, NEEDS, run))

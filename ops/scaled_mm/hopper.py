@@ -9,14 +9,14 @@ from typing import NamedTuple
 
 import torch
 
-from ..cuda import HOPPER_OPTIONS, nvrtc
-from ..cuda import source as cuda_source
+from ..cuda import nvrtc
+from ..cuda.hopper import HOPPER, OPTIONS, missing
+from ..cuda.hopper import source as cuda_source
 from ..cuda.tensor_map import TensorMap, encoded, no_map, tensor_map
-from ..registry import Backend, Needs, capability, register
+from ..registry import Backend, Needs, register
 from . import OP
 from .check import MADE_RANKS, MAX_RANKS, Down
 
-HOPPER = (9, 0)
 OPERANDS = ("int8", "fp8", "fp8_mixed", "fp8_e5m2")
 FOLDER = Path(__file__).with_name("kernels")
 SOURCES = ("machine.cu", "order.cu", "epilogue.cu", "product.cu")
@@ -61,7 +61,7 @@ def source() -> str:
 
 def options(**defined: int) -> tuple[str, ...]:
     """Return NVRTC's options; defined: what machine.cu lists."""
-    return (*HOPPER_OPTIONS, *(f"-D{name}={int(value)}" for name, value in defined.items()))
+    return (*OPTIONS, *(f"-D{name}={int(value)}" for name, value in defined.items()))
 
 
 def shared_bytes(stages: int, projects: bool, vectors: Iterable[torch.dtype]) -> int:
@@ -148,7 +148,7 @@ class Variant(NamedTuple):
 @functools.cache
 def _kernel(device: int, variant: Variant) -> nvrtc.Kernel:
     """Return the kernel for `device`, which is the current one."""
-    code = nvrtc.compile_source(source(), options(**variant.defined()))
+    code = nvrtc.machine_code(source(), options(**variant.defined()))
     shared = shared_bytes(variant.stages, variant.down, variant.vectors)
     return nvrtc.Kernel(code, "product", shared)
 
@@ -310,13 +310,6 @@ def _launch(
     kernel.launch((blocks, 1, 1), THREADS, (params, *maps), stream, early=True)
 
 
-def _missing(device: torch.device) -> str | None:
-    """Return why the kernel cannot run on `device`, or None."""
-    if device.type == "cuda" and capability(device) != HOPPER:
-        return f"needs compute capability {HOPPER}, got {capability(device)}"
-    return nvrtc.missing()
-
-
 NEEDS = Needs(
     frozenset(f"{x}_{scales}" for x in OPERANDS for scales in ("tensor", "row")),
     devices=frozenset({"cuda"}),
@@ -324,6 +317,6 @@ NEEDS = Needs(
     measured=(HOPPER, (10, 0)),
     few=False,
     n_multiple=COLUMNS,
-    self_test=_missing,
+    self_test=missing,
 )
 register(Backend(OP, "hopper", 5, NEEDS, run, projects=True))

@@ -1,0 +1,64 @@
+"""The pack's folder in the user's folder of caches, and how files are written there."""
+
+import os
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+# On Windows a file that another process reads cannot be replaced; reading takes milliseconds.
+REPLACE_TRIES = 50
+REPLACE_WAIT_SECONDS = 0.02
+
+
+def folder() -> Path:
+    """Return the folder: LOWBIT_CACHE, or `lowbit` in the user's folder of caches."""
+    if os.environ.get("LOWBIT_CACHE"):
+        return Path(os.path.expanduser(os.environ["LOWBIT_CACHE"]))
+    home = Path(os.path.expanduser("~"))
+    if sys.platform == "win32":
+        base = Path(os.environ.get("LOCALAPPDATA") or home / "AppData" / "Local")
+    elif sys.platform == "darwin":
+        base = home / "Library" / "Caches"
+    else:
+        # The XDG specification has relative paths ignored.
+        named = Path(os.environ.get("XDG_CACHE_HOME", ""))
+        base = named if named.is_absolute() else home / ".cache"
+    return base / "lowbit"
+
+
+def make(path: Path) -> None:
+    """Make a folder and those above it, where they are missing. Raises OSError."""
+    # Of a user without a home `expanduser` leaves it, and it would be a folder of that name.
+    if path.parts[:1] and path.parts[0].startswith("~"):
+        raise FileNotFoundError(f"{path}: there is no such home folder; set LOWBIT_CACHE")
+    path.mkdir(parents=True, exist_ok=True)
+
+
+def write(file: Path, content: bytes) -> None:
+    """Write a file in one step: others see it whole or as it was. Raises OSError.
+
+    A process that ends meanwhile leaves a file of that name with more after it, and `.part`.
+    """
+    make(file.parent)
+    handle, temporary = tempfile.mkstemp(dir=file.parent, prefix=file.name, suffix=".part")
+    try:
+        with open(handle, "wb") as stream:
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
+        replace(Path(temporary), file)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def replace(source: Path, target: Path) -> None:
+    """Move a file over another one. Raises OSError."""
+    for left in reversed(range(REPLACE_TRIES)):
+        try:
+            return os.replace(source, target)
+        except PermissionError:
+            if sys.platform != "win32" or not left:
+                raise
+            time.sleep(REPLACE_WAIT_SECONDS)
