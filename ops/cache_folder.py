@@ -1,14 +1,17 @@
 """The pack's folder in the user's folder of caches, and how files are written there."""
 
+import contextlib
 import os
 import sys
-import tempfile
+import threading
 import time
 from pathlib import Path
 
 # On Windows a file that another process reads cannot be replaced; reading takes milliseconds.
 REPLACE_TRIES = 50
 REPLACE_WAIT_SECONDS = 0.02
+# How files end that are being written.
+PART = ".part"
 
 
 def folder() -> Path:
@@ -27,10 +30,18 @@ def folder() -> Path:
     return base / "lowbit"
 
 
+def has_home(path: Path) -> bool:
+    """Return whether a path has the home folder that it names.
+
+    Of a user without one `expanduser` leaves it, and it would be a folder of that name wherever the
+    program happens to run.
+    """
+    return not (path.parts and path.parts[0].startswith("~"))
+
+
 def make(path: Path) -> None:
     """Make a folder and those above it, where they are missing. Raises OSError."""
-    # Of a user without a home `expanduser` leaves it, and it would be a folder of that name.
-    if path.parts[:1] and path.parts[0].startswith("~"):
+    if not has_home(path):
         raise FileNotFoundError(f"{path}: there is no such home folder; set LOWBIT_CACHE")
     path.mkdir(parents=True, exist_ok=True)
 
@@ -41,15 +52,18 @@ def write(file: Path, content: bytes) -> None:
     A process that ends meanwhile leaves a file of that name with more after it, and `.part`.
     """
     make(file.parent)
-    handle, temporary = tempfile.mkstemp(dir=file.parent, prefix=file.name, suffix=".part")
+    # Not by `tempfile`, which makes files for their owner alone, and on Windows tries a folder that
+    # refuses them two thousand million times.
+    temporary = file.with_name(f"{file.name}.{os.getpid()}-{threading.get_ident()}{PART}")
     try:
-        with open(handle, "wb") as stream:
+        with temporary.open("wb") as stream:
             stream.write(content)
             stream.flush()
             os.fsync(stream.fileno())
-        replace(Path(temporary), file)
+        replace(temporary, file)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
         raise
 
 

@@ -13,13 +13,13 @@ tested. One idea per file:
 - `attention`: a model's attention by an override of ours
 - `lora`: LoRAs beside the weights
 - `saving`: a model as a file
-- `folders`: files under `models/`
+- `folders`: files under `models/`, and where compiled kernels are kept
 - `memory`: room on the device
 - `work`: the device, the progress bar and the user's wish to stop
 """
 
 from .attention import set_attention
-from .folders import lora_names, lora_path, model_names, model_path
+from .folders import keep_machine_code, lora_names, lora_path, model_names, model_path
 from .layers import layer_records
 from .loading import load_model
 from .lora import merged, set_lora
@@ -28,6 +28,7 @@ from .saving import save_model
 from .work import progress
 
 __all__ = [
+    "keep_machine_code",
     "layer_records",
     "load_model",
     "lora_names",

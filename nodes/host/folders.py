@@ -1,11 +1,28 @@
-"""The files of models/diffusion_models and models/loras, as ComfyUI lists them, and GGUF models."""
+"""The files of models/diffusion_models and models/loras, as ComfyUI lists them, and GGUF models.
+
+And the one folder of its own that the pack has in ComfyUI's.
+"""
 
 import importlib.util
+from pathlib import Path
+
+from ...ops.cuda import cache
 
 MODELS = "diffusion_models"
 LORAS = "loras"
 # ComfyUI lists no such files there. Its table of suffixes belongs to all packs: it stays as it is.
 OURS = ".gguf"
+# Of folders in ComfyUI's own for users, which no request reaches.
+OWN = "lowbit"
+
+
+def keep_machine_code() -> None:
+    """Keep compiled kernels in ComfyUI's folder for users, where there is one."""
+    if importlib.util.find_spec("folder_paths") is None:
+        return
+    import folder_paths
+
+    cache.keep_in(Path(folder_paths.get_system_user_directory(OWN)))
 
 
 def model_names() -> list[str]:

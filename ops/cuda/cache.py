@@ -8,6 +8,8 @@ the user, removes is compiled again.
 import hashlib
 import json
 import logging
+import os
+import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -21,11 +23,24 @@ SUFFIX = ".code"
 MOST_FILES = 256
 MOST_BYTES = 64 << 20
 DIGEST_BYTES = hashlib.sha256().digest_size
+# A file that was being written so long ago was left behind.
+PART_SECONDS = 3600
 _warned: set[Path] = set()
+_host: list[Path] = []
+
+
+def keep_in(place: Path) -> None:
+    """Keep the files in a folder of the program that this one is part of, not in the user's.
+
+    LOWBIT_CACHE comes first all the same.
+    """
+    _host[:] = [place]
 
 
 def folder() -> Path:
     """Return where the files lie, whether there are any or not."""
+    if _host and not os.environ.get("LOWBIT_CACHE"):
+        return _host[0] / FOLDER
     return cache_folder.folder() / FOLDER
 
 
@@ -51,6 +66,8 @@ def _digest(file: Path, code: bytes) -> bytes:
 
 def _read(file: Path) -> bytes | None:
     """Return the code that a file holds, None where it holds none or not what was written."""
+    if not cache_folder.has_home(file):
+        return None
     try:
         content = file.read_bytes()
     except FileNotFoundError:
@@ -89,12 +106,17 @@ def _warn(place: Path, error: OSError) -> None:
 
 
 def _trim(place: Path) -> None:
-    """Remove the oldest files beyond MOST_FILES and MOST_BYTES, half-written ones included.
+    """Remove the oldest files beyond MOST_FILES and MOST_BYTES, and those left half-written.
 
     Raises OSError when one cannot be removed.
     """
-    abouts = {file: file.stat() for file in place.glob(f"*{SUFFIX}*")}
-    total = 0
+    abouts, total = {}, 0
+    for file in place.glob(f"*{SUFFIX}*"):
+        about = file.stat()
+        if file.suffix != cache_folder.PART:
+            abouts[file] = about
+        elif about.st_mtime < time.time() - PART_SECONDS:
+            file.unlink(missing_ok=True)
     for count, file in enumerate(sorted(abouts, key=lambda x: -abouts[x].st_mtime_ns), 1):
         total += abouts[file].st_size
         if count > MOST_FILES or total > MOST_BYTES:

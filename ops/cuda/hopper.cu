@@ -77,22 +77,30 @@ __device__ __forceinline__ u32 block_in_cluster() {
     asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
     return rank;
 }
-// Waits for all threads of the cluster, in two steps, of which a thread takes each in its turn.
+// Waits for all threads of the cluster.
+__device__ __forceinline__ void cluster_sync() {
+    asm volatile("barrier.cluster.arrive;\nbarrier.cluster.wait;" ::: "memory");
+}
+// The same in two steps, after which the barriers of all blocks stand; of other memory it says
+// nothing. Every thread takes both.
 __device__ __forceinline__ void cluster_arrive() {
-    asm volatile("barrier.cluster.arrive;" ::: "memory");
+    asm volatile("barrier.cluster.arrive.relaxed;" ::: "memory");
 }
 __device__ __forceinline__ void cluster_wait() {
     asm volatile("barrier.cluster.wait;" ::: "memory");
-}
-__device__ __forceinline__ void cluster_sync() {
-    cluster_arrive();
-    cluster_wait();
 }
 // The address of what stands at the same place in another block.
 __device__ __forceinline__ u32 address_in_block(u32 here, u32 block) {
     u32 there;
     asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(here), "r"(block));
     return there;
+}
+// Sixteen bytes to another block, whose barrier counts them.
+__device__ __forceinline__ void send(u32 there, const float (&four)[4], u32 bar_there) {
+    asm volatile(
+        "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, [%5];"
+        ::"r"(there), "f"(four[0]), "f"(four[1]), "f"(four[2]), "f"(four[3]), "r"(bar_there)
+        : "memory");
 }
 // Arrives at the barrier that stands at the same place in another block.
 __device__ __forceinline__ void barrier_arrive_at(u32 bar, u32 block) {

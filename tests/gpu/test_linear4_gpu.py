@@ -282,6 +282,21 @@ def test_interleaved_product_errs_as_the_one_in_order(name, m, n, k):
 
 
 @hopper_only
+@pytest.mark.parametrize(("k", "tokens"), [(128, 20), (384, 70), (5120, 512)])
+def test_two_blocks_that_share_a_tile_always_give_the_same_bits(k, tokens):
+    """Also where one of them has no columns."""
+    w = four_bit(weight_of("nvfp4", 1040, k))
+    rows, scale = quantize_rows(make(tokens, k).bfloat16(), E4M3, interleaved=True)
+    weight = (w.packed, w.scale.view(torch.uint8), w.tensor_scale)
+    operands = (rows, scale, *weight, None, 1040, w.group, torch.float32)
+    want = product_reference.run(*operands)
+    for tile in (tile for tile in PRODUCT_TILES if tile.parts == 2):
+        got = hopper.run_tile(*operands, tile)
+        assert error(got, want) <= 2**-10
+        assert all(torch.equal(hopper.run_tile(*operands, tile), got) for _ in range(100))
+
+
+@hopper_only
 def test_scale_of_nan_shows_in_its_output_and_no_other():
     packed, scale = raw(256, 512, 16)
     scale[:] = 0x38

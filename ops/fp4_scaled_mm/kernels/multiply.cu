@@ -3,8 +3,9 @@
 // The product is W · xᵀ, as tensor cores take their left operand from registers. One warp copies
 // packed W, its scales and x to shared memory, 128 columns a stage; each warpgroup decodes and
 // multiplies 64 rows of W, and decodes ahead of the tensor cores: while they multiply one half of a
-// stage, it decodes the other. Where tiles are fewer than multiprocessors, the blocks of a cluster
-// have a tile together, each half of its columns, and add up the other's sums of half of its tokens.
+// stage, it decodes the other. Where tiles are fewer than multiprocessors, the two blocks of a
+// cluster have a tile together: each multiplies half of the columns, and finishes half of the tokens
+// with the sums that the other one sends.
 //
 // Compiled by NVRTC for sm_90a after ops/cuda/hopper.cu, the instruction `multiply` (hopper.py)
 // and decode.cu. Defined from outside:
@@ -55,7 +56,7 @@ constexpr int ROOM = (REGISTERS * (GROUPS + 1) - FEW_REGISTERS) / GROUPS / 8 * 8
 constexpr int MANY_REGISTERS = ROOM < 240 ? ROOM : 240;
 
 struct Shared {
-    u32 x, w, scale, sums, full, empty;
+    u32 x, w, scale, sums, full, empty, added;
 };
 
 // A place in the ring of stages.
@@ -205,14 +206,16 @@ __device__ __forceinline__ void consume(float (&sums)[SUMS], const Params& args,
 
 // own = the sums of the block's own tokens, with those of the other block of the cluster, of which
 // a thread has the same as the one of its number here.
-__device__ __forceinline__ void add_up(float (&own)[OWN_SUMS], const float (&sums)[SUMS], u32 here) {
+__device__ __forceinline__ void add_up(float (&own)[OWN_SUMS], const float (&sums)[SUMS],
+                                       const Shared& at) {
     if constexpr (PARTS == 1) {
 #pragma unroll
         for (int i = 0; i < OWN_SUMS; ++i) own[i] = sums[i];
     } else {
+        constexpr int STEP = 16 * 128 * GROUPS;
         bool second = blockIdx.z == 1;
-        here += threadIdx.x * 16;
-        u32 there = address_in_block(here, blockIdx.z ^ 1);
+        u32 here = at.sums + threadIdx.x * 16, other = blockIdx.z ^ 1;
+        u32 there = address_in_block(here, other), added = address_in_block(at.added, other);
         // The other one runs.
         cluster_wait();
 #pragma unroll
@@ -223,18 +226,15 @@ __device__ __forceinline__ void add_up(float (&own)[OWN_SUMS], const float (&sum
                 sent[j] = second ? sums[i + j] : sums[OWN_SUMS + i + j];
                 own[i + j] = second ? sums[OWN_SUMS + i + j] : sums[i + j];
             }
-            asm volatile("st.shared::cluster.v4.f32 [%0], {%1, %2, %3, %4};"
-                         ::"r"(there + i / 4 * (16 * 128 * GROUPS)), "f"(sent[0]), "f"(sent[1]),
-                           "f"(sent[2]), "f"(sent[3]) : "memory");
+            send(there + i / 4 * STEP, sent, added);
         }
-        cluster_arrive();
-        cluster_wait();
+        barrier_wait(at.added, 0);
 #pragma unroll
         for (int i = 0; i < OWN_SUMS; i += 4) {
             float more[4];
             asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
                          : "=f"(more[0]), "=f"(more[1]), "=f"(more[2]), "=f"(more[3])
-                         : "r"(here + i / 4 * (16 * 128 * GROUPS)) : "memory");
+                         : "r"(here + i / 4 * STEP) : "memory");
 #pragma unroll
             for (int j = 0; j < 4; ++j) own[i + j] += more[j];
         }
@@ -255,8 +255,8 @@ __device__ __forceinline__ float bias_of(const Params& args, u32 bits) {
 }
 
 // sums = sums · scale of the token · scale of the row + bias.
-__device__ __forceinline__ void finish(float (&sums)[OWN_SUMS], const Params& args, const Rows& rows,
-                                       const float* token_scale) {
+__device__ __forceinline__ void finish(float (&sums)[OWN_SUMS], const Params& args,
+                                       const Rows& rows, const float* token_scale) {
     float bias[2] = {bias_of(args, rows.bias[0]), bias_of(args, rows.bias[1])};
 #pragma unroll
     for (int i = 0; i < OWN_TOKENS / 8; ++i) {
@@ -359,7 +359,7 @@ __device__ __forceinline__ void work(const Params& args, const Shared& at, int* 
     // The stages are read no more, and the scales of the tokens are there.
     all_sync();
     float own[OWN_SUMS];
-    add_up(own, sums, at.sums);
+    add_up(own, sums, at);
     finish(own, args, rows, token_scale + first_own());
     store(own, args, row, at.x + group * OWN_TOKENS * CHANNEL_BYTES);
 }
@@ -374,7 +374,7 @@ extern "C" __global__ void IN_CLUSTERS __launch_bounds__(THREADS, 1)
 fp4_scaled_mm(const __grid_constant__ Params args, const __grid_constant__ TensorMap x,
               const __grid_constant__ TensorMap w) {
     extern __shared__ char raw[];
-    __shared__ __align__(8) u64 barriers[2 * STAGES];
+    __shared__ __align__(8) u64 barriers[2 * STAGES + 1];
     __shared__ int largest[ROWS];
     __shared__ __align__(8) float token_scale[TOKENS];
     Shared at;
@@ -384,13 +384,16 @@ fp4_scaled_mm(const __grid_constant__ Params args, const __grid_constant__ Tenso
     at.sums = at.scale + STAGES * SCALE_ROWS * SCALE_BYTES;
     at.full = shared_address(barriers);
     at.empty = at.full + 8 * STAGES;
+    at.added = at.empty + 8 * STAGES;
     if (threadIdx.x == 0) {
         for (int i = 0; i < STAGES; ++i) {
             barrier_init(at.full + 8 * i, 1);
             barrier_init(at.empty + 8 * i, WARPS);
         }
+        barrier_init(at.added, 1);
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
         asm volatile("fence.proxy.async;" ::: "memory");
+        if (PARTS > 1) barrier_expect(at.added, OWN_SUMS * 4 * 128 * GROUPS);
     }
     for (int i = threadIdx.x; i < ROWS; i += THREADS) largest[i] = 0;
     if (threadIdx.x == 128 * GROUPS) {
@@ -403,11 +406,7 @@ fp4_scaled_mm(const __grid_constant__ Params args, const __grid_constant__ Tenso
     if (__shfl_sync(0xffffffff, threadIdx.x / 128, 0) == GROUPS) {
         asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(FEW_REGISTERS));
         if (threadIdx.x == 128 * GROUPS) produce(args, &x, &w, at);
-        // The barrier of the cluster is one of all its threads.
-        if (PARTS > 1) {
-            cluster_wait();
-            cluster_arrive();
-        }
+        if (PARTS > 1) cluster_wait();
     } else {
         asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(MANY_REGISTERS));
         work(args, at, largest, token_scale);

@@ -171,6 +171,32 @@ def test_a_folder_that_can_only_be_read_is_read(compiler, place, caplog, monkeyp
     assert len(compiler) == 1 and not caplog.records
 
 
+def test_the_hosts_folder_is_taken_unless_another_is_named(compiler, place, tmp_path, monkeypatch):
+    monkeypatch.setattr(cache, "_host", [])
+    cache.keep_in(tmp_path / "host")
+    assert cache.folder() == place
+    monkeypatch.delenv("LOWBIT_CACHE")
+    nvrtc.machine_code(SOURCE, OPTIONS)
+    assert len(files(tmp_path / "host" / "nvrtc")) == 1 and not place.exists()
+
+
+def test_without_a_home_no_folder_of_that_name_is_read(compiler, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("LOWBIT_CACHE", str(tmp_path / "~no-such-user" / "cache"))
+    code = nvrtc.machine_code(SOURCE, OPTIONS)
+    monkeypatch.setenv("LOWBIT_CACHE", "~no-such-user/cache")
+    assert cache.folder().is_dir() and nvrtc.machine_code(SOURCE, OPTIONS) == code
+    assert len(compiler) == 2
+
+
+def test_files_are_for_all_whom_the_user_lets_read(compiler, place):
+    old = os.umask(0o022)
+    nvrtc.machine_code(SOURCE, OPTIONS)
+    os.umask(old)
+    (file,) = files(place)
+    assert sys.platform == "win32" or file.stat().st_mode & 0o777 == 0o644
+
+
 def aged(place: Path, count: int) -> list[Path]:
     """Files of so many kernels, the oldest first, an hour between them."""
     found = []
@@ -197,15 +223,17 @@ def test_the_oldest_files_go_beyond_a_size_with_what_was_left_half_written(
 ):
     found = aged(place, 2)
     size = found[0].stat().st_size
-    left = found[1].with_name(f"{found[1].name}a1b2.part")
-    left.write_bytes(bytes(size))
+    left, begun = (found[1].with_name(f"{found[1].name}.{i}.part") for i in range(2))
+    for file in (left, begun):
+        file.write_bytes(bytes(size))
     os.utime(left, (0, 0))
     foreign = place / "notes.txt"
     foreign.write_bytes(bytes(4 * size))
     os.utime(foreign, (0, 0))
     monkeypatch.setattr(cache, "MOST_BYTES", 3 * size)
     nvrtc.machine_code(SOURCE, OPTIONS)
-    assert not left.exists() and foreign.exists() and set(found) < set(files(place))
+    assert not left.exists() and begun.exists() and foreign.exists()
+    assert set(found) < set(files(place))
 
 
 def test_old_files_that_cannot_be_removed_are_no_error(compiler, place, caplog, monkeypatch):
