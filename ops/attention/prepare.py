@@ -18,8 +18,17 @@ THREADS_OF_WARP = 32
 # Of a program of 128 keys: each thread has a row. Measured fastest on an H200, with a prologue too,
 # though some of a thread's numbers spill then.
 K_WARPS = 4
-# Keys that one program of the statistics adds up.
-CHUNK_KEYS = 512
+# Without prologue or rotation neighbouring threads may have a row's chunks instead: whether, and
+# the warps then.
+K_SPREAD, K_SPREAD_WARPS = True, 8
+# Keys that one program of the statistics adds up, its warps, and its stages.
+CHUNK_KEYS, CHUNK_WARPS, CHUNK_STAGES = 512, 8, 4
+# Chunks that are read together to be added up.
+TOGETHER = 16
+# Channels of a program of V, and its warps.
+V_CHANNELS, V_WARPS = 64, 4
+# Blocks, and channels, of one step and program that adds up what is stored of V.
+OFFSET_ROWS, OFFSET_COLUMNS = 64, 32
 # Tokens whose norm over all heads one program takes.
 NORM_ROWS = 16
 LOG2E = math.log2(math.e)
@@ -167,16 +176,16 @@ def _statistics(x, limit: float | None, steps: tuple) -> tuple[torch.Tensor, tor
     partial, mean = _empty(x, bh, chunks, 3, w), _empty(x, bh, w)
     scale = None if limit is None else _empty(x, bh, w)
     sizes = (heads, keys, d, *x.stride(), chunks)
-    constants = (CHUNK_KEYS, w, limit is not None)
+    constants = (CHUNK_KEYS, CHUNK_STAGES, w, limit is not None)
     launch(
         statistics_kernel,
         bh * chunks,
         (x, partial, *sizes, *steps, *constants),
-        options(8),
+        options(CHUNK_WARPS),
         (x.dtype, alignment(x), _key(*sizes), *_code_of(steps), constants),
         x.device,
     )
-    constants = (limit, w, limit is not None)
+    constants = (limit, TOGETHER, w, limit is not None)
     launch(
         gather_kernel,
         bh,
@@ -225,49 +234,53 @@ def _keys(
     stored = _empty(k, bh, blocks, TILE, w, dtype=torch.int8)
     scale, bound = _empty(k, bh, blocks, groups), _empty(k, bh, blocks)
     sizes = (heads, keys, d, *k.stride(), blocks)
-    constants = (rotate, groups, w, swizzled)
+    spread = K_SPREAD and steps is NO_STEPS and not rotate
+    constants = (rotate, groups, w, swizzled, spread)
     launch(
         quantize_k_kernel,
         bh * blocks,
         (k, k_mean, stored, scale, bound, *sizes, *steps, *constants),
-        options(K_WARPS),
+        options(K_SPREAD_WARPS if spread else K_WARPS),
         (k.dtype, alignment(k), _key(*sizes), *_code_of(steps), constants),
         k.device,
     )
     return stored, scale, bound
 
 
-def _values(v, mean, scale, storage: torch.dtype, swizzled: bool) -> tuple[torch.Tensor, ...]:
+@replayed
+def _values(
+    v, mean, scale, storage: torch.dtype, swizzled: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return v, v_scale, v_offset and v_sum of `Prepared`.
 
     The offset is not the mean, but what gives back the mean of V exactly: roundings have a mean of
     their own, which all rows would share, and which does not shrink with the number of keys as an
     attention's output does.
     """
-    stored, sums = _stored_values(v, mean, scale, storage, swizzled)
-    offset = torch.addcmul(mean, scale, sums.sum(1), value=-1.0 / v.shape[2])
-    return stored, scale, offset, sums
-
-
-@replayed
-def _stored_values(
-    v, mean, scale, storage: torch.dtype, swizzled: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return v and v_sum of `Prepared`."""
-    from .kernels.prepare import quantize_v_kernel
+    from .kernels.values import offset_kernel, quantize_v_kernel
 
     b, heads, keys, d = v.shape
     bh, w, blocks = b * heads, width(d), count(keys)
     stored = _empty(v, bh, blocks, w, TILE, dtype=storage)
-    sums = _empty(v, bh, blocks, w)
+    sums, offset = _empty(v, bh, blocks, w), _empty(v, bh, w)
     sizes = (heads, keys, d, *v.stride(), blocks)
-    constants = (storage == torch.int8, w, swizzled)
+    channels = min(V_CHANNELS, w)
+    constants = (storage == torch.int8, channels, w, swizzled)
     launch(
         quantize_v_kernel,
-        bh * blocks,
+        bh * blocks * (w // channels),
         (v, mean, scale, stored, sums, *sizes, *constants),
-        options(4),
+        options(V_WARPS),
         (v.dtype, alignment(v), _key(*sizes), constants),
         v.device,
     )
-    return stored, sums
+    constants = (OFFSET_ROWS, OFFSET_COLUMNS, w)
+    launch(
+        offset_kernel,
+        bh * (w // OFFSET_COLUMNS),
+        (sums, mean, scale, offset, -1.0 / keys, blocks, *constants),
+        options(4),
+        (_key(blocks), constants),
+        v.device,
+    )
+    return stored, scale, offset, sums

@@ -14,7 +14,7 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
 from lowbit.ops.attention import prepare as prepare_module  # noqa: E402
-from lowbit.ops.attention.kernels import prepare, prologue  # noqa: E402
+from lowbit.ops.attention.kernels import prepare, prologue, values  # noqa: E402
 from lowbit.ops.attention.kernels.attend import attend_kernel  # noqa: E402
 from lowbit.ops.attention.modes import MODES  # noqa: E402
 from lowbit.ops.attention.triton import ADDED_MASK, BOOL_MASK, NO_MASK, choose  # noqa: E402
@@ -142,15 +142,20 @@ def quantizers(steps: dict, arch: int, rotate: bool) -> list:
     rotated = {**shared, **steps, "ROTATE": rotate}
     q = {**rotated, "ROWS": prepare_module.q_rows(128, rotate), "SHIFT": True}
     k = {**rotated, "GROUPS": 4 if swizzled else 1}
+    k["SPREAD"] = prepare_module.K_SPREAD and not steps["NORM"] and not rotate
+    k_warps = prepare_module.K_SPREAD_WARPS if k["SPREAD"] else prepare_module.K_WARPS
     statistics = {"ROWS": prepare_module.CHUNK_KEYS, "WIDTH": 128, "RANGE": True, "D": 128}
+    statistics["STAGES"] = prepare_module.CHUNK_STAGES
+    v = {**shared, "CHANNELS": prepare_module.V_CHANNELS}
     cases = [
         (prepare.quantize_q_kernel, q, 1, "i8"),
-        (prepare.quantize_k_kernel, k, prepare_module.K_WARPS, "i8"),
-        (prepare.quantize_v_kernel, {**shared, "INTEGER": True}, 4, "i8"),
-        (prepare.statistics_kernel, {**statistics, **steps}, 8, "i8"),
+        (prepare.quantize_k_kernel, k, k_warps, "i8"),
+        (values.quantize_v_kernel, {**v, "INTEGER": True}, prepare_module.V_WARPS, "i8"),
+        (prepare.statistics_kernel, {**statistics, **steps}, prepare_module.CHUNK_WARPS, "i8"),
     ]
     if arch >= 89:
-        cases.append((prepare.quantize_v_kernel, {**shared, "INTEGER": False}, 4, "fp8e4nv"))
+        constants = {**v, "INTEGER": False}
+        cases.append((values.quantize_v_kernel, constants, prepare_module.V_WARPS, "fp8e4nv"))
     return cases
 
 
@@ -165,7 +170,7 @@ def quantizers(steps: dict, arch: int, rotate: bool) -> list:
 )
 def test_quantizers_keep_a_tile_in_registers(arch, name, rotate, tmp_path):
     for kernel, constants, warps, stored in quantizers(PROLOGUES[name], arch, rotate):
-        of_v = kernel is prepare.quantize_v_kernel
+        of_v = kernel is values.quantize_v_kernel
         if of_v != (name == "none") and not (name == "none" and arch in (80, HOPPER)):
             continue
         options = {"types": {"stored": f"*{stored}"}, **prepare_module.options(warps)}
@@ -187,3 +192,19 @@ def test_norm_of_a_token_reads_whole_vectors(arch, tmp_path):
     done = compiled(prologue.inverse_rms_kernel, constants, arch, **prepare_module.options(4))
     assert spilled_bytes(done, tmp_path) == 0
     assert re.search(r"ld.global\S*\.v4\.b32", done.asm["ptx"])
+
+
+def test_copies_are_written_in_whole_rows():
+    """128 bytes by eight neighbouring threads. The statistics have reads under way all the time."""
+    kernels = {
+        case[0]: compiled(
+            *case[:2], HOPPER, types={"stored": f"*{case[3]}"}, **prepare_module.options(case[2])
+        )
+        for case in quantizers(PROLOGUES["none"], HOPPER, False)
+    }
+    for kernel, elements in ((values.quantize_v_kernel, 4), (prepare.quantize_k_kernel, 16)):
+        layout = rf"sizePerThread = \[1, 1, {elements}\], threadsPerWarp = \[8, 4, 1\]"
+        name = re.search(rf"(#\w+) = #ttg.blocked<{{{layout}", kernels[kernel].asm["ttgir"])[1]
+        stores = re.findall(r"tt.store.*", kernels[kernel].asm["ttgir"])
+        assert any(f"{name}>" in store for store in stores)
+    assert "cp.async" in kernels[prepare.statistics_kernel].asm["ptx"]
