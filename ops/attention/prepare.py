@@ -20,15 +20,15 @@ THREADS_OF_WARP = 32
 K_WARPS = 4
 # Without prologue or rotation neighbouring threads may have a row's chunks instead: whether, and
 # the warps then.
-K_SPREAD, K_SPREAD_WARPS = True, 8
+K_SPREAD, K_SPREAD_WARPS = True, 4
 # Keys that one program of the statistics adds up, its warps, and its stages.
-CHUNK_KEYS, CHUNK_WARPS, CHUNK_STAGES = 512, 8, 4
+CHUNK_KEYS, CHUNK_WARPS, CHUNK_STAGES = 512, 4, 4
 # Chunks that are read together to be added up.
 TOGETHER = 16
 # Channels of a program of V, and its warps.
 V_CHANNELS, V_WARPS = 64, 4
 # Blocks, and channels, of one step and program that adds up what is stored of V.
-OFFSET_ROWS, OFFSET_COLUMNS = 64, 32
+OFFSET_ROWS, OFFSET_COLUMNS = 32, 32
 # Tokens whose norm over all heads one program takes.
 NORM_ROWS = 16
 LOG2E = math.log2(math.e)
