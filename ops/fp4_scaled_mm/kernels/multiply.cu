@@ -73,10 +73,12 @@ struct Ring {
 
 __device__ __forceinline__ int first_row() { return blockIdx.y * ROWS; }
 __device__ __forceinline__ int first_token() { return blockIdx.x * TOKENS; }
-__device__ __forceinline__ int first_own() { return blockIdx.z * OWN_TOKENS; }
+// Which of the cluster's blocks this one is, and its first token in the tile.
+__device__ __forceinline__ int part() { return PARTS == 1 ? 0 : blockIdx.z; }
+__device__ __forceinline__ int first_own() { return part() * OWN_TOKENS; }
 // Stages of the block: from its own first to the next block's.
-__device__ __forceinline__ int first_stage(const Params& args, int part) {
-    return args.stages * part / PARTS;
+__device__ __forceinline__ int first_stage(const Params& args, int of) {
+    return args.stages * of / PARTS;
 }
 // Waits for the warpgroup; for all warpgroups that multiply.
 __device__ __forceinline__ void group_sync() {
@@ -89,9 +91,10 @@ __device__ __forceinline__ void all_sync() {
 __device__ __forceinline__ void produce(const Params& args, const TensorMap* x, const TensorMap* w,
                                         const Shared& at) {
     Ring ring;
-    // Unrolled, it would need more registers than it has.
-#pragma unroll 1
-    for (int i = first_stage(args, blockIdx.z); i < first_stage(args, blockIdx.z + 1); ++i) {
+    int end = first_stage(args, part() + 1);
+    // Of two blocks it would need more registers than it has if it were unrolled further.
+#pragma unroll (PARTS == 1 ? 4 : 1)
+    for (int i = first_stage(args, part()); i < end; ++i) {
         u32 full = at.full + 8 * ring.stage;
         barrier_wait(at.empty + 8 * ring.stage, ring.phase ^ 1);
         barrier_expect(full, X_BYTES + W_BYTES + SCALE_ROWS * SCALE_BYTES);
@@ -191,7 +194,7 @@ __device__ __forceinline__ void consume(float (&sums)[SUMS], const Params& args,
     u32 a[2][8], release = 0;
 #pragma unroll
     for (int i = 0; i < SUMS; ++i) sums[i] = 0.0f;
-    int count = first_stage(args, blockIdx.z + 1) - first_stage(args, blockIdx.z);
+    int count = first_stage(args, part() + 1) - first_stage(args, part());
     for (int i = 0; i < count; ++i) {
         barrier_wait(at.full + 8 * ring.stage, ring.phase);
         advance(sums, a, at, rows, ring.stage, release, numbers);
@@ -374,7 +377,7 @@ extern "C" __global__ void IN_CLUSTERS __launch_bounds__(THREADS, 1)
 fp4_scaled_mm(const __grid_constant__ Params args, const __grid_constant__ TensorMap x,
               const __grid_constant__ TensorMap w) {
     extern __shared__ char raw[];
-    __shared__ __align__(8) u64 barriers[2 * STAGES + 1];
+    __shared__ __align__(8) u64 barriers[2 * STAGES + (PARTS > 1)];
     __shared__ int largest[ROWS];
     __shared__ __align__(8) float token_scale[TOKENS];
     Shared at;
@@ -390,7 +393,7 @@ fp4_scaled_mm(const __grid_constant__ Params args, const __grid_constant__ Tenso
             barrier_init(at.full + 8 * i, 1);
             barrier_init(at.empty + 8 * i, WARPS);
         }
-        barrier_init(at.added, 1);
+        if (PARTS > 1) barrier_init(at.added, 1);
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
         asm volatile("fence.proxy.async;" ::: "memory");
         if (PARTS > 1) barrier_expect(at.added, OWN_SUMS * 4 * 128 * GROUPS);
