@@ -150,7 +150,7 @@ def _kernel(device: int, variant: Variant) -> nvrtc.Kernel:
     """Return the kernel for `device`, which is the current one."""
     code = nvrtc.machine_code(source(), options(**variant.defined()))
     shared = shared_bytes(variant.stages, variant.down, variant.vectors)
-    return nvrtc.Kernel(code, "product", shared)
+    return nvrtc.Kernel(code, "scaled_mm", shared)
 
 
 @functools.cache

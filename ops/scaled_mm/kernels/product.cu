@@ -211,10 +211,10 @@ __device__ __forceinline__ void consume(const Params& args, const Shared& at) {
 }
 
 extern "C" __global__ void __launch_bounds__(384, 1)
-product(const __grid_constant__ Params args, const __grid_constant__ TensorMap a,
-        const __grid_constant__ TensorMap b, const __grid_constant__ TensorMap h,
-        const __grid_constant__ TensorMap u, const __grid_constant__ TensorMap down,
-        const __grid_constant__ TensorMap residual) {
+scaled_mm(const __grid_constant__ Params args, const __grid_constant__ TensorMap a,
+          const __grid_constant__ TensorMap b, const __grid_constant__ TensorMap h,
+          const __grid_constant__ TensorMap u, const __grid_constant__ TensorMap down,
+          const __grid_constant__ TensorMap residual) {
     extern __shared__ __align__(1024) char raw[];
     Shared at;
     at.stages = shared_address(raw);
