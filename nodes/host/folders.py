@@ -4,6 +4,7 @@ And the one folder of its own that the pack has in ComfyUI's.
 """
 
 import importlib.util
+import sys
 from pathlib import Path
 
 from ...ops.cuda import cache
@@ -17,12 +18,11 @@ OWN = "lowbit"
 
 
 def keep_machine_code() -> None:
-    """Keep compiled kernels in ComfyUI's folder for users, where there is one."""
-    if importlib.util.find_spec("folder_paths") is None:
-        return
-    import folder_paths
-
-    cache.keep_in(Path(folder_paths.get_system_user_directory(OWN)))
+    """Keep compiled kernels in ComfyUI's folder for users, where ComfyUI runs and has one."""
+    # Not imported for this: ComfyUI has it before it loads any pack.
+    paths = sys.modules.get("folder_paths")
+    if hasattr(paths, "get_system_user_directory"):
+        cache.keep_in(Path(paths.get_system_user_directory(OWN)))
 
 
 def model_names() -> list[str]:
