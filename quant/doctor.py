@@ -79,7 +79,7 @@ class Tuned:
 class Diagnosis:
     """What `diagnose` found. Versions are None where the package is missing.
 
-    cache: the folder of compiled kernels and of what `lowbit tune` found.
+    cache: the folder of what `lowbit tune` found and, outside ComfyUI, of compiled kernels.
     """
 
     python: str

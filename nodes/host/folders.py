@@ -1,7 +1,4 @@
-"""The files of models/diffusion_models and models/loras, as ComfyUI lists them, and GGUF models.
-
-And the one folder of its own that the pack has in ComfyUI's.
-"""
+"""Folders of ComfyUI: models, GGUF files too, LoRAs, and the one that the pack has there."""
 
 import importlib.util
 import sys

@@ -15,12 +15,11 @@ TILE = 128
 # Elements of Q of one program, of one warp: its threads exchange data without waiting for others.
 Q_ELEMENTS = 2048
 THREADS_OF_WARP = 32
-# Of a program of 128 keys: each thread has a row. Measured fastest on an H200, with a prologue too,
-# though some of a thread's numbers spill then.
+# Of a program of 128 keys, measured fastest on an H200; also with a prologue or rotated, where each
+# thread has a row and some of its numbers spill. Else neighbouring threads have a row's chunks.
 K_WARPS = 4
-# Without prologue or rotation neighbouring threads may have a row's chunks instead: whether, and
-# the warps then.
-K_SPREAD, K_SPREAD_WARPS = True, 4
+# For heads wider than this, or where channels lie apart: fewer do not have the registers.
+MANY_CHANNELS, MORE_WARPS = 128, 8
 # Keys that one program of the statistics adds up, its warps, and its stages.
 CHUNK_KEYS, CHUNK_WARPS, CHUNK_STAGES = 512, 4, 4
 # Chunks that are read together to be added up.
@@ -38,6 +37,11 @@ MIN_WIDTH = 64
 def q_rows(w: int, rotate: bool) -> int:
     """Return the rows of a program of Q, [rows, w]. Rotated, each thread has one or more, whole."""
     return max(Q_ELEMENTS // w, THREADS_OF_WARP if rotate else 1)
+
+
+def k_warps(w: int, stride: int, spread: bool) -> int:
+    """Return the warps of a program of K, w channels `stride` apart. spread: as in the kernel."""
+    return MORE_WARPS if spread and (w > MANY_CHANNELS or stride != 1) else K_WARPS
 
 
 def options(warps: int) -> dict[str, int]:
@@ -181,7 +185,7 @@ def _statistics(x, limit: float | None, steps: tuple) -> tuple[torch.Tensor, tor
         statistics_kernel,
         bh * chunks,
         (x, partial, *sizes, *steps, *constants),
-        options(CHUNK_WARPS),
+        options(MORE_WARPS if w > MANY_CHANNELS else CHUNK_WARPS),
         (x.dtype, alignment(x), _key(*sizes), *_code_of(steps), constants),
         x.device,
     )
@@ -234,13 +238,13 @@ def _keys(
     stored = _empty(k, bh, blocks, TILE, w, dtype=torch.int8)
     scale, bound = _empty(k, bh, blocks, groups), _empty(k, bh, blocks)
     sizes = (heads, keys, d, *k.stride(), blocks)
-    spread = K_SPREAD and steps is NO_STEPS and not rotate
+    spread = steps is NO_STEPS and not rotate
     constants = (rotate, groups, w, swizzled, spread)
     launch(
         quantize_k_kernel,
         bh * blocks,
         (k, k_mean, stored, scale, bound, *sizes, *steps, *constants),
-        options(K_SPREAD_WARPS if spread else K_WARPS),
+        options(k_warps(w, k.stride(3), spread)),
         (k.dtype, alignment(k), _key(*sizes), *_code_of(steps), constants),
         k.device,
     )

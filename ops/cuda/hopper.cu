@@ -28,6 +28,13 @@ __device__ __forceinline__ void barrier_wait(u32 bar, u32 phase) {
         "mbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1;\n"
         "@p bra DONE;\nbra AGAIN;\nDONE:\n}\n" ::"r"(bar), "r"(phase) : "memory");
 }
+// The same for what another block of the cluster sends.
+__device__ __forceinline__ void barrier_wait_for_cluster(u32 bar, u32 phase) {
+    asm volatile(
+        "{\n.reg .pred p;\nAGAIN:\n"
+        "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%0], %1;\n"
+        "@p bra DONE;\nbra AGAIN;\nDONE:\n}\n" ::"r"(bar), "r"(phase) : "memory");
+}
 __device__ __forceinline__ void copy(u32 to, const void* from, u32 bytes, u32 bar) {
     asm volatile(
         "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"

@@ -20,7 +20,7 @@ LAYERS, DIM, FFN = 8, 5120, 13824
 LATENT = (1, 16, 21, 60, 104)
 TEXT = (1, 512, 4096)
 STEPS = 3
-# Of all backends.
+# In the names of Triton's kernel and of that for Hopper.
 KERNEL = "scaled_mm"
 # What the allocator and the host need beside the activations.
 SLACK_BYTES = 1 << 30

@@ -125,7 +125,7 @@ def attend_kernel(
     inner = tl.arange(0, N)
     k_at = k + inner[:, None] * WIDTH + column[None, :]
     if PV == EXACT:
-        v_at = v + b * v_b + (h // GROUP) * v_h + column[None, :] * v_d
+        v_at = v + b * v_b + (h // GROUP) * v_h + column.to(tl.int64)[None, :] * v_d
     else:
         v_at = v + column[:, None] * TILE + inner[None, :]
     top = tl.full((M,), float("-inf"), tl.float32)

@@ -48,7 +48,9 @@ def _load(x, rows, valid, stride_l, stride_d, D, WIDTH: tl.constexpr, SPREAD: tl
     where otherwise each has a row, which is for what exchanges numbers within one.
     """
     d = tl.arange(0, WIDTH // CHUNK)[:, None] * CHUNK + tl.arange(0, CHUNK)[None, :]
-    at = _of_rows(rows.to(tl.int64) * stride_l, SPREAD) + _of_channels(d * stride_d, SPREAD)
+    at = _of_rows(rows.to(tl.int64) * stride_l, SPREAD) + _of_channels(
+        d.to(tl.int64) * stride_d, SPREAD
+    )
     inside = _of_rows(valid, SPREAD) & _of_channels(d < D, SPREAD)
     return tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
 
@@ -99,6 +101,7 @@ def _place(rows: tl.constexpr, CHUNKS: tl.constexpr, SWIZZLED: tl.constexpr, SPR
     row = _of_rows(tl.arange(0, rows), SPREAD)
     chunk = _of_channels(tl.arange(0, CHUNKS)[:, None], SPREAD)
     if SWIZZLED:
+        tl.static_assert(CHUNKS >= 8, "rows of 128 bytes and more are swizzled")
         chunk = chunk ^ (row % 8)
     return row * (CHUNKS * CHUNK) + chunk * CHUNK + tl.arange(0, CHUNK)[None, None, :]
 
@@ -174,7 +177,7 @@ def statistics_kernel(
     low = tl.full((STEP, WIDTH), float("inf"), tl.float32)
     end = tl.minimum(KEYS - chunk * ROWS, ROWS)
     inside = (column < D)[None, :]
-    x += column[None, :] * x_d
+    x += column.to(tl.int64)[None, :] * x_d
     done = 0
     if STAGES > 1 and (NORM == NO_NORM and (weight is None and cos is None)):
         # Whole steps, which need no selections, on their way to shared memory while others are

@@ -32,7 +32,7 @@ def inverse_rms_kernel(
     rows = tl.program_id(0) % TILES * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, WIDTH)
     valid = (rows < LENGTH)[:, None] & (column < D)[None, :]
-    at = x + b * x_b + rows.to(tl.int64)[:, None] * x_l + column[None, :] * x_d
+    at = x + b * x_b + rows.to(tl.int64)[:, None] * x_l + column.to(tl.int64)[None, :] * x_d
     square = tl.zeros((ROWS, WIDTH), tl.float32)
     for _ in range(0, H):
         value = tl.load(at, mask=valid, other=0.0).to(tl.float32)

@@ -128,7 +128,7 @@ def quantize_v_kernel(
     bh = (tile // BLOCKS).to(tl.int64)
     chunk = tl.arange(0, CHUNKS)
     channel = tl.program_id(0) % PARTS * CHANNELS + tl.arange(0, CHANNELS)
-    v += bh // H * v_b + bh % H * v_h + channel[None, :] * v_d
+    v += bh // H * v_b + bh % H * v_h + channel.to(tl.int64)[None, :] * v_d
     inside = (channel < D)[None, :]
     first = (tile % BLOCKS * TILE + chunk * CHUNK)[:, None]
     # All are read before any is used: of reads between sums the compiler puts few side by side.

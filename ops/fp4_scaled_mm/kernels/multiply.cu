@@ -231,7 +231,7 @@ __device__ __forceinline__ void add_up(float (&own)[OWN_SUMS], const float (&sum
             }
             send(there + i / 4 * STEP, sent, added);
         }
-        barrier_wait(at.added, 0);
+        barrier_wait_for_cluster(at.added, 0);
 #pragma unroll
         for (int i = 0; i < OWN_SUMS; i += 4) {
             float more[4];

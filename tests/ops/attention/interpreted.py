@@ -8,10 +8,13 @@ import math
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 
 from lowbit.ops.attention import prepare as module
 from lowbit.ops.attention import reference
 from lowbit.ops.attention import triton as backend
+from lowbit.ops.attention.kernels import values
 from lowbit.ops.attention.modes import MODES
 from lowbit.ops.layout import Layout, Swizzle, key_order
 
@@ -239,6 +242,27 @@ def test_rounding_to_fp8_is_torchs():
     want = padded((v[0].float() - mean) * (1 / got.v_scale)[:, None]).to(torch.float8_e4m3fn)
     codes = got.v.transpose(2, 3).reshape(want.shape)
     assert (codes.float() != want.float()).float().mean() <= 0.002
+
+
+@triton.jit
+def _rounded(x, out, COUNT: tl.constexpr):
+    at = tl.arange(0, COUNT)
+    tl.store(out + at, values._e4m3(tl.load(x + at)))
+
+
+def test_every_number_of_fp8_and_those_between_two_are_rounded_as_torch_does():
+    codes = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+    codes = codes[codes.isfinite()].unique()
+    between = (codes[1:] + codes[:-1]) / 2
+    near = [torch.nextafter(between, torch.tensor(end)) for end in (-1e9, 1e9)]
+    x = torch.zeros(1024)
+    some = torch.cat((codes, between, *near, torch.tensor([1e-40, -1e-30, -0.0])))
+    x[: len(some)] = some
+    x[-3:] = torch.tensor([torch.nan, torch.inf, -torch.inf])
+    out = torch.empty_like(x)
+    _rounded[(1,)](x, out, 1024)
+    assert torch.equal(out[:-3], x[:-3].to(torch.float8_e4m3fn).float())
+    assert not out[-3:].isfinite().any()
 
 
 def test_inputs_are_not_written_to():

@@ -135,23 +135,25 @@ PROLOGUES = {
 }
 
 
-def quantizers(steps: dict, arch: int, rotate: bool) -> list:
+def quantizers(steps: dict, arch: int, rotate: bool, width: int = 128) -> list:
     """(kernel, constants, warps, type of what is stored) as `prepare` launches them."""
-    swizzled = arch == HOPPER
-    shared = {"WIDTH": 128, "SWIZZLED": swizzled, "D": 128}
+    swizzled = arch == HOPPER and width == 128
+    shared = {"WIDTH": width, "SWIZZLED": swizzled, "D": width}
     rotated = {**shared, **steps, "ROTATE": rotate}
-    q = {**rotated, "ROWS": prepare_module.q_rows(128, rotate), "SHIFT": True}
+    q = {**rotated, "ROWS": prepare_module.q_rows(width, rotate), "SHIFT": True}
     k = {**rotated, "GROUPS": 4 if swizzled else 1}
-    k["SPREAD"] = prepare_module.K_SPREAD and not steps["NORM"] and not rotate
-    k_warps = prepare_module.K_SPREAD_WARPS if k["SPREAD"] else prepare_module.K_WARPS
-    statistics = {"ROWS": prepare_module.CHUNK_KEYS, "WIDTH": 128, "RANGE": True, "D": 128}
+    k["SPREAD"] = not steps["NORM"] and not rotate
+    k_warps = prepare_module.k_warps(width, 1, k["SPREAD"])
+    more = width > prepare_module.MANY_CHANNELS
+    chunk_warps = prepare_module.MORE_WARPS if more else prepare_module.CHUNK_WARPS
+    statistics = {"ROWS": prepare_module.CHUNK_KEYS, "WIDTH": width, "RANGE": True, "D": width}
     statistics["STAGES"] = prepare_module.CHUNK_STAGES
     v = {**shared, "CHANNELS": prepare_module.V_CHANNELS}
     cases = [
         (prepare.quantize_q_kernel, q, 1, "i8"),
         (prepare.quantize_k_kernel, k, k_warps, "i8"),
         (values.quantize_v_kernel, {**v, "INTEGER": True}, prepare_module.V_WARPS, "i8"),
-        (prepare.statistics_kernel, {**statistics, **steps}, prepare_module.CHUNK_WARPS, "i8"),
+        (prepare.statistics_kernel, {**statistics, **steps}, chunk_warps, "i8"),
     ]
     if arch >= 89:
         constants = {**v, "INTEGER": False}
@@ -162,7 +164,6 @@ def quantizers(steps: dict, arch: int, rotate: bool) -> list:
 @pytest.mark.parametrize(
     ("arch", "name", "rotate"),
     [
-        # Of V, which has no prologue, everywhere; of the rest, what does more is below.
         *((arch, "none", False) for arch in ARCHITECTURES),
         *((arch, "token", True) for arch in ARCHITECTURES),
         *((arch, "head", False) for arch in (86, HOPPER)),
@@ -171,7 +172,9 @@ def quantizers(steps: dict, arch: int, rotate: bool) -> list:
 def test_quantizers_keep_a_tile_in_registers(arch, name, rotate, tmp_path):
     for kernel, constants, warps, stored in quantizers(PROLOGUES[name], arch, rotate):
         of_v = kernel is values.quantize_v_kernel
-        if of_v != (name == "none") and not (name == "none" and arch in (80, HOPPER)):
+        # V has no prologue. Of Q what does more is in the cases with one.
+        of_q = kernel is prepare.quantize_q_kernel
+        if (of_v and name != "none") or (of_q and name == "none" and arch not in (80, HOPPER)):
             continue
         options = {"types": {"stored": f"*{stored}"}, **prepare_module.options(warps)}
         done = compiled(kernel, constants, arch, **options)
@@ -184,6 +187,27 @@ def test_quantizers_keep_a_tile_in_registers(arch, name, rotate, tmp_path):
         assert re.search(r"ld.global\S*\.v4\.b32", done.asm["ptx"])
         # A cast from FP8 is what ptxas compiles wrongly.
         assert "cvt.rn.f16x2.e4m3x2" not in done.asm["ptx"]
+
+
+@pytest.mark.parametrize("width", [64, 256])
+def test_quantizers_of_other_widths_keep_a_tile_in_registers(width, tmp_path):
+    for kernel, constants, warps, stored in quantizers(PROLOGUES["none"], HOPPER, False, width):
+        options = {"types": {"stored": f"*{stored}"}, **prepare_module.options(warps)}
+        done = compiled(kernel, constants, HOPPER, **options)
+        assert spilled_bytes(done, tmp_path) == 0
+        assert done.metadata.shared <= SHARED_KIB[HOPPER] * 1024
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_sums_of_parts_are_added_up_in_registers(arch, tmp_path):
+    gather = {"LIMIT": 448.0, "TOGETHER": prepare_module.TOGETHER, "WIDTH": 128, "RANGE": True}
+    sizes = (prepare_module.OFFSET_ROWS, prepare_module.OFFSET_COLUMNS, 128)
+    offset = dict(zip(("ROWS", "COLUMNS", "WIDTH"), sizes, strict=True))
+    types = dict.fromkeys(("partial", "sums", "mean", "scale", "offset"), "*fp32")
+    options = {"types": {**types, "factor": "fp32"}, **prepare_module.options(4)}
+    for kernel, constants in ((prepare.gather_kernel, gather), (values.offset_kernel, offset)):
+        done = compiled(kernel, constants, arch, **options)
+        assert spilled_bytes(done, tmp_path) == 0
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)

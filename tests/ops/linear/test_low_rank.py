@@ -180,6 +180,7 @@ def test_gelu_is_done_in_the_quantizer_of_both(layer, given):
     got = linear(x, packed, bias, input_act="gelu_tanh", low_rank=beside_fp8(down, up))
     active = torch.nn.functional.gelu(x, approximate="tanh")
     assert given
+    # Here and below: x is rounded, and the matrix that it is multiplied with.
     assert error(got, wanted(active, weight, bias, down, up)) <= 2**0.5 * fmt.max_error
 
 
