@@ -35,6 +35,17 @@ __device__ __forceinline__ void barrier_wait_for_cluster(u32 bar, u32 phase) {
         "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%0], %1;\n"
         "@p bra DONE;\nbra AGAIN;\nDONE:\n}\n" ::"r"(bar), "r"(phase) : "memory");
 }
+// A place in a ring of so many slots.
+template <int COUNT> struct Slots {
+    int slot = 0;
+    u32 phase = 0;
+    __device__ __forceinline__ void next() {
+        if (++slot == COUNT) {
+            slot = 0;
+            phase ^= 1;
+        }
+    }
+};
 __device__ __forceinline__ void copy(u32 to, const void* from, u32 bytes, u32 bar) {
     asm volatile(
         "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"

@@ -19,16 +19,7 @@ struct Shared {
 };
 
 // A place in the ring of stages.
-struct Ring {
-    int stage = 0;
-    u32 phase = 0;
-    __device__ __forceinline__ void next() {
-        if (++stage == STAGES) {
-            stage = 0;
-            phase ^= 1;
-        }
-    }
-};
+typedef Slots<STAGES> Ring;
 
 __device__ __forceinline__ void produce(const Params& args, const TensorMap* map,
                                         const Shared& at) {
@@ -42,21 +33,21 @@ __device__ __forceinline__ void produce(const Params& args, const TensorMap* map
     for (int i = 0; i < key_tiles(args); ++i) {
         int block = key_tiles(args) - 1 - i;
         u64 tile = u64(kv) * args.blocks + block;
-        barrier_wait(at.k_empty + 8 * ring.stage, ring.phase ^ 1);
-        u32 full = at.k_full + 8 * ring.stage;
+        barrier_wait(at.k_empty + 8 * ring.slot, ring.phase ^ 1);
+        u32 full = at.k_full + 8 * ring.slot;
         barrier_expect(full, K_BYTES + 16 + BIAS_BYTES);
         constexpr u32 K_PART = K_BYTES / CLUSTER;
-        copy_to_all<CLUSTER>(at.k + ring.stage * K_BYTES + part * K_PART,
+        copy_to_all<CLUSTER>(at.k + ring.slot * K_BYTES + part * K_PART,
                              args.k + tile * K_BYTES + part * K_PART, K_PART, full);
-        copy(at.k_scale + ring.stage * 16, args.k_scale + tile * 4, 16, full);
+        copy(at.k_scale + ring.slot * 16, args.k_scale + tile * 4, 16, full);
 #if BIASED
         const float* bias = args.bias + blockIdx.z * args.bias_b + blockIdx.y * args.bias_h;
-        copy(at.bias + ring.stage * BIAS_BYTES, bias + u64(block) * BIASES, BIAS_BYTES, full);
+        copy(at.bias + ring.slot * BIAS_BYTES, bias + u64(block) * BIASES, BIAS_BYTES, full);
 #endif
-        barrier_wait(at.v_empty + 8 * ring.stage, ring.phase ^ 1);
-        full = at.v_full + 8 * ring.stage;
+        barrier_wait(at.v_empty + 8 * ring.slot, ring.phase ^ 1);
+        full = at.v_full + 8 * ring.slot;
         barrier_expect(full, V_BYTES);
-        u32 to = at.v + ring.stage * V_BYTES;
+        u32 to = at.v + ring.slot * V_BYTES;
 #if PV == PV_EXACT
         int h = blockIdx.y / args.group, b = blockIdx.z;
         for (u32 box = part; box < 2; box += CLUSTER)
@@ -124,13 +115,13 @@ __device__ __forceinline__ void advance(Work& work, int i, float (&o)[64], Sum (
     settle(s);
     settle(acc);
     mma_fence();
-    multiply_qk(s, work.q, descriptor(at.k + work.ring.stage * K_BYTES));
+    multiply_qk(s, work.q, descriptor(at.k + work.ring.slot * K_BYTES));
     mma_commit();
-    barrier_wait(at.v_full + 8 * work.before.stage, work.before.phase);
+    barrier_wait(at.v_full + 8 * work.before.slot, work.before.phase);
     bool full = is_full(i - 1);
     if (full) { FOLD(); }
     mma_fence();
-    multiply_pv(acc, p, descriptor(at.v + work.before.stage * V_BYTES, V_BYTES / 2), !full);
+    multiply_pv(acc, p, descriptor(at.v + work.before.slot * V_BYTES, V_BYTES / 2), !full);
     mma_commit();
     if (PINGPONG && !(work.group == 1 && last)) named_arrive(2 - work.group);
     mma_wait<1>();
@@ -138,25 +129,25 @@ __device__ __forceinline__ void advance(Work& work, int i, float (&o)[64], Sum (
     float k_scale;
     asm volatile("ld.shared.f32 %0, [%1];"
                  : "=f"(k_scale)
-                 : "r"(at.k_scale + work.ring.stage * 16 + threadIdx.x % 4 * 4) : "memory");
+                 : "r"(at.k_scale + work.ring.slot * 16 + threadIdx.x % 4 * 4) : "memory");
     __syncwarp();
-    if (!BIASED) release(at.k_empty + 8 * work.ring.stage);
+    if (!BIASED) release(at.k_empty + 8 * work.ring.slot);
     float x[64];
     rows.pending[0] = rows.part[0];
     rows.pending[1] = rows.part[1];
-    u32 bias = at.bias + work.ring.stage * BIAS_BYTES;
+    u32 bias = at.bias + work.ring.slot * BIAS_BYTES;
     bool moved = softmax_of<false, BOUNDED>(x, s, rows, k_scale, bias);
     if (BIASED) {
         __syncwarp();
-        release(at.k_empty + 8 * work.ring.stage);
+        release(at.k_empty + 8 * work.ring.slot);
     }
     u32 packed[P_REGISTERS];
     if (DOUBLE) pack_all(packed, x);
-    int used = work.before.stage;
+    int used = work.before.slot;
     work.before = work.ring;
     work.ring.next();
     // Here, so that the compiler moves no exponential past the wait for P·V.
-    if (!last) barrier_wait(at.k_full + 8 * work.ring.stage, work.ring.phase);
+    if (!last) barrier_wait(at.k_full + 8 * work.ring.slot, work.ring.phase);
     mma_wait<0>();
     settle(acc);
     release(at.v_empty + 8 * used);
@@ -195,14 +186,14 @@ __device__ __forceinline__ void consume(Work& work, float (&o)[64], u32 (&p)[P_R
     float(&acc)[64] = o;
 #endif
     if (PINGPONG && work.group == 1 && blocks > 1) named_arrive(1);
-    if (blocks > 1) barrier_wait(at.k_full + 8 * work.ring.stage, work.ring.phase);
+    if (blocks > 1) barrier_wait(at.k_full + 8 * work.ring.slot, work.ring.phase);
     for (int i = 1; i < blocks; ++i) advance<BOUNDED>(work, i, o, acc, p, rows);
-    barrier_wait(at.v_full + 8 * work.before.stage, work.before.phase);
+    barrier_wait(at.v_full + 8 * work.before.slot, work.before.phase);
     settle(acc);
     bool full = is_full(blocks - 1);
     if (full) { FOLD(); }
     mma_fence();
-    multiply_pv(acc, p, descriptor(at.v + work.before.stage * V_BYTES, V_BYTES / 2), !full);
+    multiply_pv(acc, p, descriptor(at.v + work.before.slot * V_BYTES, V_BYTES / 2), !full);
     mma_commit();
     mma_wait<0>();
     settle(acc);

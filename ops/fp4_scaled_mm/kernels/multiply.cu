@@ -60,16 +60,7 @@ struct Shared {
 };
 
 // A place in the ring of stages.
-struct Ring {
-    int stage = 0;
-    u32 phase = 0;
-    __device__ __forceinline__ void next() {
-        if (++stage == STAGES) {
-            stage = 0;
-            phase ^= 1;
-        }
-    }
-};
+typedef Slots<STAGES> Ring;
 
 __device__ __forceinline__ int first_row() { return blockIdx.y * ROWS; }
 __device__ __forceinline__ int first_token() { return blockIdx.x * TOKENS; }
@@ -95,19 +86,19 @@ __device__ __forceinline__ void produce(const Params& args, const TensorMap* x, 
     // Of two blocks it would need more registers than it has if it were unrolled further.
 #pragma unroll (PARTS == 1 ? 4 : 1)
     for (int i = first_stage(args, part()); i < end; ++i) {
-        u32 full = at.full + 8 * ring.stage;
-        barrier_wait(at.empty + 8 * ring.stage, ring.phase ^ 1);
+        u32 full = at.full + 8 * ring.slot;
+        barrier_wait(at.empty + 8 * ring.slot, ring.phase ^ 1);
         barrier_expect(full, X_BYTES + W_BYTES + SCALE_ROWS * SCALE_BYTES);
-        copy_box(at.w + ring.stage * W_BYTES, w, i * W_ROW_BYTES, first_row(), full);
+        copy_box(at.w + ring.slot * W_BYTES, w, i * W_ROW_BYTES, first_row(), full);
 #pragma unroll
         for (int j = 0; j < SCALE_ROWS; ++j) {
             // Rows beyond the last may lie beyond the last block.
             int row = min(first_row() / 128 + j, args.scale_rows - 1);
             const unsigned char* from =
                 args.scale + u64(row) * args.scale_columns * SCALE_BLOCK_BYTES + i * SCALE_BYTES;
-            copy(at.scale + (ring.stage * SCALE_ROWS + j) * SCALE_BYTES, from, SCALE_BYTES, full);
+            copy(at.scale + (ring.slot * SCALE_ROWS + j) * SCALE_BYTES, from, SCALE_BYTES, full);
         }
-        copy_box(at.x + ring.stage * X_BYTES, x, i * COLUMNS, first_token(), full);
+        copy_box(at.x + ring.slot * X_BYTES, x, i * COLUMNS, first_token(), full);
         ring.next();
     }
 }
@@ -196,9 +187,9 @@ __device__ __forceinline__ void consume(float (&sums)[SUMS], const Params& args,
     for (int i = 0; i < SUMS; ++i) sums[i] = 0.0f;
     int count = first_stage(args, part() + 1) - first_stage(args, part());
     for (int i = 0; i < count; ++i) {
-        barrier_wait(at.full + 8 * ring.stage, ring.phase);
-        advance(sums, a, at, rows, ring.stage, release, numbers);
-        release = at.empty + 8 * ring.stage;
+        barrier_wait(at.full + 8 * ring.slot, ring.phase);
+        advance(sums, a, at, rows, ring.slot, release, numbers);
+        release = at.empty + 8 * ring.slot;
         ring.next();
     }
     mma_wait<0>();

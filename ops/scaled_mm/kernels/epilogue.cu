@@ -5,17 +5,7 @@ struct Shared {
     u32 full, empty, vectors_full, vectors_empty, tiles_full, tiles_empty;
 };
 
-// A place in a ring of so many slots.
-template <int COUNT> struct Slots {
-    int slot = 0;
-    u32 phase = 0;
-    __device__ __forceinline__ void next() {
-        if (++slot == COUNT) {
-            slot = 0;
-            phase ^= 1;
-        }
-    }
-};
+// A place in the ring of stages.
 typedef Slots<STAGES> Ring;
 
 // A tile's row and column, in tiles.

@@ -10,7 +10,7 @@ from lowbit.ops.attention import hopper
 from lowbit.ops.attention.hopper import Kind
 from lowbit.ops.attention.modes import MODES
 
-from ..cuda.compiled import compiled, disassembled
+from ..cuda.compiled import compiled, disassembled, fields_of
 
 SHARED_KIB = 227
 # The tensor-core instructions of Q·Kᵀ and of P·V in SASS, and how many of each a tile takes.
@@ -63,17 +63,7 @@ def test_shared_memory_suffices(kind):
 
 def test_parameters_are_laid_out_as_in_the_source():
     """Names and order of `struct Params`: ctypes and C lay out the same fields the same way."""
-    struct = re.search(r"struct Params \{(.*?)\};", hopper.source(), re.S).group(1)
-    struct = re.sub(r"//[^\n]*", "", struct)
-    fields = [
-        name.strip(" *")
-        for declaration in struct.split(";")
-        for name in re.sub(
-            r"^\s*(const )?(char|float|void|long long|int)\b", "", declaration
-        ).split(",")
-        if name.strip()
-    ]
-    assert fields == [name for name, _ in hopper.Params._fields_]
+    assert fields_of(hopper.source(), "Params") == [name for name, _ in hopper.Params._fields_]
 
 
 def test_bias_of_a_mask_of_keys():

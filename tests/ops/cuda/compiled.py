@@ -12,6 +12,9 @@ import pytest
 
 from lowbit.ops.cuda import nvrtc
 
+# Of fields that a kernel's parameters may have.
+TYPES = "unsigned char|char|float|void|long long|int|u32"
+
 
 @functools.cache
 def library() -> ctypes.CDLL | None:
@@ -48,3 +51,16 @@ def disassembled(code: bytes, tmp_path: Path) -> tuple[str, str]:
         subprocess.run([*command, path], capture_output=True, text=True, check=True).stdout
         for command in ([tools / "nvdisasm"], [tools / "cuobjdump", "--dump-resource-usage"])
     )
+
+
+def fields_of(source: str, struct: str) -> list[str]:
+    """Names of a struct's fields in CUDA C++, in their order; of a struct in it, its type as well.
+
+    ctypes and C lay out the same fields the same way.
+    """
+    found = re.search(rf"struct {struct} \{{(.*?)\}};", source, re.S).group(1)
+    fields = []
+    for declaration in re.sub(r"//[^\n]*", "", found).split(";"):
+        names = re.sub(rf"^\s*(const )?({TYPES})\b", "", declaration).split(",")
+        fields += [name.strip(" *\n") for name in names if name.strip()]
+    return fields

@@ -11,7 +11,7 @@ from lowbit.ops.fp4_scaled_mm import hopper
 from lowbit.ops.fp4_scaled_mm.tiles import TILES, Tile
 from lowbit.ops.quantize_rows import interleave
 
-from ..cuda.compiled import compiled, disassembled
+from ..cuda.compiled import compiled, disassembled, fields_of
 
 E4M3 = torch.float8_e4m3fn
 SHARED_KIB = 228
@@ -58,13 +58,9 @@ def test_shared_memory_and_registers_suffice(tile):
 def test_parameters_are_laid_out_as_in_the_source():
     """Names and order of `struct Params`, with those of `struct Numbers` in it."""
     text = hopper.source(TILES[0])
-    fields = []
-    for name in ("Params", "Numbers"):
-        struct = re.search(rf"struct {name} \{{(.*?)\}};", text, re.S).group(1)
-        for declaration in re.sub(r"//[^\n]*", "", struct).split(";"):
-            names = re.sub(r"^\s*(const )?(unsigned char|float|void|int|u32)\b", "", declaration)
-            fields += [name.strip(" *\n") for name in names.split(",") if name.strip()]
-    fields.remove("Numbers numbers")
+    fields = fields_of(text, "Params")
+    assert fields.pop() == "Numbers numbers"
+    fields += fields_of(text, "Numbers")
     assert fields == [name for name, _ in hopper.Params._fields_]
 
 

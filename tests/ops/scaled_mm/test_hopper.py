@@ -21,7 +21,7 @@ from lowbit.ops.scaled_mm.check import (
     is_few,
 )
 
-from ..cuda.compiled import compiled, disassembled
+from ..cuda.compiled import compiled, disassembled, fields_of
 
 CUDA = torch.device("cuda", 0)
 HALF, FULL = torch.bfloat16, torch.float32
@@ -64,15 +64,7 @@ def test_kernel_uses_wgmma_and_no_local_memory(name, tmp_path):
 
 def test_parameters_are_laid_out_as_in_the_source():
     """Names and order of `struct Params`: ctypes and C lay out the same fields the same way."""
-    struct = re.search(r"struct Params \{(.*?)\};", hopper.source(), re.S).group(1)
-    struct = re.sub(r"//[^\n]*", "", struct)
-    fields = [
-        name.strip(" *")
-        for declaration in struct.split(";")
-        for name in re.sub(r"^\s*(const )?(float|void|long long|int)\b", "", declaration).split(",")
-        if name.strip()
-    ]
-    assert fields == [name for name, _ in hopper.Params._fields_]
+    assert fields_of(hopper.source(), "Params") == [name for name, _ in hopper.Params._fields_]
 
 
 def test_every_variant_defines_what_is_listed():
