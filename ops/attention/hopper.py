@@ -24,12 +24,19 @@ THREADS = 384
 GROUPS = 4
 SOURCES = ("machine.cu", "softmax.cu", "attend.cu")
 FOLDER = Path(__file__).with_name("kernels")
-# The fastest of what was measured on an H200, by mode; `machine.cu` says what the names mean. INT8
-# spills with more registers than these take.
+# The fastest of what was measured on an H200, by mode; `machine.cu` says what the names mean.
+USUAL = {
+    "STAGES": 4,
+    "PINGPONG": 0,
+    "DOUBLE": 1,
+    "PACED": 1,
+    "Q_IN_REGISTERS": 0,
+    "TILES_SUMMED": 1,
+}
 VARIANTS = {
-    "exact": {"STAGES": 3, "PINGPONG": 0, "DOUBLE": 1, "Q_IN_REGISTERS": 1, "TILES_SUMMED": 1},
-    "fp8": {"STAGES": 4, "PINGPONG": 0, "DOUBLE": 1, "Q_IN_REGISTERS": 0, "TILES_SUMMED": 2},
-    "int8": {"STAGES": 4, "PINGPONG": 1, "DOUBLE": 0, "Q_IN_REGISTERS": 0, "TILES_SUMMED": 1},
+    "exact": USUAL | {"STAGES": 3, "PACED": 0, "Q_IN_REGISTERS": 1},
+    "fp8": USUAL | {"TILES_SUMMED": 4},
+    "int8": USUAL,
 }
 # With a mask of keys: without turns eight bytes would spill.
 MASKED_VARIANTS = {"fp8": {"PINGPONG": 1}}
@@ -38,6 +45,8 @@ MASKED_VARIANTS = {"fp8": {"PINGPONG": 1}}
 # with causal attention, where the two would see other keys.
 LONG_KEYS = 65536
 LONG_VARIANTS = {"exact": {"CLUSTER": 2, "DOUBLE": 0, "STAGES": 4}}
+# Beside the channels of a tile of FP8 V: one whose P·V is P's sum, and seven that fill eight up.
+ONES_ROWS = 8
 # Elements of a row of 128 bytes.
 BOX_COLUMNS = 64
 # Elements after the biases of a tile of keys: the first says whether any is not zero.
@@ -106,8 +115,9 @@ class Kind:
     @property
     def shared_bytes(self) -> int:
         """Return the shared memory of a block: Q, and stages of K and V, aligned to 1 KiB."""
-        v_bytes = 2 if self.mode.storage is None else 1
-        return 1024 + TILE * D * (1 + self.variant["STAGES"] * (1 + v_bytes))
+        v_bytes = TILE * D * (2 if self.mode.storage is None else 1)
+        ones_bytes = TILE * ONES_ROWS if self.mode.storage == torch.float8_e4m3fn else 0
+        return 1024 + TILE * D + self.variant["STAGES"] * (TILE * D + v_bytes + ones_bytes)
 
 
 def _once(mask: torch.Tensor) -> torch.Tensor:

@@ -30,7 +30,8 @@ VARIANTS = {
         {"CLUSTER": 2, "STAGES": 4, "DOUBLE": 0},
         {"CLUSTER": 2, "STAGES": 4, "DOUBLE": 0, "PINGPONG": 1},
     ),
-    "fp8": ({}, {"CLUSTER": 2}),
+    "fp8": ({}, {"CLUSTER": 2}, {"PINGPONG": 1}),
+    "int8": ({}, {"CLUSTER": 2}, {"PINGPONG": 1}, {"PACED": 0}),
 }
 SETTLE_S, SUSTAINED_S, ROUNDS = 0.5, 0.7, 2
 QUERY = ("nvidia-smi", "--query-gpu=power.draw,clocks.sm", "--format=csv,noheader,nounits")

@@ -47,11 +47,12 @@ __device__ __forceinline__ void produce(const Params& args, const TensorMap* map
         barrier_wait(at.v_empty + 8 * ring.slot, ring.phase ^ 1);
         full = at.v_full + 8 * ring.slot;
         barrier_expect(full, V_BYTES);
-        u32 to = at.v + ring.slot * V_BYTES;
+        u32 to = at.v + ring.slot * V_STRIDE;
 #if PV == PV_EXACT
         int h = blockIdx.y / args.group, b = blockIdx.z;
         for (u32 box = part; box < 2; box += CLUSTER)
-            copy_box_to_all<CLUSTER>(to + box * (V_BYTES / 2), map, 64 * box, block * N, h, b, full);
+            copy_box_to_all<CLUSTER>(to + box * (V_BYTES / 2), map, 64 * box, block * N, h, b,
+                                     full);
 #else
         constexpr u32 V_PART = V_BYTES / CLUSTER;
         copy_to_all<CLUSTER>(to + part * V_PART, args.v + tile * V_BYTES + part * V_PART, V_PART,
@@ -62,8 +63,8 @@ __device__ __forceinline__ void produce(const Params& args, const TensorMap* map
 }
 
 // What a warpgroup works with, and where it is. Beside it: o, P·V summed; acc, where the tensor
-// cores sum: o itself in 16 bits; else apart, and added to o (FOLD) after so many tiles that neither
-// INT32 overflows nor FP8's sums, which the tensor cores cut off after some 14 bits, lose much.
+// cores sum: o itself in 16 bits; else apart, and added to o (`fold`): FP8 after so many tiles that
+// its sums, which the tensor cores cut off after some 14 bits, lose little.
 struct Work {
     const Params& args;
     const Shared& at;
@@ -72,17 +73,49 @@ struct Work {
     Ring ring;    // tile to be multiplied by Q
     Ring before;  // tile to be multiplied by P
 };
+
+// INT8: a tile's P·V counts times the tile's factor, and yet `acc` runs on from tile to tile. With
+// sums A1, A2, A3 after tiles of factors f1, f2, f3 that is f1·A1 + f2·(A2 - A1) + f3·(A3 - A2), or
+// (f1 - f2)·A1 + (f2 - f3)·A2 + f3·A3: one multiplication for each. As BEGIN is in every sum, `o`
+// begins with -f1·BEGIN, and holds -f·BEGIN for the factor f of the tile that comes next.
 #if PV == PV_INT8
-#define FOLD()                                    \
-    _Pragma("unroll") for (int j = 0; j < 64; ++j) \
-        o[j] = fmaf(float(acc[j]), rows.pending[(j / 2) % 2], o[j])
+__device__ __forceinline__ void fold(float (&o)[SUMS], int (&acc)[SUMS], const Rows& rows) {
+    if (rows.begin) {
+#pragma unroll
+        for (int j = 0; j < SUMS; ++j) {
+            int r = (j / 2) % 2;
+            o[j] = fmaf(__int_as_float(acc[j]), rows.pending[r], o[j]) - BEGIN * rows.part[r];
+            acc[j] = __float_as_int(BEGIN);
+        }
+    } else {
+        float factor[2] = {rows.pending[0] - rows.part[0], rows.pending[1] - rows.part[1]};
+#pragma unroll
+        for (int j = 0; j < SUMS; ++j)
+            o[j] = fmaf(__int_as_float(acc[j]), factor[(j / 2) % 2], o[j]);
+    }
+}
+__device__ __forceinline__ void fold_last(float (&o)[SUMS], int (&acc)[SUMS], const Rows& rows) {
+#pragma unroll
+    for (int j = 0; j < SUMS; ++j)
+        o[j] = fmaf(__int_as_float(acc[j]), rows.part[(j / 2) % 2], o[j]);
+}
 #elif PV == PV_FP8
-#define FOLD() _Pragma("unroll") for (int j = 0; j < 64; ++j) o[j] += acc[j]
+__device__ __forceinline__ void fold(float (&o)[SUMS], const float (&acc)[SUMS], const Rows&) {
+#pragma unroll
+    for (int j = 0; j < SUMS; ++j) o[j] += acc[j];
+}
+__device__ __forceinline__ void fold_last(float (&o)[SUMS], const float (&acc)[SUMS],
+                                          const Rows& rows) {
+    fold(o, acc, rows);
+}
 #else
-#define FOLD()
+__device__ __forceinline__ void fold(float (&)[SUMS], const float (&)[SUMS], const Rows&) {}
+__device__ __forceinline__ void fold_last(float (&)[SUMS], const float (&)[SUMS], const Rows&) {}
 #endif
 // Whether `acc` is to be folded before it takes P·V number n, which then starts a new sum.
 __device__ __forceinline__ bool is_full(int n) { return PV != PV_FP8 || n % TILES_SUMMED == 0; }
+// Whether P·V is added to what `acc` holds after that.
+__device__ __forceinline__ bool runs_on(bool full) { return PV == PV_INT8 || !full; }
 
 // Says that a warp has read a stage, to all blocks of the cluster: each copies a part of the next.
 __device__ __forceinline__ void release(u32 bar) {
@@ -106,7 +139,7 @@ __device__ __forceinline__ bool softmax_of(float (&p)[64], const int (&s)[64], R
 
 // One tile: S of tile i beside P·V of the tile before, whose P is in `p`; P of tile i to `p`.
 template <bool BOUNDED>
-__device__ __forceinline__ void advance(Work& work, int i, float (&o)[64], Sum (&acc)[64],
+__device__ __forceinline__ void advance(Work& work, int i, float (&o)[SUMS], Sum (&acc)[SUMS],
                                         u32 (&p)[P_REGISTERS], Rows& rows) {
     const Shared& at = work.at;
     bool last = i + 1 == key_tiles(work.args);
@@ -119,9 +152,9 @@ __device__ __forceinline__ void advance(Work& work, int i, float (&o)[64], Sum (
     mma_commit();
     barrier_wait(at.v_full + 8 * work.before.slot, work.before.phase);
     bool full = is_full(i - 1);
-    if (full) { FOLD(); }
+    if (full) fold(o, acc, rows);
     mma_fence();
-    multiply_pv(acc, p, descriptor(at.v + work.before.slot * V_BYTES, V_BYTES / 2), !full);
+    multiply_pv(acc, p, descriptor(at.v + work.before.slot * V_STRIDE, V_BYTES / 2), runs_on(full));
     mma_commit();
     if (PINGPONG && !(work.group == 1 && last)) named_arrive(2 - work.group);
     mma_wait<1>();
@@ -155,7 +188,7 @@ __device__ __forceinline__ void advance(Work& work, int i, float (&o)[64], Sum (
         rows.pending[0] *= rows.keep[0];
         rows.pending[1] *= rows.keep[1];
 #pragma unroll
-        for (int j = 0; j < 64; ++j) {
+        for (int j = 0; j < SUMS; ++j) {
             o[j] *= rows.keep[(j / 2) % 2];
             if (PV == PV_FP8) acc[j] *= rows.keep[(j / 2) % 2];
         }
@@ -173,17 +206,18 @@ __device__ __forceinline__ void advance(Work& work, int i, float (&o)[64], Sum (
 
 // The tiles after the first one, whose P is in `p`.
 template <bool BOUNDED>
-__device__ __forceinline__ void consume(Work& work, float (&o)[64], u32 (&p)[P_REGISTERS],
+__device__ __forceinline__ void consume(Work& work, float (&o)[SUMS], u32 (&p)[P_REGISTERS],
                                         Rows& rows) {
     const Shared& at = work.at;
     int blocks = key_tiles(work.args);
 #if PV != PV_EXACT
-    Sum acc[64];
+    Sum acc[SUMS];
 #pragma unroll
-    for (int j = 0; j < 64; ++j) acc[j] = 0;
+    for (int j = 0; j < SUMS; ++j) acc[j] = 0;
     rows.pending[0] = rows.pending[1] = 0.0f;
+    rows.begin = true;
 #else
-    float(&acc)[64] = o;
+    float(&acc)[SUMS] = o;
 #endif
     if (PINGPONG && work.group == 1 && blocks > 1) named_arrive(1);
     if (blocks > 1) barrier_wait(at.k_full + 8 * work.ring.slot, work.ring.phase);
@@ -191,27 +225,30 @@ __device__ __forceinline__ void consume(Work& work, float (&o)[64], u32 (&p)[P_R
     barrier_wait(at.v_full + 8 * work.before.slot, work.before.phase);
     settle(acc);
     bool full = is_full(blocks - 1);
-    if (full) { FOLD(); }
+    if (full) fold(o, acc, rows);
     mma_fence();
-    multiply_pv(acc, p, descriptor(at.v + work.before.slot * V_BYTES, V_BYTES / 2), !full);
+    multiply_pv(acc, p, descriptor(at.v + work.before.slot * V_STRIDE, V_BYTES / 2), runs_on(full));
     mma_commit();
     mma_wait<0>();
     settle(acc);
-    rows.pending[0] = rows.part[0];
-    rows.pending[1] = rows.part[1];
-    FOLD();
+    fold_last(o, acc, rows);
 }
 
 // Divides by the sums, and stores rows `row` and `row` + 8.
-__device__ __forceinline__ void finish(const Params& args, const float (&o)[64], Rows& rows,
+__device__ __forceinline__ void finish(const Params& args, const float (&o)[SUMS], Rows& rows,
                                        int row) {
     int bh = q_head();
     int column = 2 * (threadIdx.x % 4);
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
         float sum = rows.sum[r];
+#if PV == PV_FP8
+        // Of the columns behind V's channels the first thread of four has the first.
+        sum = __shfl_sync(0xffffffff, o[64 + 2 * r], threadIdx.x % 32 & ~3);
+#else
         sum += __shfl_xor_sync(0xffffffff, sum, 1);
         sum += __shfl_xor_sync(0xffffffff, sum, 2);
+#endif
         int at = row + 8 * r;
         if (at >= args.rows) continue;
         float inverse = BIASED && sum == 0.0f ? 0.0f : 1.0f / sum;
@@ -292,8 +329,14 @@ attention(const __grid_constant__ Params args, const __grid_constant__ TensorMap
             barrier_init(at.v_empty + 8 * i, WARPS * CLUSTER);
         }
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-        asm volatile("fence.proxy.async;" ::: "memory");
     }
+    for (u32 i = threadIdx.x; i < STAGES * ONES_BYTES / 4; i += blockDim.x) {
+        // 1 in E4M3, four times.
+        u32 ones = i % (ONES_BYTES / 4) < N / 4 ? 0x38383838 : 0;
+        u32 to = at.v + i / (ONES_BYTES / 4) * V_STRIDE + V_BYTES + i % (ONES_BYTES / 4) * 4;
+        asm volatile("st.shared.u32 [%0], %1;" ::"r"(to), "r"(ones) : "memory");
+    }
+    asm volatile("fence.proxy.async;" ::: "memory");
     __syncthreads();
     if (CLUSTER > 1) cluster_sync();
     int group = __shfl_sync(0xffffffff, threadIdx.x / 128, 0);
@@ -309,12 +352,13 @@ attention(const __grid_constant__ Params args, const __grid_constant__ TensorMap
         rows.scale[0] = q_scale[0];
         rows.scale[1] = q_scale[8];
         rows.sum[0] = rows.sum[1] = 0.0f;
+        rows.codes[0] = rows.codes[1] = 0;
         rows.zero = blockDim.y - 1;
         Query q;
-        float o[64];
+        float o[SUMS];
         u32 p[P_REGISTERS];
 #pragma unroll
-        for (int i = 0; i < 64; ++i) o[i] = 0.0f;
+        for (int i = 0; i < SUMS; ++i) o[i] = 0.0f;
         {
             int s[64];
             barrier_wait(at.q_full, 0);

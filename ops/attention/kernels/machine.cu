@@ -17,6 +17,7 @@
 //   STAGES          tiles of K and of V in shared memory
 //   PINGPONG        the warpgroups take turns at the tensor cores
 //   DOUBLE          P is packed while the one before is multiplied, at the price of registers
+//   PACED           exponentials are taken in eights, each after the eight before
 //   Q_IN_REGISTERS  Q is read from shared memory once
 //   CLUSTER         blocks of threads that share copies of K and V
 //   TILES_SUMMED    tiles of FP8 P·V that the tensor cores sum by themselves
@@ -29,8 +30,6 @@
 #define PV_EXACT 0
 #define PV_FP8 1
 #define PV_INT8 2
-// Whether the softmax is put in order by hand; with biases that takes registers that are not there.
-#define PACED (PV == PV_FP8 && !BIASED)
 
 struct Params {
     const char* q;         // [B·H, tiles, 128, 128] int8, swizzled
@@ -56,6 +55,11 @@ constexpr int N = 128;
 constexpr int D = 128;
 constexpr int K_BYTES = N * D;
 constexpr int V_BYTES = N * D * (PV == PV_EXACT ? 2 : 1);
+// FP8: behind V's channels stand eight more. The first is all ones: its P·V is the sum of P.
+constexpr int ONES_BYTES = PV == PV_FP8 ? 8 * N : 0;
+constexpr int V_STRIDE = V_BYTES + ONES_BYTES;
+// Numbers of a thread's part of P·V.
+constexpr int SUMS = PV == PV_FP8 ? 68 : 64;
 constexpr int Q_BYTES = M * D;
 constexpr int CONSUMERS = 2;
 constexpr int WARPS = CONSUMERS * 4;
@@ -66,7 +70,13 @@ constexpr float LIMIT = PV == PV_FP8 ? 8.75f : (PV == PV_EXACT && FP16) ? 8.0f :
 // Without a running maximum P stays below this power of two.
 constexpr float SAFE = 90.0f;
 constexpr float LOG2_255 = 7.994353436858858f;
-constexpr float ROUND = 12582912.0f;
+// log2 of what the largest P of a row in a tile becomes: INT8's code 255 times the least FP16.
+constexpr float CODE = PV == PV_INT8 ? LOG2_255 - 24.0f : 0.0f;
+// INT8's sums begin at the bits of this float, 1.5 · 2^23: while they move by less than 2^22, their
+// bits are the float BEGIN + sum. They do while a thread's codes, a quarter of a row's, add up to no
+// more than so many, as V's are 127 at most.
+constexpr float BEGIN = 12582912.0f;
+constexpr u32 MOST_CODES = ((1 << 22) - 1) / (4 * 127);
 constexpr int EMPTY = 0x80000000;
 // Elements of a tile of `bias`: a copy is a multiple of 16 bytes.
 constexpr int BIASES = N + 4;
@@ -102,13 +112,13 @@ __device__ __forceinline__ bool all_of_group(int id, bool condition) {
 // ---- tensor cores
 
 // Keeps the compiler from using registers before the wait that stands above.
-__device__ __forceinline__ void settle(int (&x)[64]) {
+template <int COUNT> __device__ __forceinline__ void settle(int (&x)[COUNT]) {
 #pragma unroll
-    for (int i = 0; i < 64; ++i) asm volatile("" : "+r"(x[i])::"memory");
+    for (int i = 0; i < COUNT; ++i) asm volatile("" : "+r"(x[i])::"memory");
 }
-__device__ __forceinline__ void settle(float (&x)[64]) {
+template <int COUNT> __device__ __forceinline__ void settle(float (&x)[COUNT]) {
 #pragma unroll
-    for (int i = 0; i < 64; ++i) asm volatile("" : "+f"(x[i])::"memory");
+    for (int i = 0; i < COUNT; ++i) asm volatile("" : "+f"(x[i])::"memory");
 }
 
 #define FOUR(c, d, i) c(d[i]), c(d[i + 1]), c(d[i + 2]), c(d[i + 3])
@@ -161,15 +171,15 @@ __device__ __forceinline__ void mma_p(float (&d)[64], const u32* a, u64 b, int a
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add));
 }
 #elif PV == PV_FP8
-__device__ __forceinline__ void mma_p(float (&d)[64], const u32* a, u64 b, int add) {
-    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %69, 0;\n"
-        "wgmma.mma_async.sync.aligned.m64n128k32.f32.e4m3.e4m3 {"
+__device__ __forceinline__ void mma_p(float (&d)[SUMS], const u32* a, u64 b, int add) {
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %73, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n136k32.f32.e4m3.e4m3 {"
         "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
         "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
         "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
-        "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
-        "}, {%64, %65, %66, %67}, %68, p, 1, 1;\n}\n"
-        : FLOATS(d)
+        "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, "
+        "%64, %65, %66, %67}, {%68, %69, %70, %71}, %72, p, 1, 1;\n}\n"
+        : FLOATS(d), FOUR("+f", d, 64)
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add));
 }
 #else

@@ -53,13 +53,13 @@ typedef float Sum;
 #else
 typedef int Sum;
 #endif
-__device__ __forceinline__ void multiply_pv(Sum (&o)[64], const u32 (&p)[P_REGISTERS], u64 v,
+__device__ __forceinline__ void multiply_pv(Sum (&o)[SUMS], const u32 (&p)[P_REGISTERS], u64 v,
                                             bool add) {
 #pragma unroll
     for (int step = 0; step < N / 32; ++step)
         mma_p(o, p + 4 * step, v + 2 * step, step != 0 || add);
 }
-// Four numbers as bytes: E4M3, or the low bytes of floats to which ROUND was added.
+// Four numbers as bytes: E4M3; or codes, which come times the least FP16, whose bits are then they.
 __device__ __forceinline__ u32 pack(float a, float b, float c, float d) {
 #if PV == PV_FP8
     u32 r;
@@ -68,9 +68,10 @@ __device__ __forceinline__ u32 pack(float a, float b, float c, float d) {
         : "=r"(r) : "f"(a), "f"(b), "f"(c), "f"(d));
     return r;
 #else
-    u32 low = __byte_perm(__float_as_int(a), __float_as_int(b), 0x0040);
-    u32 high = __byte_perm(__float_as_int(c), __float_as_int(d), 0x0040);
-    return __byte_perm(low, high, 0x5410);
+    u32 low, high;
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(low) : "f"(b), "f"(a));
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(high) : "f"(d), "f"(c));
+    return __byte_perm(low, high, 0x6420);
 #endif
 }
 #endif
@@ -93,10 +94,12 @@ __device__ __forceinline__ void pack_all(u32 (&out)[P_REGISTERS], const float (&
 struct Rows {
     float scale[2];  // of Q, softmax's included
     float top[2];    // P is 2 to the (logit - top)
-    float sum[2];    // of P, this thread's columns
+    float sum[2];    // of P, this thread's columns; not FP8
     float keep[2];   // factor of what was summed before this tile
     float part[2];   // INT8: factor of this tile's P·V
     float pending[2];  // INT8: factor of the P·V that is not in the sum yet
+    u32 codes[2];      // INT8: sum of this thread's codes since `acc` began
+    bool begin;        // INT8: `acc` begins with this tile's P·V, as it might leave its range
     u32 zero;          // 0, which the compiler does not know
 };
 
@@ -132,32 +135,6 @@ __device__ __forceinline__ bool follow(Rows& rows, float (&top)[2]) {
     return true;
 }
 
-#if PV == PV_INT8
-// P as codes over the tile's own maximum.
-__device__ __forceinline__ void scale_codes(Rows& rows, float (&p)[64], const float (&top)[2]) {
-    float code[2];
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-        rows.part[r] = exp2(top[r] - rows.top[r]);
-        code[r] = exp2(fminf(rows.top[r] - top[r] + LOG2_255, 126.0f));
-    }
-#pragma unroll
-    for (int i = 0; i < 64; ++i) p[i] = fmaf(p[i], code[(i / 2) % 2], ROUND);
-}
-#endif
-
-// p[FROM..FROM + 31] = 2 to what stands there.
-template <bool FIRST, int FROM>
-__device__ __forceinline__ void exponentials(float (&p)[64], const int (&s)[64], float (&sum)[4]) {
-#pragma unroll
-    for (int i = FROM; i < FROM + 32; ++i) {
-        p[i] = exp2(p[i]);
-        if (FIRST && s[i] == EMPTY) p[i] = 0.0f;
-        if (PV != PV_INT8) sum[i % 4] += p[i];
-    }
-}
-
-#if PACED
 // x, but not before y is there: the compiler would do the cheap arithmetic of all elements first,
 // and then wait for one exponential after the other.
 __device__ __forceinline__ float after(float x, float y, u32 zero) {
@@ -166,85 +143,80 @@ __device__ __forceinline__ float after(float x, float y, u32 zero) {
     return r;
 }
 
-// p[FROM..FROM + 31] = 2 to the logits less the top, each eight after the eight before.
+// p[FROM..FROM + 31] = 2 to (logit + more).
 template <bool FIRST, int FROM>
-__device__ __forceinline__ void paced(float (&p)[64], const int (&s)[64], const Rows& rows,
-                                      const float (&factor)[2], float (&sum)[4]) {
-    float top[2] = {-rows.top[0], -rows.top[1]};
+__device__ __forceinline__ void exponentials(float (&p)[64], const int (&s)[64], const Rows& rows,
+                                             const float (&factor)[2], const float (&more)[2],
+                                             float (&sum)[4]) {
+    float added[2] = {more[0], more[1]};
 #pragma unroll
     for (int chunk = FROM; chunk < FROM + 32; chunk += 8) {
 #pragma unroll
         for (int i = chunk; i < chunk + 8; ++i) {
-            p[i] = exp2(fmaf(float(s[i]), factor[(i / 2) % 2], top[(i / 2) % 2]));
+            p[i] = exp2(fmaf(float(s[i]), factor[(i / 2) % 2], added[(i / 2) % 2]));
             if (FIRST && s[i] == EMPTY) p[i] = 0.0f;
-            sum[i % 4] += p[i];
+            if (PV == PV_EXACT) sum[i % 4] += p[i];
         }
-        top[0] = after(-rows.top[0], sum[1], rows.zero);
-        top[1] = after(-rows.top[1], sum[3], rows.zero);
+        if (PACED) {
+            added[0] = after(more[0], p[chunk + 5], rows.zero);
+            added[1] = after(more[1], p[chunk + 7], rows.zero);
+        }
     }
 }
-#endif
 
 // p = the exponentials of a tile, to be packed. Returns whether sums before it must be multiplied
-// by `keep`. BOUNDED: no logit can overflow, so that the maximum need not be known beforehand, and
-// is looked for beside the exponentials: FP8 has a narrow range, INT8 scales each tile.
+// by `keep`. BOUNDED: no logit can overflow, so that the maximum need not be known beforehand: for
+// FP8, which has a narrow range, it is looked for beside the exponentials. INT8 scales each tile.
 template <bool FIRST, bool BOUNDED>
 __device__ __forceinline__ bool softmax(float (&p)[64], const int (&s)[64], Rows& rows,
                                         float k_scale) {
     float factor[2] = {rows.scale[0] * k_scale, rows.scale[1] * k_scale};
     float sum[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-    float top[2];
+    float top[2], more[2];
     bool moved = false;
     if constexpr (FIRST || !BOUNDED || PV != PV_EXACT) {
+        // Codes must not exceed the largest: INT8's is never too low.
 #pragma unroll
-        for (int r = 0; r < 2; ++r) top[r] = largest(s, r) * factor[r];
+        for (int r = 0; r < 2; ++r)
+            top[r] = PV == PV_INT8 ? __fmul_ru(largest(s, r), factor[r])
+                                   : largest(s, r) * factor[r];
+    }
+    if constexpr (FIRST || (BOUNDED && PV == PV_INT8)) {
+#pragma unroll
+        for (int r = 0; r < 2; ++r) top[r] = largest_of_row(top[r]);
     }
     if constexpr (FIRST) {
 #pragma unroll
-        for (int r = 0; r < 2; ++r) {
-            top[r] = largest_of_row(top[r]);
-            rows.top[r] = top[r] - SHIFT;
-        }
+        for (int r = 0; r < 2; ++r) rows.top[r] = top[r] - SHIFT;
     } else if constexpr (!BOUNDED) {
         moved = follow(rows, top);
     }
-#if PACED
-    paced<FIRST, 0>(p, s, rows, factor, sum);
-#else
 #pragma unroll
-    for (int i = 0; i < 64; ++i)
-        p[i] = fmaf(float(s[i]), factor[(i / 2) % 2], -rows.top[(i / 2) % 2]);
-    exponentials<FIRST, 0>(p, s, sum);
-#endif
+    for (int r = 0; r < 2; ++r) {
+        if (PV == PV_INT8) {
+            more[r] = __fadd_rd(CODE, -top[r]);
+            // What rounding has taken off the codes.
+            float less = CODE - (more[r] + top[r]);
+            rows.part[r] = exp2(top[r] - rows.top[r] + less);
+        } else {
+            more[r] = -rows.top[r];
+        }
+    }
+    exponentials<FIRST, 0>(p, s, rows, factor, more, sum);
     if constexpr (!FIRST && BOUNDED && PV == PV_FP8) {
-        float old[2] = {rows.top[0], rows.top[1]};
         moved = follow(rows, top);
         if (moved) {
 #pragma unroll
-            for (int i = 0; i < 32; ++i) {
-                int r = (i / 2) % 2;
-                p[i] *= rows.keep[r];
-                if (!PACED) p[i + 32] += old[r] - rows.top[r];
-            }
+            for (int i = 0; i < 32; ++i) p[i] *= rows.keep[(i / 2) % 2];
 #pragma unroll
-            for (int i = 0; i < 4; ++i) sum[i] *= rows.keep[i / 2];
+            for (int r = 0; r < 2; ++r) more[r] = -rows.top[r];
         }
     }
-#if PACED
-    paced<FIRST, 32>(p, s, rows, factor, sum);
-#else
-    exponentials<FIRST, 32>(p, s, sum);
-#endif
-#if PV == PV_INT8
-    if constexpr (!FIRST && BOUNDED) {
-        top[0] = largest_of_row(top[0]);
-        top[1] = largest_of_row(top[1]);
+    exponentials<FIRST, 32>(p, s, rows, factor, more, sum);
+    if (PV == PV_EXACT) {
+        rows.sum[0] += sum[0] + sum[1];
+        rows.sum[1] += sum[2] + sum[3];
     }
-    scale_codes(rows, p, top);
-#else
-    rows.sum[0] += sum[0] + sum[1];
-    rows.sum[1] += sum[2] + sum[3];
-#endif
     return moved;
 }
 
@@ -283,15 +255,20 @@ __device__ __forceinline__ bool softmax_biased(float (&p)[64], const int (&s)[64
         moved = follow(rows, top);
     }
 #pragma unroll
-    for (int i = 0; i < 64; ++i) p[i] -= rows.top[(i / 2) % 2];
-    exponentials<false, 0>(p, s, sum);
-    exponentials<false, 32>(p, s, sum);
-#if PV == PV_INT8
-    scale_codes(rows, p, top);
-#else
-    rows.sum[0] += sum[0] + sum[1];
-    rows.sum[1] += sum[2] + sum[3];
-#endif
+    for (int r = 0; r < 2; ++r) {
+        if (PV == PV_INT8) rows.part[r] = exp2(top[r] - rows.top[r]);
+        top[r] = PV == PV_INT8 ? fmaxf(top[r], FLOOR) : rows.top[r];
+    }
+#pragma unroll
+    for (int i = 0; i < 64; ++i) {
+        p[i] -= top[(i / 2) % 2];
+        p[i] = exp2(PV == PV_INT8 ? p[i] + CODE : p[i]);
+        if (PV == PV_EXACT) sum[i % 4] += p[i];
+    }
+    if (PV == PV_EXACT) {
+        rows.sum[0] += sum[0] + sum[1];
+        rows.sum[1] += sum[2] + sum[3];
+    }
     return moved;
 }
 
@@ -301,7 +278,13 @@ __device__ __forceinline__ void add_sums(Rows& rows, const u32 (&p)[P_REGISTERS]
     u32 sum[2] = {0, 0};
 #pragma unroll
     for (int i = 0; i < P_REGISTERS; ++i) sum[i % 2] = __dp4a(p[i], 0x01010101u, sum[i % 2]);
-    rows.sum[0] = fmaf(float(sum[0]), rows.part[0], rows.sum[0]);
-    rows.sum[1] = fmaf(float(sum[1]), rows.part[1], rows.sum[1]);
+    rows.codes[0] += sum[0];
+    rows.codes[1] += sum[1];
+    rows.begin = __any_sync(0xffffffff, max(rows.codes[0], rows.codes[1]) > MOST_CODES);
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+        if (rows.begin) rows.codes[r] = sum[r];
+        rows.sum[r] = fmaf(float(sum[r]), rows.part[r], rows.sum[r]);
+    }
 #endif
 }
