@@ -38,8 +38,9 @@ def attention(
     q: [B, H, Lq, D]; k, v: [B, Hkv, Lk, D] with H % Hkv = 0, all bf16 or fp16, any strides (a
     [B, L, H, D] tensor is given transposed), never written to; the result lies in memory as q does.
     mode: a key of MODES. mask: bool (True: the key counts) or added to the logits, broadcast to
-    [B, H, Lq, Lk]. causal: a query sees the keys up to its own index. scale: positive; None is
-    D**-0.5. return_lse: also the natural log-sum-exp of the logits, [B, H, Lq] float32.
+    [B, H, Lq, Lk]; where keys end early in all of a batch, shorter views of k and v do, without a
+    mask and without a copy. causal: a query sees the keys up to its own index. scale: positive;
+    None is D**-0.5. return_lse: also the natural log-sum-exp of the logits, [B, H, Lq] float32.
     prologue: norms and rotary embedding of q and k, done as they are quantized. rotate: q and k are
     multiplied by a Hadamard matrix before rounding, which q·kᵀ does not see: it spreads channels
     that are larger than the others.

@@ -125,20 +125,18 @@ __device__ __forceinline__ void release(u32 bar) {
 }
 
 // The softmax of a tile, by its bias where it has one.
-template <bool FIRST, bool BOUNDED>
+template <bool FIRST, bool BOUNDED, bool FAR>
 __device__ __forceinline__ bool softmax_of(float (&p)[64], const int (&s)[64], Rows& rows,
                                            float k_scale, u32 bias) {
 #if BIASED
-    float any;
-    asm volatile("ld.shared.f32 %0, [%1];" : "=f"(any) : "r"(bias + N * 4) : "memory");
     // NaN is not zero either.
-    if (any != 0.0f) return softmax_biased<FIRST>(p, s, rows, k_scale, bias, any);
+    if (any_bias(bias) != 0.0f) return softmax_biased<FIRST>(p, s, rows, k_scale, bias);
 #endif
-    return softmax<FIRST, BOUNDED>(p, s, rows, k_scale);
+    return softmax<FIRST, BOUNDED, FAR>(p, s, rows, k_scale);
 }
 
 // One tile: S of tile i beside P·V of the tile before, whose P is in `p`; P of tile i to `p`.
-template <bool BOUNDED>
+template <bool BOUNDED, bool FAR>
 __device__ __forceinline__ void advance(Work& work, int i, float (&o)[SUMS], Sum (&acc)[SUMS],
                                         u32 (&p)[P_REGISTERS], Rows& rows) {
     const Shared& at = work.at;
@@ -169,7 +167,7 @@ __device__ __forceinline__ void advance(Work& work, int i, float (&o)[SUMS], Sum
     rows.pending[0] = rows.part[0];
     rows.pending[1] = rows.part[1];
     u32 bias = at.bias + work.ring.slot * BIAS_BYTES;
-    bool moved = softmax_of<false, BOUNDED>(x, s, rows, k_scale, bias);
+    bool moved = softmax_of<false, BOUNDED, FAR>(x, s, rows, k_scale, bias);
     if (BIASED) {
         __syncwarp();
         release(at.k_empty + 8 * work.ring.slot);
@@ -205,7 +203,7 @@ __device__ __forceinline__ void advance(Work& work, int i, float (&o)[SUMS], Sum
 }
 
 // The tiles after the first one, whose P is in `p`.
-template <bool BOUNDED>
+template <bool BOUNDED, bool FAR>
 __device__ __forceinline__ void consume(Work& work, float (&o)[SUMS], u32 (&p)[P_REGISTERS],
                                         Rows& rows) {
     const Shared& at = work.at;
@@ -221,7 +219,7 @@ __device__ __forceinline__ void consume(Work& work, float (&o)[SUMS], u32 (&p)[P
 #endif
     if (PINGPONG && work.group == 1 && blocks > 1) named_arrive(1);
     if (blocks > 1) barrier_wait(at.k_full + 8 * work.ring.slot, work.ring.phase);
-    for (int i = 1; i < blocks; ++i) advance<BOUNDED>(work, i, o, acc, p, rows);
+    for (int i = 1; i < blocks; ++i) advance<BOUNDED, FAR>(work, i, o, acc, p, rows);
     barrier_wait(at.v_full + 8 * work.before.slot, work.before.phase);
     settle(acc);
     bool full = is_full(blocks - 1);
@@ -275,9 +273,12 @@ __device__ __forceinline__ void finish(const Params& args, const float (&o)[SUMS
     }
 }
 
-// Whether no logit of a warpgroup's rows can be SAFE above the first tile's maximum: by the norms
-// of query and key (Cauchy-Schwarz).
-__device__ __forceinline__ bool is_bounded(const Params& args, const Rows& rows, int row,
+// What is known of the logits of a warpgroup's rows by the norms of query and key (Cauchy-Schwarz).
+struct Logits {
+    bool bounded;  // none can be SAFE above the first tile's maximum
+    bool far;      // one may be beyond NEARBY
+};
+__device__ __forceinline__ Logits logits_of(const Params& args, const Rows& rows, int row,
                                            float* scratch) {
     float k = 0.0f;
     int kv = kv_head(args);
@@ -292,9 +293,16 @@ __device__ __forceinline__ bool is_bounded(const Params& args, const Rows& rows,
 #pragma unroll
     for (int i = 0; i < 4; ++i) k = fmaxf(k, scratch[group * 4 + i]);
     const float* q = args.q_bound + u64(q_head()) * args.tiles * M + row;
-    bool holds = q[0] * k - rows.top[0] <= SAFE && q[8] * k - rows.top[1] <= SAFE;
+    float bound[2] = {q[0] * k, q[8] * k};
+    bool holds = bound[0] - rows.top[0] <= SAFE && bound[1] - rows.top[1] <= SAFE;
+    // NaN and Inf stay NaN either way, and leave the other rows as they are.
+    float most = fmaxf(bound[0], bound[1]);
+    bool far = most > NEARBY && most < __int_as_float(0x7f800000);
+    Logits known;
     // P in FP16 has a narrow range itself.
-    return all_of_group(3 + group, holds && !(PV == PV_EXACT && FP16));
+    known.bounded = all_of_group(3 + group, holds && !(PV == PV_EXACT && FP16));
+    known.far = PV != PV_EXACT && !all_of_group(3 + group, !far);
+    return known;
 }
 
 #if CLUSTER > 1
@@ -330,12 +338,14 @@ attention(const __grid_constant__ Params args, const __grid_constant__ TensorMap
         }
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     }
+#if PV == PV_FP8
     for (u32 i = threadIdx.x; i < STAGES * ONES_BYTES / 4; i += blockDim.x) {
         // 1 in E4M3, four times.
         u32 ones = i % (ONES_BYTES / 4) < N / 4 ? 0x38383838 : 0;
         u32 to = at.v + i / (ONES_BYTES / 4) * V_STRIDE + V_BYTES + i % (ONES_BYTES / 4) * 4;
         asm volatile("st.shared.u32 [%0], %1;" ::"r"(to), "r"(ones) : "memory");
     }
+#endif
     asm volatile("fence.proxy.async;" ::: "memory");
     __syncthreads();
     if (CLUSTER > 1) cluster_sync();
@@ -384,7 +394,7 @@ attention(const __grid_constant__ Params args, const __grid_constant__ TensorMap
                 }
             }
             float x[64];
-            softmax_of<true, false>(x, s, rows, k_scale, at.bias);
+            softmax_of<true, false, true>(x, s, rows, k_scale, at.bias);
             if (BIASED) {
                 __syncwarp();
                 release(at.k_empty);
@@ -395,10 +405,13 @@ attention(const __grid_constant__ Params args, const __grid_constant__ TensorMap
         Work work = {args, at, q, group};
         work.ring.next();
         // Broadcast, so that the compiler knows that no warp diverges.
-        if (__shfl_sync(0xffffffff, is_bounded(args, rows, row, scratch), 0))
-            consume<true>(work, o, p, rows);
+        Logits logits = logits_of(args, rows, row, scratch);
+        if (__shfl_sync(0xffffffff, PV != PV_EXACT && logits.far, 0))
+            consume<false, true>(work, o, p, rows);
+        else if (__shfl_sync(0xffffffff, logits.bounded, 0))
+            consume<true, false>(work, o, p, rows);
         else
-            consume<false>(work, o, p, rows);
+            consume<false, false>(work, o, p, rows);
         finish(args, o, rows, row);
     }
     // No block leaves while another one may still write to its shared memory.

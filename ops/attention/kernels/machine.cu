@@ -73,10 +73,13 @@ constexpr float LOG2_255 = 7.994353436858858f;
 // log2 of what the largest P of a row in a tile becomes: INT8's code 255 times the least FP16.
 constexpr float CODE = PV == PV_INT8 ? LOG2_255 - 24.0f : 0.0f;
 // INT8's sums begin at the bits of this float, 1.5 · 2^23: while they move by less than 2^22, their
-// bits are the float BEGIN + sum. They do while a thread's codes, a quarter of a row's, add up to no
-// more than so many, as V's are 127 at most.
+// bits are the float BEGIN + sum. They do while a thread's codes, a quarter of a row's, add up to
+// MOST_CODES at most, as V's are 127 at most.
 constexpr float BEGIN = 12582912.0f;
 constexpr u32 MOST_CODES = ((1 << 22) - 1) / (4 * 127);
+static_assert(N / 4 * 255 <= MOST_CODES, "one tile's sums must fit");
+// Logits up to this many log2 units lose nothing to speak of when their rows' top is rounded.
+constexpr float NEARBY = 1 << 20;
 constexpr int EMPTY = 0x80000000;
 // Elements of a tile of `bias`: a copy is a multiple of 16 bytes.
 constexpr int BIASES = N + 4;

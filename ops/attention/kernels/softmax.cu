@@ -97,9 +97,11 @@ struct Rows {
     float sum[2];    // of P, this thread's columns; not FP8
     float keep[2];   // factor of what was summed before this tile
     float part[2];   // INT8: factor of this tile's P·V
-    float pending[2];  // INT8: factor of the P·V that is not in the sum yet
+    float pending[2];  // INT8: factor of the tile whose P·V came to `acc` last
     u32 codes[2];      // INT8: sum of this thread's codes since `acc` began
-    bool begin;        // INT8: `acc` begins with this tile's P·V, as it might leave its range
+    // INT8: `acc` begins with this tile's P·V, as it might leave its range. For all rows of a warp:
+    // the last bits of one depend on the others.
+    bool begin;
     u32 zero;          // 0, which the compiler does not know
 };
 
@@ -143,8 +145,9 @@ __device__ __forceinline__ float after(float x, float y, u32 zero) {
     return r;
 }
 
-// p[FROM..FROM + 31] = 2 to (logit + more).
-template <bool FIRST, int FROM>
+// p[FROM..FROM + 31] = 2 to (logit + more). FAR: to (logit + more + CODE), the logit rounded first:
+// of the largest nothing but CODE is left, however large it is.
+template <bool FIRST, bool FAR, int FROM>
 __device__ __forceinline__ void exponentials(float (&p)[64], const int (&s)[64], const Rows& rows,
                                              const float (&factor)[2], const float (&more)[2],
                                              float (&sum)[4]) {
@@ -153,7 +156,9 @@ __device__ __forceinline__ void exponentials(float (&p)[64], const int (&s)[64],
     for (int chunk = FROM; chunk < FROM + 32; chunk += 8) {
 #pragma unroll
         for (int i = chunk; i < chunk + 8; ++i) {
-            p[i] = exp2(fmaf(float(s[i]), factor[(i / 2) % 2], added[(i / 2) % 2]));
+            float f = factor[(i / 2) % 2], a = added[(i / 2) % 2];
+            float x = FAR ? __fmul_rn(float(s[i]), f) + a : fmaf(float(s[i]), f, a);
+            p[i] = exp2(FAR && PV == PV_INT8 ? x + CODE : x);
             if (FIRST && s[i] == EMPTY) p[i] = 0.0f;
             if (PV == PV_EXACT) sum[i % 4] += p[i];
         }
@@ -167,7 +172,8 @@ __device__ __forceinline__ void exponentials(float (&p)[64], const int (&s)[64],
 // p = the exponentials of a tile, to be packed. Returns whether sums before it must be multiplied
 // by `keep`. BOUNDED: no logit can overflow, so that the maximum need not be known beforehand: for
 // FP8, which has a narrow range, it is looked for beside the exponentials. INT8 scales each tile.
-template <bool FIRST, bool BOUNDED>
+// FAR: the top may be so large that rounding it would move P.
+template <bool FIRST, bool BOUNDED, bool FAR>
 __device__ __forceinline__ bool softmax(float (&p)[64], const int (&s)[64], Rows& rows,
                                         float k_scale) {
     float factor[2] = {rows.scale[0] * k_scale, rows.scale[1] * k_scale};
@@ -178,8 +184,8 @@ __device__ __forceinline__ bool softmax(float (&p)[64], const int (&s)[64], Rows
         // Codes must not exceed the largest: INT8's is never too low.
 #pragma unroll
         for (int r = 0; r < 2; ++r)
-            top[r] = PV == PV_INT8 ? __fmul_ru(largest(s, r), factor[r])
-                                   : largest(s, r) * factor[r];
+            top[r] = PV == PV_INT8 && !FAR ? __fmul_ru(largest(s, r), factor[r])
+                                           : __fmul_rn(largest(s, r), factor[r]);
     }
     if constexpr (FIRST || (BOUNDED && PV == PV_INT8)) {
 #pragma unroll
@@ -193,16 +199,19 @@ __device__ __forceinline__ bool softmax(float (&p)[64], const int (&s)[64], Rows
     }
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-        if (PV == PV_INT8) {
+        float less = 0.0f;
+        if (PV != PV_INT8) {
+            more[r] = -rows.top[r];
+        } else if (FAR) {
+            more[r] = -top[r];
+        } else {
             more[r] = __fadd_rd(CODE, -top[r]);
             // What rounding has taken off the codes.
-            float less = CODE - (more[r] + top[r]);
-            rows.part[r] = exp2(top[r] - rows.top[r] + less);
-        } else {
-            more[r] = -rows.top[r];
+            less = CODE - (more[r] + top[r]);
         }
+        if (PV == PV_INT8) rows.part[r] = exp2(top[r] - rows.top[r] + less);
     }
-    exponentials<FIRST, 0>(p, s, rows, factor, more, sum);
+    exponentials<FIRST, FAR, 0>(p, s, rows, factor, more, sum);
     if constexpr (!FIRST && BOUNDED && PV == PV_FP8) {
         moved = follow(rows, top);
         if (moved) {
@@ -212,7 +221,7 @@ __device__ __forceinline__ bool softmax(float (&p)[64], const int (&s)[64], Rows
             for (int r = 0; r < 2; ++r) more[r] = -rows.top[r];
         }
     }
-    exponentials<FIRST, 32>(p, s, rows, factor, more, sum);
+    exponentials<FIRST, FAR, 32>(p, s, rows, factor, more, sum);
     if (PV == PV_EXACT) {
         rows.sum[0] += sum[0] + sum[1];
         rows.sum[1] += sum[2] + sum[3];
@@ -220,21 +229,28 @@ __device__ __forceinline__ bool softmax(float (&p)[64], const int (&s)[64], Rows
     return moved;
 }
 
-// The same for a tile of which some keys are hidden or have another bias, which is at `address`.
-// any: NaN where one of the biases is, else finite.
+// Of the biases of a tile: 0 if all are, NaN if one is, else finite.
+__device__ __forceinline__ float any_bias(u32 address) {
+    float any;
+    asm volatile("ld.shared.f32 %0, [%1];" : "=f"(any) : "r"(address + N * 4) : "memory");
+    return any;
+}
+
+// The same for a tile of which some keys are hidden or have another bias; `address` has the biases.
 template <bool FIRST>
 __device__ __forceinline__ bool softmax_biased(float (&p)[64], const int (&s)[64], Rows& rows,
-                                               float k_scale, u32 address, float any) {
+                                               float k_scale, u32 address) {
     float factor[2] = {rows.scale[0] * k_scale, rows.scale[1] * k_scale};
     float sum[4] = {0.0f, 0.0f, 0.0f, 0.0f};
     float top[2] = {__int_as_float(0xff800000), __int_as_float(0xff800000)};
     bool moved = false;
-    address += threadIdx.x % 4 * 8;
 #pragma unroll
     for (int j = 0; j < 64; j += 4) {
+        // The compiler would load more ahead than there are registers.
+        if (PV == PV_INT8 && j % 16 == 0) __syncwarp();
         float x, y;
         asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];"
-                     : "=f"(x), "=f"(y) : "r"(address + 8 * j) : "memory");
+                     : "=f"(x), "=f"(y) : "r"(address + threadIdx.x % 4 * 8 + 8 * j) : "memory");
 #pragma unroll
         for (int i = j; i < j + 4; ++i) {
             int r = (i / 2) % 2;
@@ -242,9 +258,11 @@ __device__ __forceinline__ bool softmax_biased(float (&p)[64], const int (&s)[64
             top[r] = fmaxf(top[r], p[i]);
         }
     }
+#if PV == PV_INT8
     // A scale that is NaN or Inf, a bias that is NaN: maxima drop it, and codes cannot hold it.
 #pragma unroll
-    for (int r = 0; r < 2; ++r) top[r] += PV == PV_INT8 ? 0.0f * (factor[r] + any) : 0.0f;
+    for (int r = 0; r < 2; ++r) top[r] += 0.0f * (factor[r] + any_bias(address));
+#endif
     if constexpr (FIRST) {
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
