@@ -22,16 +22,9 @@ HEADS = 40
 TOKENS = (75600, 32760)
 # What differs from `hopper.VARIANTS`, by mode.
 VARIANTS = {
-    "exact": (
-        {},
-        {"STAGES": 4},
-        {"CLUSTER": 2, "STAGES": 4},
-        {"CLUSTER": 2, "STAGES": 4, "PINGPONG": 1},
-        {"CLUSTER": 2, "STAGES": 4, "DOUBLE": 0},
-        {"CLUSTER": 2, "STAGES": 4, "DOUBLE": 0, "PINGPONG": 1},
-    ),
+    "exact": ({}, {"CLUSTER": 2, "STAGES": 4, "DOUBLE": 0}),
     "fp8": ({}, {"CLUSTER": 2}, {"PINGPONG": 1}),
-    "int8": ({}, {"CLUSTER": 2}, {"PINGPONG": 1}, {"PACED": 0}),
+    "int8": ({}, {"CLUSTER": 2}, {"PINGPONG": 1}),
 }
 SETTLE_S, SUSTAINED_S, ROUNDS = 0.5, 0.7, 2
 QUERY = ("nvidia-smi", "--query-gpu=power.draw,clocks.sm", "--format=csv,noheader,nounits")
