@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from . import families
-from .checkpoint import Checkpoint, open_checkpoint
+from .checkpoint import Checkpoint, CheckpointError, open_checkpoint
 from .checkpoint.stored import LEGACY_FLAG, MARKER, StoredLayer, logical_shapes, stored_layers
 
 # Elements in float64 at a time.
@@ -79,10 +79,13 @@ def compare(
     """Return how far the checkpoint `path_b` is from `path_a`, relative to the latter.
 
     tick: called with (tensors done, all tensors). Holds one tensor of each file at a time.
-    Raises CheckpointError when a file cannot be read or its markings are wrong.
+    Raises CheckpointError when a file cannot be read, its markings are wrong, or no tensor of one
+    has a name that the other has too.
     """
     a, b = _open(path_a), _open(path_b)
     common = [name for name in a.names if name in b.names]
+    if not common:
+        raise CheckpointError(f"{path_a} and {path_b} have no tensor in common: of one model?")
     differences = []
     for done, name in enumerate(common, start=1):
         differences.append(_difference(a, b, name))

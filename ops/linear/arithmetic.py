@@ -31,9 +31,12 @@ def with_arithmetic(
     arithmetic: one of ARITHMETICS. Where that cannot run, `linear` raises NoBackendError with the
     reason. "auto" takes a wish back. "w4a8_exact" becomes "w4a8_fp8" or "w4a8_int8" here, once:
     `least_error` says which. device: where the layer will run, for that; None: where the weight is.
-    Raises ValueError for other names, and for a weight that has not 4 bits.
+    Raises ValueError for other names, and for a weight that has not 4 bits; TypeError for one that
+    is not quantized.
     """
     check_name(arithmetic)
+    if not isinstance(weight, QuantizedTensor):
+        raise TypeError(f"the weight is not quantized: a {type(weight).__name__} of {weight.dtype}")
     layout = weight.layout_cls
     if layout.scheme not in GROUPS:
         raise ValueError(f"arithmetic is for {', '.join(GROUPS)} weights, not {layout.scheme}")

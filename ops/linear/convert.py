@@ -149,6 +149,9 @@ def _layers(
         raise ValueError(
             f"scale_weight_keys has {unknown[0]}; names that end in {', '.join(SCALES)} are known"
         )
+    for key, scale in scales.items():
+        if not isinstance(scale, torch.Tensor):
+            raise TypeError(f"scale_weight_keys has {key} as {scale!r}; a tensor is wanted")
     found = _linears(module)
     names = {name for layer in found for name in layer.names}
     given = {key for key in scales if key.rpartition(".")[2] in SCALES}

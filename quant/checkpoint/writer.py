@@ -37,6 +37,8 @@ class CheckpointWriter:
         self._small: dict[str, torch.Tensor] = {}
         self._offset = 0
         folder = os.path.dirname(os.path.abspath(self.path))
+        if not os.path.isdir(folder):
+            raise CheckpointError(f"{self.path}: there is no folder {folder}")
         try:
             handle, self._temporary = tempfile.mkstemp(
                 prefix=f".{os.path.basename(self.path)}.", suffix=".partial", dir=folder

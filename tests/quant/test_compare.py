@@ -5,6 +5,7 @@ import torch
 from safetensors.torch import save_file
 
 from lowbit.quant import formats
+from lowbit.quant.checkpoint import CheckpointError
 from lowbit.quant.checkpoint.stored import marker_tensor
 from lowbit.quant.compare import compare, relative_error
 
@@ -55,3 +56,10 @@ def test_nan_and_other_shapes_come_first(tmp_path):
     ).differences
     assert {first.name, second.name} == {"y.weight", "z.weight"}
     assert last.error == 0.5
+
+
+def test_two_models_with_no_name_in_common_are_refused(tmp_path):
+    a = write(tmp_path / "a.safetensors", {"x.weight": torch.ones(2, 2)})
+    b = write(tmp_path / "b.safetensors", {"y.weight": torch.ones(2, 2)})
+    with pytest.raises(CheckpointError, match="no tensor in common"):
+        compare(a, b)

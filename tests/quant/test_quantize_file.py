@@ -121,7 +121,7 @@ def test_target_must_be_a_safetensors_file(wan, tmp_path):
     (tmp_path / "folder.safetensors").mkdir()
     with pytest.raises(CheckpointError, match="it is a folder"):
         quantize_file(wan, tmp_path / "folder.safetensors", FORMAT, overwrite=True)
-    with pytest.raises(CheckpointError, match="No such file"):
+    with pytest.raises(CheckpointError, match="there is no folder"):
         quantize_file(wan, tmp_path / "none" / "out.safetensors", FORMAT)
 
 

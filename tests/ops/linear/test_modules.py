@@ -113,6 +113,11 @@ def test_scale_of_any_shape_is_honoured(kind, dtype, shape):
     assert error(linear(x), want) <= (NVFP4_ERROR if kind == "fp4" else 1e-6)
 
 
+def test_scale_that_is_no_tensor_is_refused(kind):
+    with pytest.raises(TypeError, match=r"blocks.0.ffn.0.scale_weight as 2.0; a tensor is wanted"):
+        KINDS[kind](fp8_model(), torch.float32, KEPT, {"blocks.0.ffn.0.scale_weight": 2.0})
+
+
 def test_scale_that_is_an_attribute_is_honoured(kind):
     model, given = fp8_model(), fp8_model()
     for name in LAYERS:

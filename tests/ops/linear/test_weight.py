@@ -116,6 +116,11 @@ def test_wish_for_an_arithmetic_keeps_the_kind():
         layer.weight.data.add_(1)
 
 
+def test_arithmetic_of_a_weight_that_is_not_quantized_is_refused():
+    with pytest.raises(TypeError, match="not quantized: a Parameter of torch.float32"):
+        with_arithmetic(nn.Linear(16, 16).weight, "w4a8")
+
+
 def test_sharing_is_refused(weight):
     with pytest.raises(TypeError, match="load it in each"):
         weight.share_memory_()

@@ -216,7 +216,7 @@ def test_permissions_follow_the_umask(tmp_path, umask):
 
 
 def test_folder_that_is_missing_is_refused(tmp_path):
-    with pytest.raises(CheckpointError, match=r"none/a.safetensors: No such file"):
+    with pytest.raises(CheckpointError, match=r"none/a.safetensors: there is no folder .*none$"):
         small_writer(tmp_path / "none" / "a.safetensors")
 
 
