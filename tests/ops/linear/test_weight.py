@@ -117,7 +117,7 @@ def test_wish_for_an_arithmetic_keeps_the_kind():
 
 
 def test_arithmetic_of_a_weight_that_is_not_quantized_is_refused():
-    with pytest.raises(TypeError, match="not quantized: a Parameter of torch.float32"):
+    with pytest.raises(TypeError, match=r"not quantized: a Parameter of torch\.float32"):
         with_arithmetic(nn.Linear(16, 16).weight, "w4a8")
 
 
