@@ -102,7 +102,7 @@ def parse(
         raise LoraError(f"{checkpoint.path}: {empty[0]} is of rank 0, which is no LoRA; remove it")
     diffs, biases = found[Kind.DIFF], found[Kind.BIAS]
     if not (down or diffs or biases):
-        shown = ", ".join(unknown[:SHOWN])
+        shown = ", ".join((unknown or list(checkpoint))[:SHOWN])
         raise LoraError(f"{checkpoint.path}: nothing in it fits this model; it holds {shown}, …")
     pairs = {place: (down[place], up[place]) for place in down}
     alpha = _adapter_alpha(checkpoint)

@@ -252,6 +252,8 @@ def test_two_names_of_one_layer_and_other_models_are_refused(tmp_path):
         parse(tmp_path / "twice.safetensors", one | two)
     with pytest.raises(lora.LoraError, match="nothing in it fits this model"):
         parse(tmp_path / "none.safetensors", {"unet.down_blocks.0.lora_A.weight": down})
+    with pytest.raises(lora.LoraError, match=r"it holds blocks\.0\.ffn\.0\.alpha, …"):
+        parse(tmp_path / "alpha.safetensors", {"blocks.0.ffn.0.alpha": torch.ones(())})
     checkpoint, parsed = parse(tmp_path / "lora.safetensors", one)
     other = {**PARAMETERS, "blocks.0.ffn.0.weight": (64, 24)}
     with pytest.raises(lora.LoraError, match=r"of another model: .*blocks\.0\.ffn\.0"):
