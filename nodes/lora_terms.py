@@ -16,6 +16,8 @@ from comfy_kitchen.tensor import QuantizedTensor
 
 from ..ops.linear import LowRank, add_low_rank, linear_with_terms, rescale, scaled, stacked
 
+# What a module does not have.
+ABSENT = object()
 # What the tensor cores take, and the widest loads.
 RANK_MULTIPLE = 16
 CPU = torch.device("cpu")
@@ -119,17 +121,43 @@ class Term(torch.nn.Module):
         return LowRank(self.down.on(x), up, self._factor.to(x.device), shift, self.rows, self.key)
 
 
+class Difference(torch.nn.Module):
+    """What a LoRA adds to a whole parameter, as its file has it: of the parameter's shape."""
+
+    def __init__(self, value: torch.Tensor):
+        super().__init__()
+        self.value = Matrix(value)
+        self._factor: torch.Tensor | None = None
+
+    def prepare(self, strength: float, device: torch.device) -> None:
+        """Let it act with this strength on `device`; another one is written into the same tensor.
+
+        Before a compiled graph runs, for which the tensor is an input.
+        """
+        # Tensors of inference mode could not be written to outside of it.
+        with torch.inference_mode(False), torch.no_grad():
+            if self._factor is None or self._factor.device != device:
+                self._factor = torch.zeros((), device=device)
+            self._factor.fill_(strength)
+
+    def forward(self, parameter: torch.Tensor) -> torch.Tensor:
+        """Return a parameter with the difference added to it: a new tensor, summed in float32."""
+        device = parameter.device
+        value = self.value.weight.to(device, torch.float32)
+        return (parameter.float() + self._factor.to(device) * value).to(parameter.dtype)
+
+
 @dataclass(eq=False)
 class Lora:
     """One LoRA of a model: terms by layer, strength, and the part of the sampling it is meant for.
 
-    differences: of parameters that are in no layer, by name.
+    differences: of whole parameters, by name.
     """
 
     terms: Mapping[str, Term]
     strength: float
     steps: tuple[float, float]
-    differences: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    differences: Mapping[str, Difference] = field(default_factory=dict)
 
 
 @dataclass(eq=False)
@@ -156,8 +184,8 @@ class Stack:
         self.now, self.acting = tuple(now), tuple(strength != 0 for strength in now)
         acting = [lora for lora, acts in zip(self.loras, self.acting, strict=True) if acts]
         for lora, strength in zip(self.loras, now, strict=True):
-            for term in lora.terms.values() if strength else ():
-                term.prepare(strength, device)
+            for part in (*lora.terms.values(), *lora.differences.values()) if strength else ():
+                part.prepare(strength, device)
         replaced: list[tuple[dict, str, object]] = []
         try:
             for name in dict.fromkeys(name for lora in acting for name in lora.terms):
@@ -166,22 +194,15 @@ class Stack:
                 replaced.append((parent._modules, leaf, plain))
                 parent._modules[leaf] = self._view(name, plain)
             for name in dict.fromkeys(name for lora in acting for name in lora.differences):
-                parent, leaf = _place(root, name)
-                plain = getattr(parent, leaf)
-                replaced.append((parent._parameters, leaf, plain))
-                parent._parameters[leaf] = self._changed(name, plain)
+                added = [lora.differences[name] for lora in acting if name in lora.differences]
+                replaced.append(_change(*_place(root, name), added))
             yield
         finally:
-            for members, leaf, plain in replaced:
-                members[leaf] = plain
-
-    def _changed(self, name: str, plain: torch.Tensor) -> torch.nn.Parameter:
-        """Return a parameter with the differences that act now added to it, in float32."""
-        value = plain.float()
-        for lora, strength in zip(self.loras, self.now, strict=True):
-            if strength and name in lora.differences:
-                value = value + strength * lora.differences[name].to(value)
-        return torch.nn.Parameter(value.to(plain.dtype), requires_grad=False)
+            for members, leaf, plain in reversed(replaced):
+                if plain is ABSENT:
+                    del members[leaf]
+                else:
+                    members[leaf] = plain
 
     def _view(self, name: str, plain: torch.nn.Module) -> torch.nn.Module:
         """Return the view of a layer: the same one as long as the layer is."""
@@ -202,6 +223,28 @@ def _place(root: torch.nn.Module, name: str) -> tuple[torch.nn.Module, str]:
     path, _, leaf = name.rpartition(".")
     parent = root.get_submodule(path)
     return getattr(parent, "_orig_mod", parent), leaf
+
+
+def _change(
+    module: torch.nn.Module, leaf: str, added: Sequence[Difference]
+) -> tuple[dict, str, object]:
+    """Let a module's parameter have differences; return (where, under which name, what was there).
+
+    By the functions that the host lets its layers' parameters pass, where it has a list of them:
+    it may keep copies of parameters, and takes none from the layer then.
+    """
+    members, name = vars(module), f"{leaf}_function"
+    if hasattr(module, name):
+        changed = [*getattr(module, name), *added]
+    else:
+        members = module._parameters if leaf in module._parameters else module._buffers
+        name, plain = leaf, members[leaf]
+        # In float32 to the end: rounded once.
+        value = functools.reduce(lambda value, one: one(value), added, plain.float())
+        changed = torch.nn.Parameter(value.to(plain.dtype), requires_grad=False)
+    before = members.get(name, ABSENT)
+    members[name] = changed
+    return members, name, before
 
 
 class WithTerms:

@@ -17,7 +17,7 @@ from ...quant.checkpoint import Checkpoint
 from ...quant.memory import quantize_within_memory
 from ..attention_override import is_within
 from ..inputs import AS_STORED
-from ..lora_terms import Lora, Matrix, Stack, Term, padded
+from ..lora_terms import Difference, Lora, Matrix, Stack, Term, padded
 from .layers import ROOT
 from .linear import format_of
 from .memory import make_room
@@ -27,9 +27,12 @@ from .work import progress
 logger = logging.getLogger(__name__)
 
 KEY = "lowbit_lora"
+ALL_STEPS = (0.0, 1.0)
 # Rows of `down` have a scale each here, so that strengths are a matter of scales.
 BY_ROW = {"fp8_e4m3": "fp8_e4m3_rowwise", "fp8_e5m2": "fp8_e4m3_rowwise"}
 IN_8_BITS = (*BY_ROW, "fp8_e4m3_rowwise", "int8", "int8_convrot")
+# Dimensions of the weights of linear layers and of convolutions.
+PRODUCTS = (2, 3, 4, 5)
 # The layout of the host's whose layers it may run without calling them.
 UNCALLED = "TensorWiseINT8Layout"
 
@@ -46,28 +49,30 @@ class Applied:
 def set_lora(patcher, path: str, strength: float, steps: tuple[float, float]):
     """Return a clone of `patcher` with the LoRA at `path` beside its weights.
 
-    steps: first and last part of the sampling, 0 to 1. Differences of norms, and of biases whose
-    layer has no LoRA, become patches of the host's, which know no steps.
+    steps: first and last part of the sampling, 0 to 1. Where they are all of it, differences of
+    norms, and of biases whose layer has no LoRA, become patches of the host's, which know no steps.
     Raises LoraError for files that cannot be used, ValueError for steps that end before they start.
     """
     start, end = steps
     if not 0 <= start <= end <= 1:
         raise ValueError(f"steps from {start} to {end}: start to end within 0 and 1 is wanted")
-    source = _Source(patcher, path)
-    if any(_is_uncalled(source.modules[name]) for name in source.parsed.pairs):
+    is_part = steps != ALL_STEPS
+    source = _Source(patcher, path, is_part)
+    if any(_is_uncalled(source.modules[name]) for name in (*source.parsed.pairs, *source.lone)):
         patcher = quantize_model(patcher, AS_STORED)
-        source = _Source(patcher, path)
+        source = _Source(patcher, path, is_part)
     source.warn_of_what_is_left_out()
-    model, terms = _terms(source, patcher)
+    terms = _terms(source, patcher)
+    differences = {name: Difference(value) for name, value in source.differences().items()}
     clone = patcher.clone()
-    _add_patches(clone, source, strength, steps)
-    _add_model(clone, model)
+    _add_patches(clone, source, strength)
+    _add_model(clone, torch.nn.ModuleList([*terms.values(), *differences.values()]))
     known = clone.get_attachment(KEY) or ()
     clone.set_attachments(KEY, (*known, Applied(path, strength, steps)))
     stack = clone.get_wrappers(_wrapper_type(), KEY)
     loras = stack[0].__self__.stack.loras if stack else ()
     clone.remove_wrappers_with_key(_wrapper_type(), KEY)
-    added = Lora(terms, strength, steps, source.bare_differences())
+    added = Lora(terms, strength, steps, differences)
     runner = Runner(Stack((*loras, added)))
     clone.add_wrapper_with_key(_wrapper_type(), KEY, runner.run)
     return clone
@@ -107,9 +112,13 @@ class Runner:
 
 
 class _Source:
-    """A LoRA file, read as one for the model of a patcher."""
+    """A LoRA file, read as one for the model of a patcher.
 
-    def __init__(self, patcher, path: str):
+    is_part: it is meant for a part of the sampling, so that nothing of it is left to the host.
+    lone: then, the layers that have the difference of a bias and no LoRA: terms of rank 0.
+    """
+
+    def __init__(self, patcher, path: str, is_part: bool = False):
         root = patcher.get_model_object(ROOT)
         self.path, self.checkpoint = path, Checkpoint(path)
         state = {name: tuple(value.shape) for name, value in root.state_dict().items()}
@@ -126,6 +135,9 @@ class _Source:
         parsed = lora.parse(self.checkpoint, {*self.modules, *bare}, self.family, *names)
         self.parsed, self.misfits = lora.fitting(self.checkpoint, parsed, self.shapes)
         self._refuse_what_is_no_sum()
+        self.is_part = is_part
+        alone = [name for name in self.parsed.biases if name not in self.parsed.pairs]
+        self.lone = tuple(name for name in alone if is_part and self._is_product(name))
 
     def warn_of_what_is_left_out(self) -> None:
         """Log what fits no layer of the model, and what is of another shape than there."""
@@ -144,31 +156,47 @@ class _Source:
                 "use ComfyUI's own LoRA loader, which merges it"
             )
         for name in self.parsed.pairs:
-            module = self.modules.get(name)
-            known = module is not None and module.weight.dim() in (2, 3, 4, 5)
-            if not known or getattr(module, "groups", 1) != 1 or hasattr(module, "num_embeddings"):
+            if not self._is_product(name):
                 raise lora.LoraError(f"{self.path}: {name} is no linear layer or convolution")
+
+    def _is_product(self, name: str) -> bool:
+        module = self.modules.get(name)
+        if module is None or module.weight.dim() not in PRODUCTS:
+            return False
+        return getattr(module, "groups", 1) == 1 and not hasattr(module, "num_embeddings")
 
     def layers(self) -> Iterator[tuple[str, lora.Layer]]:
         """Yield (layer, its LoRA)."""
         yield from lora.read(self.checkpoint, self.parsed, self.shapes)
-
-    def bare_differences(self) -> dict[str, torch.Tensor]:
-        """Return those of parameters that are in no layer (modulation), by name.
-
-        Patches of the host's for them are not applied when it loads a model.
-        """
-        diffs = self.parsed.diffs.items()
-        return {p: self.checkpoint.read(name) for p, name in diffs if p not in self.modules}
+        for place in self.lone:
+            n, *inputs = self.shapes[f"{place}.weight"]
+            bias = self.checkpoint.read(self.parsed.biases[place])
+            yield place, lora.Layer(torch.zeros(0, *inputs), torch.zeros(n, 0), 1.0, bias)
 
     def differences(self) -> dict[str, torch.Tensor]:
-        """Return those of norms and lone biases, by the host's names of parameters."""
+        """Return what is to be added to parameters while the model runs, by their names.
+
+        To those that are in no layer (modulation): patches of the host's for them are not applied
+        when it loads a model. Where the LoRA is meant for a part of the sampling, to all.
+        """
+        found = {p: name for p, name in self.parsed.diffs.items() if p not in self.modules}
+        return self._read(found | (self._of_layers() if self.is_part else {}))
+
+    def patches(self) -> dict[str, torch.Tensor]:
+        """Return what the host is to add to parameters when it loads the model, by their names."""
+        return self._read({} if self.is_part else self._of_layers())
+
+    def _of_layers(self) -> dict[str, str]:
+        """Return the differences of norms and of biases alone: parameter -> name in the file."""
         diffs = self.parsed.diffs.items()
         found = {f"{place}.weight": name for place, name in diffs if place in self.modules}
         for place, name in self.parsed.biases.items():
-            if place not in self.parsed.pairs:
+            if place not in self.parsed.pairs and place not in self.lone:
                 found[f"{place}.bias"] = name
-        return {parameter: self.checkpoint.read(name) for parameter, name in found.items()}
+        return found
+
+    def _read(self, names: dict[str, str]) -> dict[str, torch.Tensor]:
+        return {parameter: self.checkpoint.read(name) for parameter, name in names.items()}
 
 
 def _is_uncalled(module) -> bool:
@@ -198,12 +226,12 @@ def _aliases(patcher) -> tuple[dict[str, str], dict[str, str]]:
     return whole, parts
 
 
-def _terms(source: _Source, patcher) -> tuple[torch.nn.Module, dict[str, Term]]:
-    """Return a model that holds the matrices, and the terms by layer."""
+def _terms(source: _Source, patcher) -> dict[str, Term]:
+    """Return the terms by layer."""
     layers = dict(source.layers())
     dtype = patcher.get_model_object("manual_cast_dtype") or patcher.model.get_dtype()
     bar, tick = progress(len(layers))
-    model, terms = torch.nn.ModuleList(), {}
+    terms = {}
     for group in _groups(layers, source):
         tick()
         members = [layers.pop(name) for name in group]
@@ -216,8 +244,7 @@ def _terms(source: _Source, patcher) -> tuple[torch.nn.Module, dict[str, Term]]:
             terms[name] = Term(down, _up(member, dtype), scales, constants, rows, key)
             first += _size(member)
         bar.update(len(group))
-    model.extend(terms.values())
-    return model, terms
+    return terms
 
 
 def _groups(layers: Collection[str], source: _Source) -> Iterator[list[str]]:
@@ -291,16 +318,11 @@ def _up(member: lora.Layer, dtype: torch.dtype) -> Matrix:
     return Matrix(up)
 
 
-def _add_patches(clone, source: _Source, strength: float, steps: tuple[float, float]) -> None:
-    """Give the host what is no LoRA, to be added to parameters, strength included."""
-    found = source.differences()
-    if not found or not strength or steps[0] == steps[1]:
-        return
-    if steps != (0.0, 1.0):
-        text = "%s: %d differences of norms and biases act in every step, %s first"
-        logger.warning(text, source.path, len(found), next(iter(found)))
-    patches = {f"{ROOT}.{name}": ("diff", (value,)) for name, value in found.items()}
-    clone.add_patches(patches, strength)
+def _add_patches(clone, source: _Source, strength: float) -> None:
+    """Give the host what it adds to parameters itself, strength included."""
+    patches = {f"{ROOT}.{name}": ("diff", (value,)) for name, value in source.patches().items()}
+    if patches and strength:
+        clone.add_patches(patches, strength)
 
 
 def _add_model(clone, model: torch.nn.Module) -> None:
@@ -328,7 +350,7 @@ def merged(patcher):
     clone.remove_additional_models(KEY)
     clone.remove_attachments(KEY)
     for one in applied:
-        if one.steps != (0.0, 1.0):
+        if one.steps != ALL_STEPS:
             raise lora.LoraError(
                 f"{one.path}: a LoRA from {one.steps[0]} to {one.steps[1]} of the sampling cannot "
                 "be merged into a file; save the model without it, or with all steps"
@@ -340,7 +362,7 @@ def merged(patcher):
             patches[f"{ROOT}.{name}.weight"] = LoRAAdapter(set(), weights)
             if layer.bias is not None:
                 patches[f"{ROOT}.{name}.bias"] = ("diff", (layer.bias,))
-        for name, value in source.bare_differences().items():
+        for name, value in source.differences().items():
             patches[f"{ROOT}.{name}"] = ("diff", (value,))
         clone.add_patches(patches, one.strength)
     return clone

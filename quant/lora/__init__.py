@@ -19,6 +19,7 @@ __all__ = ["Layer", "LoraError", "Parsed", "fitting", "parse", "read"]
 
 ADAPTER_METADATA = "lora_adapter_metadata"
 SHOWN = 3
+FLOAT_MAX = torch.finfo(torch.float32).max
 
 
 class LoraError(ValueError):
@@ -69,7 +70,7 @@ def parse(
     family: knows other names for them. aliases: more names, as files have them -> places.
     parts: names of what the model has fused or reordered in one layer -> that layer.
     Raises LoraError for kinds that are no sum (DoRA, LoHa, LoKr, …), for parts of fused layers, for
-    halves of a pair, for two tensors in one place, and where nothing fits the model.
+    halves of a pair, for rank 0, for two tensors in one place, and where nothing fits the model.
     """
     names = Names(places, family, aliases or {}, parts or {})
     found: dict[Kind, dict[str, str]] = {kind: {} for kind in Kind}
@@ -97,9 +98,11 @@ def parse(
     down, up = found[Kind.DOWN], found[Kind.UP]
     if half := sorted(down.keys() ^ up.keys()):
         raise LoraError(f"{checkpoint.path}: {half[0]} has one matrix of the two of a LoRA")
+    if empty := [name for name in down.values() if checkpoint[name].shape[:1] == (0,)]:
+        raise LoraError(f"{checkpoint.path}: {empty[0]} is of rank 0, which is no LoRA; remove it")
     diffs, biases = found[Kind.DIFF], found[Kind.BIAS]
     if not (down or diffs or biases):
-        shown = ", ".join(unknown[:SHOWN])
+        shown = ", ".join((unknown or list(checkpoint))[:SHOWN])
         raise LoraError(f"{checkpoint.path}: nothing in it fits this model; it holds {shown}, …")
     pairs = {place: (down[place], up[place]) for place in down}
     alpha = _adapter_alpha(checkpoint)
@@ -123,8 +126,10 @@ def _adapter_alpha(checkpoint: Checkpoint) -> float | None:
     if odd:
         raise LoraError(f"{checkpoint.path}: {odd[0]} in its {ADAPTER_METADATA} is not supported")
     alphas = _values(settings, "lora_alpha")
-    if not all(type(alpha) in (int, float) for alpha in alphas.values()):
-        raise LoraError(f"{checkpoint.path}: {ADAPTER_METADATA} has {alphas}, a number is wanted")
+    if not all(type(a) in (int, float) and abs(a) <= FLOAT_MAX for a in alphas.values()):
+        raise LoraError(
+            f"{checkpoint.path}: {ADAPTER_METADATA} has {alphas!r:.80}, a number is wanted"
+        )
     if len(set(alphas.values())) > 1:
         raise LoraError(f"{checkpoint.path}: {ADAPTER_METADATA} has several alphas, {alphas}")
     return float(next(iter(alphas.values()))) if alphas else None
@@ -180,13 +185,14 @@ def read(
     """Yield (layer, its LoRA) of every pair, biases with them.
 
     parsed: as `fitting` returned it. shapes: of the model's parameters, by name.
+    Raises LoraError for an alpha that is not one finite number.
     """
     for place, (down_name, up_name) in parsed.pairs.items():
         down, up = checkpoint.read(down_name), checkpoint.read(up_name)
         rank, (n, *inputs) = down.shape[0], shapes[f"{place}.weight"]
         alpha = parsed.alpha
         if place in parsed.alphas:
-            alpha = checkpoint.read(parsed.alphas[place]).float().item()
+            alpha = _alpha(checkpoint, parsed.alphas[place])
         bias = parsed.biases.get(place)
         yield (
             place,
@@ -197,3 +203,13 @@ def read(
                 None if bias is None else checkpoint.read(bias),
             ),
         )
+
+
+def _alpha(checkpoint: Checkpoint, name: str) -> float:
+    value = checkpoint.read(name)
+    if value.numel() != 1 or not torch.isfinite(alpha := value.float()).all():
+        raise LoraError(
+            f"{checkpoint.path}: {name} is {value.flatten()[:SHOWN].tolist()}, of shape "
+            f"{list(value.shape)}; an alpha is one finite number"
+        )
+    return alpha.item()

@@ -2,9 +2,10 @@
 
 Dialects: kohya and musubi (`lora_unet_blocks_0_ffn_0.lora_down.weight`), PEFT and diffusers
 (`transformer.blocks.0.attn1.to_q.lora_A.weight`), the host's own and LightX2V's
-(`diffusion_model.blocks.0.ffn.0.lora_down.weight`, `.diff`, `.diff_b`), Wan Fun's (`lora_unet__`).
+(`diffusion_model.blocks.0.ffn.0.lora_down.weight`, `.diff`, `.diff_b`, `blocks.0.diff_m` of a
+block's modulation), Wan Fun's (`lora_unet__`), LyCORIS's (`lycoris_blocks_0_ffn_net_0_proj`).
 Source: ComfyUI 0.33 comfy/lora.py and comfy/weight_adapter/, diffusers loaders/lora_conversion_
-utils.py.
+utils.py, WanVideoWrapper nodes_model_loading.py (`diff_m`).
 """
 
 import enum
@@ -37,6 +38,8 @@ KINDS = (
     (Kind.DIFF, r"\.diff|\.w_norm"),
     (Kind.BIAS, r"\.diff_b|\.b_norm"),
 )
+# What stands for a parameter of the layer before it: LightX2V's.
+INNER = {".diff_m": ".modulation.diff"}
 ENDS = tuple((kind, re.compile(rf"(.+?)(?:{ends})")) for kind, ends in KINDS)
 OTHERS = (
     ("DoRA", r"\.dora_scale|\.lora_magnitude_vector(?:\.\w+)*"),
@@ -64,6 +67,9 @@ def split(name: str) -> tuple[str, Kind | None]:
     for what, pattern in REFUSED:
         if pattern.fullmatch(name):
             raise Refused(what)
+    for short, full in INNER.items():
+        if name.endswith(short):
+            name = name.removesuffix(short) + full
     for kind, pattern in ENDS:
         if found := pattern.fullmatch(name):
             return found[1], kind
@@ -85,11 +91,12 @@ class Names:
         self.aliases = aliases
         self.parts = parts
         self.flat = {place.replace(".", "_"): place for place in places}
+        self.flat_renames = [_flattened(*rename) for rename in family.renames]
 
     def resolve(self, name: str) -> str | None:
         """Return the place that a file calls `name`, or None."""
         for prefix in FLAT:
-            if name.startswith(prefix) and (place := self.flat.get(name.removeprefix(prefix))):
+            if name.startswith(prefix) and (place := self._of_flat(name.removeprefix(prefix))):
                 return place
         for bare in _stripped(name):
             place = self.family.rename([bare])[bare]
@@ -98,9 +105,22 @@ class Names:
         place = self.aliases.get(name)
         return place if place in self.places else None
 
+    def _of_flat(self, name: str) -> str | None:
+        """Return the place of a name whose dots are underscores, the host's or diffusers'."""
+        name = name.replace(".", "_")
+        if name not in self.flat:
+            for pattern, replacement in self.flat_renames:
+                name = pattern.sub(replacement, name)
+        return self.flat.get(name)
+
     def part_of(self, name: str) -> str | None:
         """Return the layer into which the model has fused what a file calls `name`, or None."""
         return next((self.parts[bare] for bare in _stripped(name) if bare in self.parts), None)
+
+
+def _flattened(pattern: re.Pattern[str], replacement: str) -> tuple[re.Pattern[str], str]:
+    """Return a family's rename for names whose dots are underscores."""
+    return re.compile(pattern.pattern.replace(r"\.", "_")), replacement.replace(".", "_")
 
 
 def _stripped(name: str) -> Iterator[str]:

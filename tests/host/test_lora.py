@@ -23,6 +23,27 @@ DIFFS = {
     "diffusion_model.patch_embedding.lora_down.weight": (4, 16, 1, 2, 2),
     "diffusion_model.patch_embedding.lora_up.weight": (256, 4, 1, 1, 1),
 }
+# Without a single matrix: norms, a whole convolution, biases of layers that are quantized and not.
+LONE_DIFFS = {
+    "diffusion_model.blocks.0.self_attn.norm_q.diff": (256,),
+    "diffusion_model.blocks.1.norm3.diff": (256,),
+    "diffusion_model.blocks.1.norm3.diff_b": (256,),
+    "diffusion_model.patch_embedding.diff": (256, 16, 1, 2, 2),
+    "diffusion_model.patch_embedding.diff_b": (256,),
+    "diffusion_model.time_embedding.2.diff_b": (256,),
+    "diffusion_model.blocks.0.self_attn.k.diff_b": (256,),
+    "diffusion_model.blocks.1.ffn.2.diff_b": (256,),
+    "diffusion_model.blocks.1.diff_m": (1, 6, 256),
+}
+
+
+@pytest.fixture(scope="module")
+def lone_diffs(comfy):
+    """The name of a file with differences alone."""
+    path = comfy.model_path("lone.safetensors", "loras")
+    generator = torch.Generator().manual_seed(0)
+    save_file({n: torch.randn(s, generator=generator) * 0.3 for n, s in LONE_DIFFS.items()}, path)
+    return path.name
 
 
 @pytest.fixture(scope="module")
@@ -118,6 +139,37 @@ def test_two_halves_of_the_sampling_are_the_whole(sample, wan, wan_lora):
     assert not torch.equal(half, sample(load))
 
 
+@pytest.mark.parametrize("name", ["int8_convrot", "bf16"])
+@pytest.mark.parametrize("which", ["second_lora", "lone_diffs"])
+def test_norms_and_lone_biases_follow_the_schedule(sample, wan, which, name, request):
+    """What the host merges in all steps is ours to add in some, and gone in the others."""
+    file = request.getfixturevalue(which)
+    load = stock(wan) if name == "bf16" else lowbit(wan, name)
+    plain, whole = sample(load), sample(with_lora(load, file))
+    first = with_lora(load, file, end_percent=0.5)
+    both = sample(with_lora(first, file, start_percent=0.5))
+    # Biases in a product and those of a layer are both rounded to 16 bits.
+    assert difference(both, whole) < 0.005
+    # Wherever the parts meet, to the bit; the steps are two.
+    other = with_lora(load, file, end_percent=0.4)
+    assert torch.equal(sample(with_lora(other, file, start_percent=0.4)), both)
+    half = sample(first)
+    assert difference(half, whole) > 0.05 and difference(half, plain) > 0.05
+    assert torch.equal(sample(with_lora(load, file, start_percent=0.9, end_percent=0.95)), plain)
+    assert torch.equal(sample(load), plain)
+
+
+def test_nothing_of_a_part_of_the_sampling_is_left_when_models_are_unloaded(
+    comfy, sample, wan, lone_diffs
+):
+    plain, graph = sample(stock(wan)), graphs.Graph()
+    model = with_lora(stock(wan), lone_diffs, end_percent=0.5)(graph)
+    latent = graphs.unload(graph, graphs.sample(graph, model, "wan"))
+    again = graphs.sample(graph, stock(wan)(graph), "wan", start=latent)
+    node = graphs.save(graph, again)
+    assert torch.equal(comfy.latent(comfy.run(graph), node), plain)
+
+
 def test_stacked_are_their_sum(sample, wan, wan_lora):
     load = lowbit(wan, "int8_convrot")
     halves = with_lora(with_lora(load, wan_lora, 0.75), wan_lora, 0.25)
@@ -176,11 +228,13 @@ def test_saving_a_part_of_the_sampling_is_refused(comfy, wan, wan_lora):
         save(comfy, load, "lora_scheduled")
 
 
-def test_int8_file_from_the_stock_loader_takes_it(comfy, sample, wan, wan_lora):
+def test_int8_file_from_the_stock_loader_takes_it(comfy, sample, wan, wan_lora, lone_diffs):
     """There ComfyUI runs the second layer of a feed-forward without calling it."""
     file = save(comfy, lowbit(wan, "int8_convrot"), "lora_int8")
-    got = sample(with_lora(stock(file), wan_lora))
-    assert torch.equal(got, sample(with_lora(lowbit(wan, "int8_convrot"), wan_lora)))
+    for name, end in ((wan_lora, 1.0), (lone_diffs, 0.5)):
+        got = sample(with_lora(stock(file), name, end_percent=end))
+        want = sample(with_lora(lowbit(wan, "int8_convrot"), name, end_percent=end))
+        assert torch.equal(got, want)
 
 
 def test_qwen_image_takes_it(comfy, sample, qwen_image):

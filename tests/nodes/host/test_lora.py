@@ -83,3 +83,20 @@ def test_file_of_which_nothing_fits_is_refused(patcher, tmp_path):
         LoraError, match=r"of another model: .*patch\.weight is \[16, 36, 1, 2, 2\]"
     ):
         host_lora._Source(patcher, path)
+
+
+def test_for_a_part_of_the_sampling_nothing_is_left_to_the_host(patcher, tmp_path):
+    """Norms, biases of layers without a LoRA, and whole layers; bare parameters never are."""
+    root = patcher.model.diffusion_model
+    root.norm, root.modulation = nn.LayerNorm(DIM), nn.Parameter(torch.zeros(1, 6, DIM))
+    values = {name: torch.ones(DIM) for name in ("norm.diff", "norm.diff_b", "head.diff_b")}
+    values |= {"modulation.diff": torch.ones(1, 6, DIM), "patch.diff": torch.ones(DIM, 36, 1, 2, 2)}
+    names, path = {"norm.weight", "norm.bias", "patch.weight"}, tmp_path / "lora.safetensors"
+    save_file({f"diffusion_model.{n}": v for n, v in values.items()}, path)
+    whole, part = (host_lora._Source(patcher, str(path), is_part) for is_part in (False, True))
+    assert set(whole.patches()) == {*names, "head.bias"} and not list(whole.layers())
+    assert set(whole.differences()) == {"modulation"}
+    assert part.patches() == {} and set(part.differences()) == {*names, "modulation"}
+    ((place, layer),) = part.layers()
+    assert place == "head" and torch.equal(layer.bias, torch.ones(DIM))
+    assert layer.down.shape == (0, DIM) and layer.up.shape == (DIM, 0)

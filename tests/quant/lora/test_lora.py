@@ -8,6 +8,7 @@ from safetensors.torch import save_file
 
 from lowbit.quant import families, lora
 from lowbit.quant.checkpoint import Checkpoint
+from lowbit.quant.lora.names import Names
 
 WAN = families.get("wan")
 QWEN = families.get("qwen_image")
@@ -30,6 +31,10 @@ DIALECTS = [
     ("lora_unet_blocks_0_self_attn_q", KOHYA, "blocks.0.self_attn.q"),
     ("lora_unet__blocks_0_cross_attn_k_img", KOHYA, "blocks.0.cross_attn.k_img"),
     ("lycoris_blocks_11_ffn_2", KOHYA, "blocks.11.ffn.2"),
+    ("lycoris_blocks_0_ffn_net_0_proj", KOHYA, "blocks.0.ffn.0"),
+    ("lycoris_blocks_11_ffn_net_2", KOHYA, "blocks.11.ffn.2"),
+    ("lora_unet_blocks_0_attn1_to_q", KOHYA, "blocks.0.self_attn.q"),
+    ("lora_transformer_blocks_0_attn2_add_k_proj", KOHYA, "blocks.0.cross_attn.k_img"),
     ("diffusion_model.blocks.0.ffn.0", KOHYA, "blocks.0.ffn.0"),
     ("diffusion_model.blocks.0.ffn.0", PEFT, "blocks.0.ffn.0"),
     ("blocks.0.ffn.0", ("lora_A.default.weight", "lora_B.default.weight"), "blocks.0.ffn.0"),
@@ -105,6 +110,71 @@ def test_ranks_differ_and_biases_go_with_their_layer(tmp_path):
     assert set(parsed.diffs) == {"blocks.0.norm3", "blocks.0.modulation"}
 
 
+def test_every_name_of_diffusers_is_known_with_underscores_too():
+    """In each rename of the family, both ways lead to one layer."""
+    inner = ["self_attn.q", "cross_attn.v_img", "cross_attn.norm_k_img", "ffn.0", "ffn.2", "norm3"]
+    theirs = {
+        "blocks.3.attn1.to_q": "blocks.3.self_attn.q",
+        "blocks.3.attn1.to_out.0": "blocks.3.self_attn.o",
+        "blocks.12.attn2.add_v_proj": "blocks.12.cross_attn.v_img",
+        "blocks.12.attn2.norm_added_k": "blocks.12.cross_attn.norm_k_img",
+        "blocks.12.norm2": "blocks.12.norm3",
+        "blocks.12.scale_shift_table": "blocks.12.modulation",
+        "vace_blocks.1.proj_in": "vace_blocks.1.before_proj",
+        "vace_blocks.1.ffn.net.2": "vace_blocks.1.ffn.2",
+        "condition_embedder.image_embedder.ff.net.0.proj": "img_emb.proj.1",
+        "condition_embedder.time_proj": "time_projection.1",
+        "scale_shift_table": "head.modulation",
+        "proj_out": "head.head",
+    }
+    places = {*theirs.values(), *(f"blocks.{i}.{end}" for i in (1, 11) for end in inner)}
+    known = Names(places, WAN, {}, {})
+    for name, place in theirs.items():
+        assert known.resolve(name) == place
+        assert known.resolve(f"lora_unet_{name.replace('.', '_')}") == place
+    for place in places:
+        assert known.resolve(f"lora_unet_{place.replace('.', '_')}") == place
+    assert known.resolve("lora_unet_blocks_99_attn1_to_q") is None
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "diffusion_model.blocks.0.diff_m",
+        "blocks.0.diff_m",
+        "blocks.0.modulation.diff",
+        "blocks.0.scale_shift_table.diff",
+        "lora_unet_blocks_0_modulation.diff",
+        "lora_unet_blocks_0.diff_m",
+    ],
+)
+def test_difference_of_a_blocks_modulation(tmp_path, name):
+    """LightX2V writes it as `diff_m` of the block."""
+    checkpoint, parsed = parse(tmp_path / "lora.safetensors", {name: torch.ones(1, 6, 16)})
+    assert parsed.diffs == {"blocks.0.modulation": name} and parsed.unknown == ()
+    assert lora.fitting(checkpoint, parsed, PARAMETERS) == (parsed, ())
+
+
+@pytest.mark.parametrize(
+    "alpha",
+    [torch.ones(3), torch.ones(0), torch.tensor(float("nan")), torch.tensor([-float("inf")])],
+)
+def test_alpha_that_is_not_one_finite_number_is_refused(tmp_path, alpha):
+    tensors = dict(zip([f"blocks.0.ffn.0.{e}" for e in KOHYA], pair("blocks.0.ffn.0"), strict=True))
+    tensors["blocks.0.ffn.0.alpha"] = alpha
+    checkpoint, parsed = parse(tmp_path / "lora.safetensors", tensors)
+    with pytest.raises(lora.LoraError, match=r"blocks\.0\.ffn\.0\.alpha .* one finite number"):
+        dict(lora.read(checkpoint, parsed, PARAMETERS))
+
+
+def test_rank_0_is_refused(tmp_path):
+    tensors = dict(
+        zip([f"blocks.0.ffn.0.{e}" for e in KOHYA], pair("blocks.0.ffn.0", 0), strict=True)
+    )
+    with pytest.raises(lora.LoraError, match=r"blocks\.0\.ffn\.0\.lora_down\.weight is of rank 0"):
+        parse(tmp_path / "lora.safetensors", tensors)
+
+
 def test_alpha_of_diffusers_header_counts(tmp_path):
     tensors = dict(zip([f"blocks.0.ffn.0.{e}" for e in PEFT], pair("blocks.0.ffn.0"), strict=True))
     settings = {"transformer.lora_alpha": 8, "transformer.r": 4}
@@ -134,6 +204,8 @@ def test_alpha_of_a_text_encoder_is_not_the_models(tmp_path, own):
         ("[]", "is no object"),
         ("{", "is no JSON"),
         ('{"transformer.lora_alpha": "8"}', "a number is wanted"),
+        ('{"transformer.lora_alpha": NaN}', "a number is wanted"),
+        pytest.param('{"lora_alpha": 1%s}' % ("0" * 400), "a number is wanted", id="1e400"),
         ('{"transformer.lora_alpha": 8, "lora_alpha": 4}', "several alphas"),
     ],
 )
@@ -180,6 +252,8 @@ def test_two_names_of_one_layer_and_other_models_are_refused(tmp_path):
         parse(tmp_path / "twice.safetensors", one | two)
     with pytest.raises(lora.LoraError, match="nothing in it fits this model"):
         parse(tmp_path / "none.safetensors", {"unet.down_blocks.0.lora_A.weight": down})
+    with pytest.raises(lora.LoraError, match=r"it holds blocks\.0\.ffn\.0\.alpha, …"):
+        parse(tmp_path / "alpha.safetensors", {"blocks.0.ffn.0.alpha": torch.ones(())})
     checkpoint, parsed = parse(tmp_path / "lora.safetensors", one)
     other = {**PARAMETERS, "blocks.0.ffn.0.weight": (64, 24)}
     with pytest.raises(lora.LoraError, match=r"of another model: .*blocks\.0\.ffn\.0"):
