@@ -117,10 +117,7 @@ def _read(checkpoint: Checkpoint, layer: RawLayer, request: Request) -> Reading 
     """Return how a foreign layer is read; None for one that is in the host's words, or plain."""
     if request.source is None and _is_the_hosts(layer):
         return None
-    try:
-        readings = dialects.readings(layer, request.source)
-    except CheckpointError as error:
-        raise CheckpointError(f"{checkpoint.path}: {error}") from error
+    readings = dialects.readings(layer, request.source)
     certain = [reading for reading in readings if reading.certain]
     if request.source and readings:
         return readings[0]

@@ -123,13 +123,13 @@ def block_parts(
 
 def check_single(layer: RawLayer, dialect: str, *parts: str) -> None:
     """Raise CheckpointError where one of `parts` is there with more than one element, or none."""
-    for part in parts:
-        shape = layer.parts[part].shape if part in layer.parts else ()
-        if math.prod(shape) != 1:
+    for part in filter(layer.has, parts):
+        info = layer.parts[part]
+        if math.prod(info.shape) != 1:
             raise CheckpointError(
-                f"layer {layer.name}: {part} has shape {list(shape)}, {dialect} writes one value "
-                "for a tensor; write the file again, or quantize the 16-bit one with `lowbit "
-                "quantize`"
+                f"{info.path}: layer {layer.name}: {part} has shape {list(info.shape)}, {dialect} "
+                "writes one value for a tensor; write the file again, or quantize the 16-bit one "
+                "with `lowbit quantize`"
             )
 
 
