@@ -6,6 +6,7 @@ why it was kept.
 
 import importlib.metadata
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 
 from . import formats
+from .checkpoint.header import CheckpointError, parse_json
 
 # The pack's version; pyproject.toml has the same, a test compares them.
 VERSION = "0.1.0"
@@ -60,9 +62,20 @@ def encode(records: Sequence[LayerRecord], **about: str) -> str:
 
 
 def decode(metadata: Mapping[str, str]) -> dict[str, dict[str, Any]]:
-    """Return the layers of the record in a file's metadata by name; none without a good record."""
+    """Return the layers of the record in a file's metadata by name; none without a good record.
+
+    An `error` that is no finite number is left out.
+    """
     try:
-        layers = json.loads(metadata.get(RECORD_KEY, "{}")).get("layers", {})
-        return {name: entry for name, entry in layers.items() if isinstance(entry, dict)}
-    except (ValueError, AttributeError):
+        layers = parse_json(metadata.get(RECORD_KEY, "{}"), RECORD_KEY).get("layers", {})
+        entries = {name: entry for name, entry in layers.items() if isinstance(entry, dict)}
+    except (CheckpointError, AttributeError):
         return {}
+    return {
+        name: {k: v for k, v in entry.items() if k != "error" or _is_finite(v)}
+        for name, entry in entries.items()
+    }
+
+
+def _is_finite(value: Any) -> bool:
+    return type(value) is float and math.isfinite(value)

@@ -1,5 +1,6 @@
 """The safetensors header: 8 bytes of length, then JSON of name → dtype, shape, data_offsets.
 
+`parse_json` reads every other JSON of a checkpoint too.
 Source: the safetensors format description (offsets are relative to the end of the header, tensors
 lie without holes or overlaps).
 """
@@ -8,7 +9,7 @@ import json
 import math
 import os
 import struct
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +20,10 @@ MAX_HEADER_BYTES = 100_000_000
 ALIGNMENT = 8
 # The one name that is no tensor's.
 METADATA = "__metadata__"
+# Lists and objects within one another. No checkpoint has ten; Python's stack ends near a thousand.
+MAX_DEPTH = 64
+# torch counts elements and bytes in 64 bits, zero dimensions as ones.
+MAX_BYTES = torch.iinfo(torch.int64).max
 
 DTYPES = {
     "F64": torch.float64,
@@ -61,6 +66,28 @@ class TensorInfo:
         return self.end - self.start
 
 
+def parse_json(
+    text: str | bytes, where: str, pairs: Callable[[list[tuple[str, Any]]], Any] | None = None
+) -> Any:
+    """Return what JSON that came from a file says.
+
+    where: the file and the place in it, for the message. pairs: makes an object of its (name,
+    value) pairs, as json's `object_pairs_hook`; may raise ValueError. Raises CheckpointError for
+    what is no JSON, or nested more than `MAX_DEPTH` deep.
+    """
+    try:
+        value = json.loads(text, object_pairs_hook=pairs)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{where} is malformed, no JSON: {error}") from error
+    level = [value] if isinstance(value, (dict, list)) else []
+    for _ in range(MAX_DEPTH):
+        groups = (v.values() if isinstance(v, dict) else v for v in level)
+        level = [v for group in groups for v in group if isinstance(v, (dict, list))]
+    if level:
+        raise CheckpointError(f"{where} is malformed: nested more than {MAX_DEPTH} deep")
+    return value
+
+
 def read_header(path: str) -> tuple[dict[str, TensorInfo], dict[str, str]]:
     """Return (tensors by name in the order of their offsets, metadata) of a safetensors file.
 
@@ -84,12 +111,14 @@ def _parse(path: str, size: int, file) -> tuple[dict[str, TensorInfo], dict[str,
             f"file has {size}"
         )
     try:
-        header = json.loads(file.read(length), object_pairs_hook=_unique)
+        header = parse_json(file.read(length), f"{path}: the safetensors header", _unique)
         metadata = header.pop(METADATA, None) or {}
         if not all(isinstance(text, str) for text in metadata.values()):
             raise ValueError("metadata that is not text")
         entries = sorted(header.items(), key=lambda item: item[1]["data_offsets"])
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+    except CheckpointError:
+        raise
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise CheckpointError(f"{path}: the safetensors header is malformed: {error}") from error
     base = LENGTH_BYTES + length
     tensors = {}
@@ -128,6 +157,11 @@ def _info(path: str, name: str, entry: Mapping, base: int) -> TensorInfo:
     if not integers or end - start != elements * DTYPES[code].itemsize:
         raise CheckpointError(
             f"{path}: tensor {name} has {code} {list(shape)} but offsets {start} to {end}"
+        )
+    if math.prod(max(size, 1) for size in shape) > MAX_BYTES // DTYPES[code].itemsize:
+        raise CheckpointError(
+            f"{path}: tensor {name} has {code} {list(shape)}, more than torch can count; the file "
+            "is malformed, fetch it again"
         )
     return TensorInfo(path, DTYPES[code], shape, base + start, base + end)
 

@@ -4,13 +4,12 @@ Tensors are read with plain reads into memory of their own, not mapped: what has
 gone, so that a pass over a file of any size holds one tensor at a time.
 """
 
-import json
 import os
 from collections.abc import Iterator, Mapping
 
 import torch
 
-from .header import CheckpointError, TensorInfo, read_header
+from .header import CheckpointError, TensorInfo, parse_json, read_header
 
 INDEX_SUFFIX = ".safetensors.index.json"
 FILE_SUFFIXES = (".safetensors", ".sft")
@@ -107,9 +106,14 @@ def _shards(folder: str) -> list[str]:
 
 def _indexed(index: str) -> list[str]:
     try:
-        with open(index, encoding="utf-8") as file:
-            names = sorted(set(json.load(file)["weight_map"].values()))
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        with open(index, "rb") as file:
+            text = file.read()
+    except OSError as error:
+        raise CheckpointError(f"{index}: not a readable index of shards: {error}") from error
+    try:
+        content = parse_json(text, f"{index}: not a readable index of shards: it")
+        names = sorted(set(content["weight_map"].values()))
+    except (KeyError, AttributeError, TypeError) as error:
         raise CheckpointError(f"{index}: not a readable index of shards: {error}") from error
     folder = os.path.dirname(index)
     outside = [n for n in names if not isinstance(n, str) or os.path.basename(n) != n]

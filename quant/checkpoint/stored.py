@@ -6,6 +6,7 @@ that carry a scale but no marking at all. Layers in other programs' words are `f
 """
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,7 +18,7 @@ from .. import families, formats
 from ..dialects import Reading
 from ..record import decode
 from .foreign import Foreign, Request, find_foreign
-from .header import CheckpointError
+from .header import CheckpointError, parse_json
 from .reader import Checkpoint
 
 MARKER = "comfy_quant"
@@ -133,7 +134,21 @@ def stored_layers(
             )
         shape = _recorded(shapes, name) or _shape_from_bias(checkpoint, parts[name], fmt)
         layers[name] = StoredLayer(name, fmt, marker, marked_by, named, shape)
+    for layer in layers.values():
+        _check_smoothing(checkpoint, layer)
     return layers
+
+
+def _check_smoothing(checkpoint: Checkpoint, layer: StoredLayer) -> None:
+    """Raise CheckpointError where the smoothing of the input is not of as many columns as it."""
+    _, k = layer.logical_shape(checkpoint)
+    info = checkpoint.get(layer.parts.get(SMOOTHING))
+    if info is not None and math.prod(info.shape) != k:
+        raise CheckpointError(
+            f"{checkpoint.path}: layer {layer.name}: {SMOOTHING} has shape {list(info.shape)}, "
+            f"one for each of the {k} columns is wanted; quantize the 16-bit file with `lowbit "
+            "quantize`"
+        )
 
 
 def _foreign_layers(parts, markers, foreign: Foreign) -> dict[str, StoredLayer]:
@@ -229,17 +244,22 @@ def _markings(checkpoint: Checkpoint, parts) -> dict[str, tuple[dict[str, Any], 
 
 def fp8_name(checkpoint: Checkpoint, named, info) -> str:
     scale = checkpoint[named["weight_scale"]].shape
-    rows = len(scale) == 2 and scale == (info.shape[0], 1) and info.shape[0] > 1
+    rows = len(info.shape) == 2 and scale == (info.shape[0], 1) and info.shape[0] > 1
     return FP8_DTYPES[info.dtype] + ("_rowwise" if rows else "")
 
 
 def read_marker(checkpoint: Checkpoint, name: str) -> dict[str, Any]:
-    try:
-        marker = json.loads(checkpoint.read(name).view(torch.uint8).numpy().tobytes())
-    except ValueError as error:
-        raise CheckpointError(f"{checkpoint.path}: {name} is no JSON: {error}") from error
+    """Return what a `comfy_quant` tensor says. Raises CheckpointError where it is no marker."""
+    info, where = checkpoint[name], f"{checkpoint.path}: {name}"
+    if info.dtype != torch.uint8 or len(info.shape) != 1:
+        dtype = str(info.dtype).removeprefix("torch.")
+        raise CheckpointError(
+            f"{where} is {dtype} {list(info.shape)}, a marker is uint8 [bytes of its JSON]; "
+            "quantize the 16-bit file with `lowbit quantize`"
+        )
+    marker = parse_json(checkpoint.read(name).numpy().tobytes(), where)
     if not isinstance(marker, dict):
-        raise CheckpointError(f"{checkpoint.path}: {name} is no JSON object")
+        raise CheckpointError(f"{where} is no JSON object")
     return marker
 
 
@@ -247,8 +267,9 @@ def metadata_markers(checkpoint: Checkpoint) -> dict[str, dict[str, Any]]:
     text = checkpoint.metadata.get(METADATA_KEY)
     if text is None:
         return {}
+    content = parse_json(text, f"{checkpoint.path}: {METADATA_KEY}")
     try:
-        layers = dict(json.loads(text)["layers"])
+        layers = dict(content["layers"])
         if not all(isinstance(marker, dict) for marker in layers.values()):
             raise TypeError("a layer's entry is no JSON object")
         return layers

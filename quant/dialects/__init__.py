@@ -29,5 +29,6 @@ def names() -> tuple[str, ...]:
 
 def readings(layer: RawLayer, source: str | None = None) -> list[Reading]:
     """Return the ways in which a layer can be read; source: only as this dialect."""
-    found = [reading for module in _modules() for reading in module.read(layer)]
+    asked = [m for m in _modules() if source in (None, *m.NAMES)]
+    found = [reading for module in asked for reading in module.read(layer)]
     return [r for r in found if source in (None, r.dialect)]

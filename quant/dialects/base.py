@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from comfy_kitchen.float_utils import from_blocked, swap_nibbles, to_blocked
 
-from ..checkpoint.header import TensorInfo
+from ..checkpoint.header import CheckpointError, TensorInfo
 from ..formats import Format
 from ..formats._blocks import COLUMNS, ROWS, round_up
 from ..scale_order import FLAT, SWIZZLED, TWICE
@@ -119,6 +119,18 @@ def block_parts(
     weight = weight.view(fmt.storage)
     scale = codes.reshape(padded).view(fmt.scale_dtypes["weight_scale"])
     return {"weight": weight, "weight_scale": scale}
+
+
+def check_single(layer: RawLayer, dialect: str, *parts: str) -> None:
+    """Raise CheckpointError where one of `parts` is there with more than one element, or none."""
+    for part in filter(layer.has, parts):
+        info = layer.parts[part]
+        if math.prod(info.shape) != 1:
+            raise CheckpointError(
+                f"{info.path}: layer {layer.name}: {part} has shape {list(info.shape)}, {dialect} "
+                "writes one value for a tensor; write the file again, or quantize the 16-bit one "
+                "with `lowbit quantize`"
+            )
 
 
 def optional(tensors: Tensors, *parts: str) -> dict[str, torch.Tensor]:

@@ -15,16 +15,20 @@ import torch
 from .. import formats
 from ..formats import Format
 from ..scale_order import SWIZZLED
-from .base import RawLayer, Reading, Tensors, block_parts, optional
+from .base import RawLayer, Reading, Tensors, block_parts, check_single, optional
 
 NAMES = ("lightx2v",)
 GLOBAL_RANGE = 6 * torch.finfo(torch.float8_e4m3fn).max
 CALIBRATED = ("alpha", "input_global_scale")
 UNCALIBRATED = "weight_global_scale"
+ABSMAX = "input_absmax"
 
 
 def read(layer: RawLayer) -> list[Reading]:
-    """Return how the layer is read if its tensors bear LightX2V's names."""
+    """Return how the layer is read if its tensors bear LightX2V's names.
+
+    Raises CheckpointError that names the layer where a tensor scale is not one value.
+    """
     if SWIZZLED not in layer.orders():
         return []
     if not layer.is_packed:
@@ -33,6 +37,7 @@ def read(layer: RawLayer) -> list[Reading]:
         return [Reading(NAMES[0], fmt, layer.shape, convert, certain=False)]
     if not layer.has(*CALIBRATED) and not layer.has(UNCALIBRATED):
         return []
+    check_single(layer, "LightX2V", *CALIBRATED, UNCALIBRATED, ABSMAX)
     return [Reading(NAMES[0], formats.get("nvfp4"), layer.shape, _convert)]
 
 
@@ -46,7 +51,7 @@ def _convert(tensors: Tensors) -> dict[str, torch.Tensor]:
     parts = block_parts(fmt, tensors["weight"], tensors["weight_scale"], SWIZZLED, low_first=True)
     if UNCALIBRATED in tensors:
         scale = 1 / tensors[UNCALIBRATED].double()
-        absmax = tensors.get("input_absmax")
+        absmax = tensors.get(ABSMAX)
         input_scale = None if absmax is None else absmax.double() / GLOBAL_RANGE
     else:
         alpha, global_scale = (tensors[part].double() for part in CALIBRATED)

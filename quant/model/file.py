@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 import torch
 from comfy_kitchen.tensor import QuantizedTensor
 from torch import nn
-from torch.overrides import TorchFunctionMode
 
 from ...ops.linear.arithmetic import AUTO, check_name
 from ...ops.linear.four_bit import GROUPS
@@ -34,14 +33,11 @@ from ..checkpoint.writer import ENTRY_BYTES
 from ..recipe import Choice
 from ..record import RECORD_KEY, LayerRecord, decode, encode
 from .attention import running_device
+from .configuration import CLASS_NAME, CONFIG_KEY, build
 from .names import check_unwrapped, is_fused, names_of
 from .quantize import Progress, fuse, guard, layer_records, stand_in, to_be_multiplied
 from .swap import Swap, place
 
-# Where our files keep a diffusers model's configuration; the host reads "config" itself.
-CONFIG_KEY = "_lowbit_diffusers_config"
-CONFIG_FILE = "config.json"
-CLASS_NAME = "_class_name"
 TENSORS_PER_LAYER = 6
 FULL_PRECISION = "full_precision_matrix_mult"
 
@@ -128,10 +124,10 @@ def load_model(
     arithmetic: in which nvfp4 and mxfp4 weights are multiplied, as `quantize_model` has it; files
     say nothing of it. dtype: of dense tensors, but for those that the model's class keeps in
     float32, and of what layers dequantize to. progress: called with (tensors done, all tensors).
-    Raises CheckpointError when the file does not fit the model, naming what lacks, ValueError when
-    the configuration is missing or names no model of diffusers, and for an arithmetic where no
-    layer has 4 bits; NoBackendError for one that cannot run. A model that was given may then be
-    half filled.
+    Raises CheckpointError when the file does not fit the model, naming what lacks, or the
+    configuration is malformed or of a model larger than the file, before that is built; ValueError
+    when it is missing or names no model of diffusers, and for an arithmetic where no layer has 4
+    bits; NoBackendError for one that cannot run. A model that was given may then be half filled.
     """
     check_name(arithmetic)
     if format is not None:
@@ -144,7 +140,7 @@ def load_model(
         plan.steps = [_computable(step) for step in plan.steps]
         entries, total = _quantized(plan, dtype, device), len(plan.steps)
     if not isinstance(model, nn.Module):
-        model = _build(_config(checkpoint, model))
+        model = build(checkpoint, model)
     entries = _wishing(entries, arithmetic, device)
     _fill(model, entries, checkpoint.path, dtype, device, lambda done: progress(done, total))
     guard(model)
@@ -162,52 +158,6 @@ def _wishing(entries: Iterator[Entry], arithmetic: str, device) -> Iterator[Entr
         yield entry
     if not met:
         raise ValueError(f"arithmetic {arithmetic}: the file has no layers of {', '.join(GROUPS)}")
-
-
-def _config(checkpoint: Checkpoint, folder: str | os.PathLike | None) -> dict:
-    if folder is None and CONFIG_KEY in checkpoint.metadata:
-        text, source = checkpoint.metadata[CONFIG_KEY], checkpoint.path
-    else:
-        source = os.path.join(checkpoint.path if folder is None else os.fspath(folder), CONFIG_FILE)
-        if not os.path.isfile(source):
-            raise ValueError(
-                f"{checkpoint.path}: it has no configuration of a diffusers model; pass the model, "
-                "or a folder with its config.json"
-            )
-        with open(source, encoding="utf-8") as file:
-            text = file.read()
-    try:
-        config = json.loads(text)
-    except ValueError as error:
-        raise ValueError(f"{source}: the configuration is no JSON: {error}") from error
-    if not isinstance(config, dict) or CLASS_NAME not in config:
-        raise ValueError(f"{source}: the configuration has no {CLASS_NAME}")
-    return config
-
-
-class _EmptyOnMeta(TorchFunctionMode):
-    """Within it `torch.empty`, of which modules make their weights, takes no memory.
-
-    What else they compute, such as tables of rotary embeddings, is there.
-    """
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = dict(kwargs or {})
-        if func is torch.empty:
-            kwargs["device"] = "meta"
-        return func(*args, **kwargs)
-
-
-def _build(config: dict) -> nn.Module:
-    """Return the diffusers model of a configuration, most of its weights on the meta device."""
-    import diffusers
-
-    name = str(config[CLASS_NAME])
-    kind = None if name.startswith("_") else getattr(diffusers, name, None)
-    if not (isinstance(kind, type) and issubclass(kind, diffusers.ModelMixin)):
-        raise ValueError(f"diffusers {diffusers.__version__} has no model called {name}")
-    with _EmptyOnMeta():
-        return kind.from_config(config).requires_grad_(False)
 
 
 def _as_stored(checkpoint: Checkpoint, dtype: torch.dtype) -> Iterator[Entry]:

@@ -94,7 +94,8 @@ def quantize_model(
     Raises ValueError, before anything changes, for unknown names, for layers that are quantized
     already, have a `forward` assigned to them, hold NaN or lie on the meta device, and when nothing
     would be quantized; NoBackendError when the arithmetic cannot run where the model does, or would
-    on a GPU that is there.
+    on a GPU that is there; torch.OutOfMemoryError that names the layer for which the model's device
+    has no memory, and then nothing is changed.
     """
     names = names_of(model)
     lies = next(model.parameters()).device
@@ -168,11 +169,17 @@ def _quantized(name: str, weight: torch.Tensor, fmt: Format, device):
     source = weight.detach()
     if source.dtype in FP8_DTYPES:
         source = source.to(DENSE_DTYPE)
+    home = weight.device
     try:
-        made, error, _ = quantize_within_memory(fmt, source, device or source.device)
+        made, error, _ = quantize_within_memory(fmt, source, device or home, home=home)
+    except torch.OutOfMemoryError as problem:
+        raise torch.OutOfMemoryError(
+            f"layer {name}: {home} has no memory for it beside the model as it was, which stays "
+            f"until the end. Quantize the model on the CPU and move it then ({problem})"
+        ) from problem
     except formats.NotFiniteError as problem:
         raise formats.NotFiniteError(f"layer {name}: {problem}") from problem
-    return made.to(weight.device), error
+    return made, error
 
 
 def _record(name, weight, fmt: Format | None, error=None, reason="") -> LayerRecord:

@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 import torch
+from comfy_kitchen.tensor import QuantizedTensor
 
 from lowbit.quant import formats
 from lowbit.quant.checkpoint import Checkpoint
@@ -60,6 +61,60 @@ def test_cpu_without_memory_is_an_error(monkeypatch):
     monkeypatch.setattr(Format, "quantize_measured", fail)
     with pytest.raises(torch.OutOfMemoryError):
         quantize_within_memory(formats.get("int8"), WEIGHT, "cpu")
+
+
+@pytest.fixture
+def home(monkeypatch):
+    """A function failures -> device: so many times it has no room for a quantized layer."""
+    real, left = QuantizedTensor.to, []
+
+    def to(self, *args, **kwargs):
+        if args != (torch.device("meta"),):
+            return real(self, *args, **kwargs)
+        if left[0]:
+            left[0] -= 1
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return self
+
+    def set_up(failures):
+        left[:] = [failures]
+        return torch.device("meta")
+
+    monkeypatch.setattr(QuantizedTensor, "to", to)
+    return set_up
+
+
+def test_way_back_of_a_layer_is_tried_again_after_making_room(home):
+    made, fmt = [], formats.get("int8")
+    got, error, note = quantize_within_memory(
+        fmt, WEIGHT, "cpu", make_room=lambda: made.append(1), home=home(1)
+    )
+    assert torch.equal(got._qdata, fmt.quantize(WEIGHT)._qdata)
+    assert (made, note) == ([1], "") and error > 0
+
+
+def test_way_back_without_memory_is_an_error(home):
+    made = []
+    with pytest.raises(torch.OutOfMemoryError, match="CUDA out of memory"):
+        quantize_within_memory(
+            formats.get("int8"), WEIGHT, "cpu", make_room=lambda: made.append(1), home=home(9)
+        )
+    assert made == [1]
+
+
+def test_model_whose_device_has_no_memory_names_the_layer_and_stays(monkeypatch):
+    """The layer comes back to the device of the model within the fallback."""
+    model = torch.nn.Sequential(torch.nn.Linear(256, 64))
+    before, tries = model[0], []
+
+    def to(self, *args, **kwargs):
+        tries.append(args)
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(QuantizedTensor, "to", to)
+    with pytest.raises(torch.OutOfMemoryError, match=r"layer 0: cpu has no memory .*out of memory"):
+        quantize_model(model, "int8", "none")
+    assert model[0] is before and len(tries) == 2
 
 
 def test_interrupt_is_no_lack_of_memory(device):

@@ -31,6 +31,16 @@ def test_record_says_what_became_of_each_layer():
     assert set(whole["versions"]) == {"lowbit", "torch", "comfy-kitchen"}
 
 
-@pytest.mark.parametrize("text", ["", "[1]", "{", '{"layers": 3}', '{"layers": {"a": 1}}', "null"])
+@pytest.mark.parametrize(
+    "text",
+    ["", "[1]", "{", '{"layers": 3}', '{"layers": {"a": 1}}', "null", "[" * 100_000],
+    ids=lambda text: repr(text[:20]),
+)
 def test_damaged_record_is_no_record(text):
     assert record.decode({record.RECORD_KEY: text}) == {}
+
+
+@pytest.mark.parametrize("error", ["0.1", [0.1], None, True, float("nan"), 10**400])
+def test_error_that_is_no_number_is_left_out(error):
+    text = json.dumps({"layers": {"a": {"format": "int8", "error": error}}})
+    assert record.decode({record.RECORD_KEY: text}) == {"a": {"format": "int8"}}

@@ -11,8 +11,10 @@ from lowbit.quant.checkpoint.header import (
     CODES,
     DTYPES,
     LENGTH_BYTES,
+    MAX_DEPTH,
     MAX_HEADER_BYTES,
     encode_header,
+    parse_json,
     read_header,
 )
 
@@ -131,6 +133,34 @@ def test_unknown_dtype_is_named(raw_file, dtype):
 )
 def test_malformed_tensor_is_named(raw_file, bad):
     expect_refused(raw_file({"bad": bad}, bytes(8)), "tensor bad")
+
+
+@pytest.mark.parametrize("shape", [[2**63, 0], [0, 2**63], [2**61, 0], [2**40, 2**40, 0]])
+def test_dimensions_that_torch_cannot_count_are_refused(raw_file, shape):
+    """Without elements they take no bytes, and torch fails on them only when they are read."""
+    expect_refused(raw_file({"a": entry(0, 0, shape=shape)}), r"tensor a has F32 .* can count")
+
+
+def test_dimensions_that_torch_can_count_are_read(raw_file):
+    tensors, _ = read_header(raw_file({"a": entry(0, 0, shape=[2**60, 0])}))
+    assert torch.empty(tensors["a"].shape).shape == (2**60, 0)
+
+
+@pytest.mark.parametrize("opening", ["[", '{"a":'])
+@pytest.mark.parametrize("depth", [MAX_DEPTH + 1, 900, 100_000])
+def test_json_that_is_nested_too_deep_is_refused_by_name(opening, depth):
+    closing = "]" if opening == "[" else "}"
+    with pytest.raises(CheckpointError, match=r"^a file: its words is malformed"):
+        parse_json(opening * depth + "1" + closing * depth, "a file: its words")
+
+
+def test_json_of_some_depth_is_read():
+    assert parse_json("[" * MAX_DEPTH + "]" * MAX_DEPTH, "a file")
+    assert [parse_json(text, "a file") for text in ("3", '{"a": [{}]}', b"[]")] == [
+        3,
+        {"a": [{}]},
+        [],
+    ]
 
 
 @pytest.mark.parametrize("second", [(4, 12), (0, 8), (12, 20), (9, 17)])

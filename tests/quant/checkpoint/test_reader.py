@@ -96,7 +96,18 @@ def test_shard_outside_the_folder_is_refused(sharded, name):
 
 
 @pytest.mark.parametrize(
-    "text", ["", "[]", "{}", "3", '{"weight_map": []}', '{"weight_map": {"a": []}}', "\udcff"]
+    "text",
+    [
+        "",
+        "[]",
+        "{}",
+        "3",
+        '{"weight_map": []}',
+        '{"weight_map": {"a": []}}',
+        "\udcff",
+        "[" * 100_000,
+    ],
+    ids=lambda text: repr(text[:20]),
 )
 def test_malformed_index_is_refused(sharded, text):
     index = sharded / "model.safetensors.index.json"

@@ -1,6 +1,7 @@
 """Quantized layers as other programs mark them."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -205,7 +206,45 @@ def test_marker_that_cannot_be_read_names_its_layer(file, text):
     )
 
 
-@pytest.mark.parametrize("text", ["", "3", "{}", '{"layers": 3}', '{"layers": {"m": 3}}'])
+@pytest.mark.parametrize(
+    "marker",
+    [
+        torch.tensor(1.0),
+        torch.zeros((), dtype=torch.uint8),
+        torch.zeros(2, 3, dtype=torch.uint8),
+        torch.zeros(8, dtype=torch.float32),
+        torch.zeros(8, dtype=torch.int8),
+    ],
+    ids=lambda marker: f"{marker.dtype} {list(marker.shape)}",
+)
+def test_tensor_that_is_no_marker_is_refused(file, marker):
+    checkpoint = file({"m.weight": WEIGHT, "m.comfy_quant": marker})
+    dtype, shape = str(marker.dtype).removeprefix("torch."), list(marker.shape)
+    expect_refused(checkpoint, rf"m\.comfy_quant is {dtype} {re.escape(str(shape))}, a marker is")
+
+
+def test_fp8_weight_that_is_no_matrix_is_named(file):
+    tensors = {"m.weight": torch.tensor(1.0).to(torch.float8_e4m3fn)}
+    expect_refused(
+        file(tensors | {"m.weight_scale": torch.ones(1, 1)}), r"layer m: .* this one \[\]"
+    )
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (0,), (K + 1,), (2, K)])
+def test_smoothing_of_another_width_is_refused(file, shape):
+    """Said of the codebook of a W4A8 layer, too, that is called a smoothing."""
+    fmt = formats.get("nvfp4")
+    tensors = layer(fmt) | {"m.comfy_quant": marker_tensor(fmt.marker)}
+    tensors["m.pre_quant_scale"] = torch.ones(shape)
+    reason = rf"layer m: pre_quant_scale has shape .* each of the {K} columns"
+    expect_refused(file(tensors), reason)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "3", "{}", '{"layers": 3}', '{"layers": {"m": 3}}', "[" * 100_000],
+    ids=lambda text: repr(text[:20]),
+)
 def test_malformed_metadata_is_refused(file, text):
     checkpoint = file({"m.weight": WEIGHT}, {"_quantization_metadata": text})
     expect_refused(checkpoint, "_quantization_metadata is malformed")

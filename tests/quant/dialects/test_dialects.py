@@ -10,6 +10,10 @@ from lowbit.quant import dialects, formats
 from lowbit.quant.checkpoint import Checkpoint, CheckpointError
 from lowbit.quant.checkpoint.foreign import Request
 from lowbit.quant.checkpoint.stored import marker_tensor, stored_layers
+from lowbit.quant.convert_file import convert_file
+from lowbit.quant.inspect_file import inspect_file
+from lowbit.quant.model import load_model
+from lowbit.quant.quantize_file import quantize_file
 from lowbit.quant.scale_order import FLAT, SWIZZLED, TWICE, proven_order
 from tests import foreign
 
@@ -307,6 +311,46 @@ def test_smoothing_is_folded_in(opened):
     (found,) = stored_layers(checkpoint).values()
     want = formats.get("nvfp4").quantize(weight).dequantize() * smooth
     assert torch.equal(found.dequantize(checkpoint), want)
+
+
+ODD = {
+    "alpha": lambda w: foreign.lightx2v(w),
+    "input_global_scale": lambda w: foreign.lightx2v(w),
+    "weight_global_scale": lambda w: foreign.lightx2v(w, calibrated=False),
+    "input_absmax": lambda w: foreign.lightx2v(w, calibrated=False),
+    "weight_scale_2": lambda w: foreign.modelopt(w),
+    "input_scale": lambda w: foreign.modelopt(w),
+}
+
+
+@pytest.mark.parametrize("count", [0, 3])
+@pytest.mark.parametrize("part", ODD)
+def test_tensor_scale_that_is_not_one_value_is_named_by_whoever_reads_it(
+    opened, tmp_path, part, count
+):
+    layer = ODD[part](foreign.patterned(64, 256)) | {part: torch.ones(count)}
+    checkpoint = opened({"blocks.0.ffn.0": layer})
+    match = rf"a file\.safetensors: layer blocks\.0\.ffn\.0: {part} has shape \[{count}\]"
+    with pytest.raises(CheckpointError, match=match):
+        stored_layers(checkpoint)
+    target = tmp_path / "target.safetensors"
+    with pytest.raises(CheckpointError, match=match):
+        convert_file(checkpoint.path, target)
+    with pytest.raises(CheckpointError, match=match):
+        quantize_file(checkpoint.path, target, "fp8_e4m3", recipe_name="none")
+    with pytest.raises(CheckpointError, match=match):
+        load_model(checkpoint.path, torch.nn.Module())
+    assert not target.exists()
+    assert inspect_file(checkpoint.path).errors
+
+
+def test_tensor_scale_of_one_element_has_any_shape(opened):
+    weight = foreign.patterned(64, 256)
+    parts = foreign.lightx2v(weight)
+    parts |= {part: parts[part].reshape(1) for part in ("alpha", "input_global_scale")}
+    checkpoint = opened({"m": parts})
+    (found,) = stored_layers(checkpoint).values()
+    assert found.tensors(checkpoint)["weight_scale_2"].shape == ()
 
 
 def test_request_that_fits_no_layer_is_refused(opened):

@@ -12,6 +12,7 @@ from lowbit.ops.linear.modules import LowBitLinear
 from lowbit.quant import formats
 from lowbit.quant.checkpoint import Checkpoint, CheckpointError, open_checkpoint
 from lowbit.quant.model import file
+from lowbit.quant.model.configuration import build
 from lowbit.quant.quantize_file import quantize_file
 from tests import gguf_files
 from tests.quant.model.conftest import every_format, only_wan
@@ -56,9 +57,9 @@ def test_model_quantized_while_it_is_read_is_the_one_quantized_in_memory(model, 
     assert seen[-1][0] == seen[-1][1] == len(seen)
 
 
-def test_weights_are_not_made_before_they_are_read(small, model):
-    config = {**dict(model.config), "_class_name": small.class_name}
-    empty = file._build(config)
+def test_weights_are_not_made_before_they_are_read(model, path):
+    lowbit.save_model(model, path)
+    empty = build(Checkpoint(path))
     on_meta = sum(p.nbytes for p in empty.parameters() if p.is_meta)
     assert on_meta > 0.95 * sum(p.nbytes for p in empty.parameters())
     assert not any(b.is_meta for b in empty.buffers())
@@ -179,19 +180,6 @@ def test_file_that_does_not_fit_is_refused_by_name(small, model, path, tmp_path)
     save_file(tensors | {name: value[1:].clone()}, tmp_path / "other.safetensors")
     with pytest.raises(CheckpointError, match=f"{name} is "):
         lowbit.load_model(tmp_path / "other.safetensors", small.build())
-
-
-@pytest.mark.parametrize(
-    ("config", "match"),
-    [
-        ({"_class_name": "AutoencoderKLWan2"}, "has no model called"),
-        ({"_class_name": "WanPipeline"}, "has no model called"),
-        ({"_class_name": "__loader__"}, "has no model called"),
-    ],
-)
-def test_configurations_name_models_of_diffusers_only(config, match):
-    with pytest.raises(ValueError, match=match):
-        file._build(config)
 
 
 def test_existing_file_is_not_replaced_unasked(model, path):
