@@ -23,6 +23,7 @@ from .checkpoint.stored import (
     MARKER,
     METADATA_KEY,
     StoredLayer,
+    check_integers,
     logical_shapes,
     marker_tensor,
     stored_layers,
@@ -155,6 +156,7 @@ def _known(checkpoint: Checkpoint, request: Request, notes: list[str]):
     refused = model.family.refused and model.family.refused(model.renamed.values())
     if refused:
         raise CheckpointError(f"{checkpoint.path}: {refused}")
+    check_integers(checkpoint, stored, model)
     return stored, shapes, model
 
 
@@ -177,7 +179,6 @@ def _steps(checkpoint, stored, shapes, model, choose) -> Iterator[Step]:
 
 
 def _is_linear(info: TensorInfo, stored: StoredLayer | None, shape: tuple[int, ...]) -> bool:
-    # Integers without a marking are some other packing, and stay as they are.
     return len(shape) == 2 and (info.dtype in FLOATS or stored is not None)
 
 

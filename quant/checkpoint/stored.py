@@ -17,7 +17,7 @@ from .. import families, formats
 from ..dialects import Reading
 from ..record import decode
 from .foreign import Foreign, Request, find_foreign
-from .header import CheckpointError
+from .header import CheckpointError, TensorInfo
 from .reader import Checkpoint
 
 MARKER = "comfy_quant"
@@ -151,7 +151,12 @@ def _foreign_layers(parts, markers, foreign: Foreign) -> dict[str, StoredLayer]:
 
 
 def check_can_stay(checkpoint: Checkpoint, stored: Mapping[str, StoredLayer]) -> None:
-    """Raise CheckpointError when a file holds numbers that no format of ours holds."""
+    """Raise CheckpointError when a file holds numbers that no format of ours holds.
+
+    Or integers that nothing reads; and what `families.recognise` raises.
+    """
+    model = families.recognise(logical_shapes(checkpoint, stored))
+    check_integers(checkpoint, stored, model)
     blocks = [info.encoding for info in checkpoint.values() if info.encoding]
     lost = [f"{layer.title} {name}" for name, layer in stored.items() if not layer.format]
     if blocks or lost:
@@ -159,6 +164,34 @@ def check_can_stay(checkpoint: Checkpoint, stored: Mapping[str, StoredLayer]) ->
         raise CheckpointError(
             f"{checkpoint.path}: {what} cannot stay as stored: choose a format, to which it is "
             "quantized while it is read"
+        )
+
+
+def is_integer_matrix(info: TensorInfo) -> bool:
+    """Return whether a tensor can only be a weight in some packing or other."""
+    return len(info.shape) == 2 and not info.dtype.is_floating_point
+
+
+def check_integers(
+    checkpoint: Checkpoint, stored: Mapping[str, StoredLayer], model: families.Recognised
+) -> None:
+    """Raise CheckpointError when the model has a weight of integers that no layer of `stored` is.
+
+    Taken for the weights themselves, they would be noise. Those of other models in the file, such
+    as a text encoder, are not looked at.
+    """
+    for name in model.renamed:
+        module, _, part = name.rpartition(".")
+        info = checkpoint[name]
+        if part != "weight" or module in stored or not is_integer_matrix(info):
+            continue
+        beside = sorted(n for n in checkpoint if n.startswith(f"{module}.") and n != name)
+        others = ", ".join(n.removeprefix(f"{module}.") for n in beside) or "nothing"
+        kind = str(info.dtype).removeprefix("torch.")
+        raise CheckpointError(
+            f"{checkpoint.path}: layer {module}: weight {kind} {list(info.shape)} with {others} "
+            "beside it is in no layout that LowBit reads; quantize the 16-bit file with `lowbit "
+            "quantize`"
         )
 
 
