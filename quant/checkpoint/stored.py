@@ -15,6 +15,7 @@ from comfy_kitchen.tensor import QuantizedTensor
 
 from .. import families, formats
 from ..dialects import Reading
+from ..formats._blocks import round_up
 from ..record import decode
 from .foreign import Foreign, Request, find_foreign
 from .header import CheckpointError, TensorInfo
@@ -131,7 +132,7 @@ def stored_layers(
                 f"{checkpoint.path}: layer {name}: a quantized weight is [N, K], this one "
                 f"{list(checkpoint[named['weight']].shape)}"
             )
-        shape = _recorded(shapes, name) or _shape_from_bias(checkpoint, parts[name], fmt)
+        shape = _recorded(shapes, name) or _shape_from_bias(checkpoint, name, parts[name], fmt)
         layers[name] = StoredLayer(name, fmt, marker, marked_by, named, shape)
     return layers
 
@@ -223,12 +224,21 @@ def _recorded(shapes: Mapping[str, tuple[int, int]], module: str) -> tuple[int, 
     return shapes.get(module)
 
 
-def _shape_from_bias(checkpoint, parts: Mapping[str, str], fmt) -> tuple[int, int] | None:
-    """Return [N, K], N from the bias, where the format pads rows; None: take what is stored."""
+def _shape_from_bias(checkpoint, name, parts: Mapping[str, str], fmt) -> tuple[int, int] | None:
+    """Return [N, K], N from the bias, where the format pads rows; None: take what is stored.
+
+    Raises CheckpointError where the rows beyond the bias are not what the format pads with.
+    """
     if fmt.pad_multiple == 1 or "bias" not in parts or len(checkpoint[parts["bias"]].shape) != 1:
         return None
     n, k = checkpoint[parts["weight"]].shape
-    return (min(n, checkpoint[parts["bias"]].shape[0]), k * fmt.packed)
+    rows = min(n, checkpoint[parts["bias"]].shape[0])
+    if n not in (rows, round_up(rows, fmt.pad_multiple)):
+        raise CheckpointError(
+            f"{checkpoint.path}: layer {name}: its bias has {rows} elements, its weight {n} rows, "
+            f"which is more than {fmt.name}'s padding to a multiple of {fmt.pad_multiple}"
+        )
+    return (rows, k * fmt.packed)
 
 
 def parts_by_layer(checkpoint: Checkpoint) -> dict[str, dict[str, str]]:
