@@ -6,6 +6,7 @@ the host.
 """
 
 import dataclasses
+import shlex
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -23,6 +24,7 @@ from .checkpoint.stored import (
     MARKER,
     METADATA_KEY,
     StoredLayer,
+    check_integers,
     logical_shapes,
     marker_tensor,
     stored_layers,
@@ -131,9 +133,7 @@ def plan_as_stored(checkpoint: Checkpoint, request: Request, format_name: str) -
     """
     stored, shapes, model = _known(checkpoint, request, notes := [])
     if not stored:
-        raise CheckpointError(
-            f"{checkpoint.path}: no layer of it is quantized; `lowbit quantize` does that"
-        )
+        raise CheckpointError(f"{checkpoint.path}: {_not_to_convert(checkpoint, format_name)}")
     rules = recipe.build(format_name, recipe.NONE, (), model)
 
     def choose(layer: str, quantized: StoredLayer | None, shape: tuple[int, ...]) -> Choice:
@@ -147,6 +147,18 @@ def plan_as_stored(checkpoint: Checkpoint, request: Request, format_name: str) -
     return Plan(checkpoint, dataclasses.replace(rules, name=AS_STORED), model, steps, notes=notes)
 
 
+def _not_to_convert(checkpoint: Checkpoint, format_name: str) -> str:
+    """Return why a file without quantized layers is not converted, and the command that does."""
+    blocks = [info.encoding for info in checkpoint.values() if info.encoding]
+    if not blocks:
+        return "no layer of it is quantized; `lowbit quantize` does that"
+    command = f"lowbit quantize {shlex.quote(checkpoint.path)} DST --format {format_name}"
+    return (
+        f"no format holds the numbers of GGUF's {blocks[0]} blocks, which have to be rounded "
+        f"again; `lowbit quantize` does that: `{command}`"
+    )
+
+
 def _known(checkpoint: Checkpoint, request: Request, notes: list[str]):
     """Return (quantized layers, shapes by name, model); what was found out goes to `notes`."""
     stored = stored_layers(checkpoint, request, notes)
@@ -155,6 +167,7 @@ def _known(checkpoint: Checkpoint, request: Request, notes: list[str]):
     refused = model.family.refused and model.family.refused(model.renamed.values())
     if refused:
         raise CheckpointError(f"{checkpoint.path}: {refused}")
+    check_integers(checkpoint, stored, model)
     return stored, shapes, model
 
 
@@ -177,7 +190,6 @@ def _steps(checkpoint, stored, shapes, model, choose) -> Iterator[Step]:
 
 
 def _is_linear(info: TensorInfo, stored: StoredLayer | None, shape: tuple[int, ...]) -> bool:
-    # Integers without a marking are some other packing, and stay as they are.
     return len(shape) == 2 and (info.dtype in FLOATS or stored is not None)
 
 

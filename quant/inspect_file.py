@@ -73,7 +73,7 @@ def inspect_file(path: str) -> Report:
     findings = _settle_foreign(layers, stored, findings)
     shapes = _logical_shapes(checkpoint, layers, stored)
     model = _recognise(shapes, findings)
-    findings.extend(check_names(checkpoint.path, model, bool(layers)))
+    findings.extend(check_names(checkpoint.path, model, shapes, bool(layers)))
     groups, bits_quantized, bits = _sizes(checkpoint, layers, shapes, model)
     return Report(
         path=checkpoint.path,

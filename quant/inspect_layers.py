@@ -17,6 +17,7 @@ from .checkpoint.stored import (
     MARKER,
     METADATA_KEY,
     fp8_name,
+    is_integer_matrix,
     metadata_markers,
     parts_by_layer,
     read_marker,
@@ -65,7 +66,7 @@ def find_layers(checkpoint: Checkpoint, findings: list[Finding]) -> dict[str, La
 
 
 def _looks_quantized(info: TensorInfo) -> bool:
-    return info.dtype in FP8_DTYPES or (info.dtype in INTEGERS and len(info.shape) == 2)
+    return info.dtype in FP8_DTYPES or is_integer_matrix(info)
 
 
 def _mark_from_metadata(checkpoint, layers: dict[str, Layer], findings: list[Finding]) -> None:
@@ -139,7 +140,7 @@ def check(checkpoint: Checkpoint, layer: Layer) -> Iterator[Finding]:
 
 
 def _check_unmarked(checkpoint, layer: Layer, info: TensorInfo) -> Iterator[Finding]:
-    if info.dtype in INTEGERS:
+    if is_integer_matrix(info):
         detail = f"{_words(info)} has no {MARKER}"
         if names_modelopt(checkpoint):
             detail += "; the metadata tells of ModelOpt, whose scales are flat and whose even "

@@ -198,7 +198,8 @@ _KINDS = (
         "incomplete",
         BOTH,
         "The model runs into missing weights.",
-        "Download it again, or give the folder with all shards and their index.",
+        "Download it again, or give the folder with all shards and their index. Where weights have "
+        "other names another program packed them: quantize the 16-bit file with `lowbit quantize`.",
     ),
     Kind(
         "unsupported_layout",

@@ -18,7 +18,7 @@ import torch
 from .. import dialects, formats
 from ..dialects import RawLayer, Reading
 from ..record import RECORD_KEY
-from ..scale_order import SWIZZLED
+from ..scale_order import EITHER, FLAT, SWIZZLED, TWICE
 from .header import CheckpointError, TensorInfo
 from .reader import Checkpoint
 
@@ -117,20 +117,47 @@ def _read(checkpoint: Checkpoint, layer: RawLayer, request: Request) -> Reading 
     """Return how a foreign layer is read; None for one that is in the host's words, or plain."""
     if request.source is None and _is_the_hosts(layer):
         return None
-    readings = dialects.readings(layer, request.source)
-    certain = [reading for reading in readings if reading.certain]
-    if request.source and readings:
-        return readings[0]
-    if request.source or not _has_scales(layer):
+    wrong = _is_out_of_order(layer)
+    either = wrong and layer.order == EITHER
+    if request.source:
+        ways = _ways(layer, request.source)
+        if len(ways) > 1 and either:
+            raise AmbiguousError(_ambiguous(checkpoint.path, layer, ways))
+        if ways:
+            return ways[0][0]
+        if not layer.marker or not wrong:
+            return None
+    if not _has_scales(layer):
         return None
-    if len(certain) == 1:
+    ways = _ways(layer)
+    certain = [reading for reading, _ in ways if reading.certain]
+    if len(certain) == 1 and not either:
         return certain[0]
-    if readings:
-        raise AmbiguousError(_ambiguous(checkpoint.path, layer, readings))
-    if layer.marker or _is_plain_fp8(layer):
+    if ways:
+        raise AmbiguousError(_ambiguous(checkpoint.path, layer, ways))
+    if (layer.marker and not wrong) or _is_plain_fp8(layer):
         # The marking itself is what is wrong, which loading the layer tells.
         return None
-    raise CheckpointError(
+    raise _unreadable(checkpoint, layer)
+
+
+def _ways(layer: RawLayer, source: str | None = None) -> list[tuple[Reading, str | None]]:
+    """Return the readings of a layer, each with the order of its scales if that has to be said."""
+    if layer.order == EITHER and _is_out_of_order(layer):
+        orders = (FLAT, TWICE)
+        layers = [replace(layer, order=order) for order in orders]
+        return [(r, one.order) for one in layers for r in dialects.readings(one, source)]
+    order = layer.order if layer.marker and layer.order in SOURCE_WORDS else None
+    return [(reading, order) for reading in dialects.readings(layer, source)]
+
+
+def _is_out_of_order(layer: RawLayer) -> bool:
+    """Return whether a layer has block scales, and in another order than the host's."""
+    return layer.order not in (None, SWIZZLED) and bool(replace(layer, order=None).orders())
+
+
+def _unreadable(checkpoint: Checkpoint, layer: RawLayer) -> CheckpointError:
+    return CheckpointError(
         f"{checkpoint.path}: layer {layer.name}: {_words(layer)} is in no layout that LowBit "
         "reads; quantize the 16-bit file with `lowbit quantize`"
     )
@@ -169,14 +196,18 @@ def _has_scales(layer: RawLayer) -> bool:
     return any("scale" in part or part == "alpha" for part in layer.parts)
 
 
-def _ambiguous(path: str, layer: RawLayer, readings: list[Reading]) -> str:
-    asked = f" --scales {SOURCE_WORDS[layer.order]}" if layer.marker and layer.order else ""
-    ways = " or ".join(f"`--from {reading.dialect}{asked}`" for reading in readings)
+def _ambiguous(path: str, layer: RawLayer, ways: list[tuple[Reading, str | None]]) -> str:
+    orders = [f"--scales {SOURCE_WORDS[o]}" for o in dict.fromkeys(o for _, o in ways) if o]
+    asked = f" {orders[0]}" if len(orders) == 1 else ""
+    names = dict.fromkeys(reading.dialect for reading, _ in ways)
+    options = " or ".join(f"`--from {name}{asked}`" for name in names)
+    if len(orders) > 1:
+        options += f", and {' or '.join(f'`{order}`' for order in orders)}"
     marking = f"marked {layer.marker.get('format')}, but " if layer.marker else ""
     order = f" {layer.order}," if layer.order else ""
     return (
         f"{path}: layer {layer.name}: {marking}{_words(layer)},{order} does not show who wrote it. "
-        f"Say it: `lowbit convert {shlex.quote(path)} DST` with {ways}"
+        f"Say it: `lowbit convert {shlex.quote(path)} DST` with {options}"
     )
 
 

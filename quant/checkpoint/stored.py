@@ -16,9 +16,10 @@ from comfy_kitchen.tensor import QuantizedTensor
 
 from .. import families, formats
 from ..dialects import Reading
+from ..formats._blocks import round_up
 from ..record import decode
 from .foreign import Foreign, Request, find_foreign
-from .header import CheckpointError, parse_json
+from .header import CheckpointError, TensorInfo, parse_json
 from .reader import Checkpoint
 
 MARKER = "comfy_quant"
@@ -132,7 +133,7 @@ def stored_layers(
                 f"{checkpoint.path}: layer {name}: a quantized weight is [N, K], this one "
                 f"{list(checkpoint[named['weight']].shape)}"
             )
-        shape = _recorded(shapes, name) or _shape_from_bias(checkpoint, parts[name], fmt)
+        shape = _recorded(shapes, name) or _shape_from_bias(checkpoint, name, parts[name], fmt)
         layers[name] = StoredLayer(name, fmt, marker, marked_by, named, shape)
     for layer in layers.values():
         _check_smoothing(checkpoint, layer)
@@ -166,7 +167,12 @@ def _foreign_layers(parts, markers, foreign: Foreign) -> dict[str, StoredLayer]:
 
 
 def check_can_stay(checkpoint: Checkpoint, stored: Mapping[str, StoredLayer]) -> None:
-    """Raise CheckpointError when a file holds numbers that no format of ours holds."""
+    """Raise CheckpointError when a file holds numbers that no format of ours holds.
+
+    Or integers that nothing reads; and what `families.recognise` raises.
+    """
+    model = families.recognise(logical_shapes(checkpoint, stored))
+    check_integers(checkpoint, stored, model)
     blocks = [info.encoding for info in checkpoint.values() if info.encoding]
     lost = [f"{layer.title} {name}" for name, layer in stored.items() if not layer.format]
     if blocks or lost:
@@ -174,6 +180,34 @@ def check_can_stay(checkpoint: Checkpoint, stored: Mapping[str, StoredLayer]) ->
         raise CheckpointError(
             f"{checkpoint.path}: {what} cannot stay as stored: choose a format, to which it is "
             "quantized while it is read"
+        )
+
+
+def is_integer_matrix(info: TensorInfo) -> bool:
+    """Return whether a tensor can only be a weight in some packing or other."""
+    return len(info.shape) == 2 and not info.dtype.is_floating_point
+
+
+def check_integers(
+    checkpoint: Checkpoint, stored: Mapping[str, StoredLayer], model: families.Recognised
+) -> None:
+    """Raise CheckpointError when the model has a weight of integers that no layer of `stored` is.
+
+    Taken for the weights themselves, they would be noise. Those of other models in the file, such
+    as a text encoder, are not looked at.
+    """
+    for name in model.renamed:
+        module, _, part = name.rpartition(".")
+        info = checkpoint[name]
+        if part != "weight" or module in stored or not is_integer_matrix(info):
+            continue
+        beside = sorted(n for n in checkpoint if n.startswith(f"{module}.") and n != name)
+        others = ", ".join(n.removeprefix(f"{module}.") for n in beside) or "nothing"
+        kind = str(info.dtype).removeprefix("torch.")
+        raise CheckpointError(
+            f"{checkpoint.path}: layer {module}: weight {kind} {list(info.shape)} with {others} "
+            "beside it is in no layout that LowBit reads; quantize the 16-bit file with `lowbit "
+            "quantize`"
         )
 
 
@@ -205,12 +239,21 @@ def _recorded(shapes: Mapping[str, tuple[int, int]], module: str) -> tuple[int, 
     return shapes.get(module)
 
 
-def _shape_from_bias(checkpoint, parts: Mapping[str, str], fmt) -> tuple[int, int] | None:
-    """Return [N, K], N from the bias, where the format pads rows; None: take what is stored."""
+def _shape_from_bias(checkpoint, name, parts: Mapping[str, str], fmt) -> tuple[int, int] | None:
+    """Return [N, K], N from the bias, where the format pads rows; None: take what is stored.
+
+    Raises CheckpointError where the rows beyond the bias are not what the format pads with.
+    """
     if fmt.pad_multiple == 1 or "bias" not in parts or len(checkpoint[parts["bias"]].shape) != 1:
         return None
     n, k = checkpoint[parts["weight"]].shape
-    return (min(n, checkpoint[parts["bias"]].shape[0]), k * fmt.packed)
+    rows = min(n, checkpoint[parts["bias"]].shape[0])
+    if n not in (rows, round_up(rows, fmt.pad_multiple)):
+        raise CheckpointError(
+            f"{checkpoint.path}: layer {name}: its bias has {rows} elements, its weight {n} rows, "
+            f"which is more than {fmt.name}'s padding to a multiple of {fmt.pad_multiple}"
+        )
+    return (rows, k * fmt.packed)
 
 
 def parts_by_layer(checkpoint: Checkpoint) -> dict[str, dict[str, str]]:

@@ -24,6 +24,8 @@ PAYLOADS = {
     torch.float8_e5m2: "float8_e5m2",
 }
 INPUT = ("input_scale", "pre_quant_scale")
+# How markings of tiles end.
+BLOCKWISE = "_blockwise"
 # The one marking of rows in INT8; without it they may be rotated, or not.
 INT8_MARKER = "int8_tensorwise"
 
@@ -43,12 +45,15 @@ def read(layer: RawLayer) -> list[Reading]:
     if payload is None or scale.dtype not in FLOATS or not marked.startswith(payload):
         return []
     n, _ = weight.shape
-    if n > 1 and scale.shape in ((n,), (n, 1), (n, 1, 1)):
+    blockwise = marked.endswith(BLOCKWISE)
+    # [1, N] is a scale for each row too, unless the marking says tiles.
+    lying = () if blockwise else ((1, n), (1, n, 1))
+    if n > 1 and scale.shape in ((n,), (n, 1), (n, 1, 1), *lying):
         fmt = _row_format(layer, weight, scale)
         return [_reading(layer, fmt, _rows)] if fmt else []
     unknown = weight.dtype == torch.int8 and not layer.marker
     rotated = flat_marker(layer.marker).get("convrot")
-    if unknown or rotated or not _is_grouped(weight, scale):
+    if unknown or rotated or not _is_grouped(weight, scale, blockwise):
         return []
     return [_reading(layer, None, _values)]
 
@@ -67,11 +72,19 @@ def _row_format(layer: RawLayer, weight: TensorInfo, scale: TensorInfo) -> Forma
     return None
 
 
-def _is_grouped(weight: TensorInfo, scale: TensorInfo) -> bool:
-    """Return whether each scale is of a tile of the weight, of the same size for all."""
+def _is_grouped(weight: TensorInfo, scale: TensorInfo, blockwise: bool) -> bool:
+    """Return whether each scale is of a tile of the weight, of the same size for all.
+
+    Unless the marking says tiles they have to be square, of one row each, or one for the whole:
+    nobody writes others, and that a shape divides the weight's proves nothing.
+    """
     shape = scale.shape[:-1] if len(scale.shape) == 3 and scale.shape[-1] == 1 else scale.shape
-    fits = len(shape) == 2 and 0 not in shape
-    return fits and all(size % count == 0 for size, count in zip(weight.shape, shape, strict=True))
+    if len(shape) != 2 or 0 in shape:
+        return False
+    if any(size % count for size, count in zip(weight.shape, shape, strict=True)):
+        return False
+    height, width = (size // count for size, count in zip(weight.shape, shape, strict=True))
+    return blockwise or height in (1, width) or shape == (1, 1)
 
 
 def _rows(tensors: Tensors) -> dict[str, torch.Tensor]:

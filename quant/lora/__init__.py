@@ -4,14 +4,14 @@ Knows names and tensors alone; the arithmetic is `ops/linear/low_rank.py`, what 
 lies beside that host's nodes.
 """
 
-import json
 import math
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import torch
 
-from ..checkpoint import Checkpoint
+from ..checkpoint import Checkpoint, CheckpointError
+from ..checkpoint.header import parse_json
 from ..families import Family
 from .names import PREFIXES, Kind, Names, Refused, split
 
@@ -115,10 +115,11 @@ def _adapter_alpha(checkpoint: Checkpoint) -> float | None:
     Settings of the model count (`transformer.lora_alpha`), those of text encoders do not.
     Raises LoraError for settings that give layers alphas of their own, and for what is no settings.
     """
+    text = checkpoint.metadata.get(ADAPTER_METADATA, "{}")
     try:
-        settings = json.loads(checkpoint.metadata.get(ADAPTER_METADATA, "{}"))
-    except ValueError as error:
-        raise LoraError(f"{checkpoint.path}: {ADAPTER_METADATA} is no JSON: {error}") from error
+        settings = parse_json(text, f"{checkpoint.path}: {ADAPTER_METADATA}")
+    except CheckpointError as error:
+        raise LoraError(str(error)) from error
     if not isinstance(settings, dict):
         raise LoraError(f"{checkpoint.path}: {ADAPTER_METADATA} is no object but {settings!r:.40}")
     found = _values(settings, "alpha_pattern") | _values(settings, "use_rslora")

@@ -89,6 +89,11 @@ def test_gguf_is_not_converted_but_quantized(lowbit, tensors, tmp_path):
     source = gguf_files.write(tmp_path / "wan.gguf", tensors, "Q8_0")
     code, _, err = lowbit("convert", source, tmp_path / "target.safetensors")
     assert code == 2 and "`lowbit quantize` does that" in err
+    assert "GGUF's Q8_0 blocks" in err and "no layer of it is quantized" not in err
+    command = f"quantize {source} DST --format int8_convrot"
+    assert f"`lowbit {command}`" in err
+    target = tmp_path / "target.safetensors"
+    assert lowbit(*command.replace("DST", str(target)).split())[0] == 0
 
 
 @pytest.mark.parametrize("suffix", [".pt", ".ckpt", ".pth", ".bin", ".PT"])

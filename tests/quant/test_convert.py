@@ -8,8 +8,9 @@ from safetensors.torch import load_file, save_file
 
 from lowbit.quant import formats
 from lowbit.quant.checkpoint import Checkpoint, CheckpointError
-from lowbit.quant.checkpoint.stored import marker_tensor
-from lowbit.quant.convert import plan, stream
+from lowbit.quant.checkpoint.foreign import Request
+from lowbit.quant.checkpoint.stored import check_can_stay, marker_tensor, stored_layers
+from lowbit.quant.convert import plan, plan_as_stored, stream
 from tests.checkpoints import write_wan
 
 LAYERS = [f"{a}_attn.{p}" for a in ("self", "cross") for p in "qkvo"] + ["ffn.0", "ffn.2"]
@@ -209,13 +210,30 @@ def test_unscaled_fp8_is_widened_to_bf16_before_it_is_quantized(dense, save):
     assert same(result["blocks.0.ffn.0.weight"], want._qdata)
 
 
-@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8])
-def test_unmarked_integers_are_left_as_they_are(dense, save, dtype):
-    """Some other packing, whose scale this pack does not know."""
+@pytest.mark.parametrize("name", ["blocks.0.ffn.0", "head.head"])
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int32])
+def test_unmarked_integers_are_refused_by_name(dense, save, dtype, name):
+    """Some other packing, such as bitsandbytes', whose scale this pack does not know."""
     packed = torch.arange(64 * 64).reshape(64, 64).to(dtype)
-    _, result = convert(save(dense | {"blocks.0.ffn.0.weight": packed}))
-    assert same(result["blocks.0.ffn.0.weight"], packed)
-    assert "blocks.0.ffn.0.comfy_quant" not in result
+    other = {f"{name}.weight": packed, f"{name}.SCB": torch.ones(64)}
+    checkpoint = save(dense | other)
+    reason = rf"layer {name}: weight \w+ \[64, 64\] with (bias, )?SCB(, \w+)* beside it"
+    for recipe in ("auto", "none"):
+        with pytest.raises(CheckpointError, match=reason):
+            plan(checkpoint, FORMAT, recipe)
+    with pytest.raises(CheckpointError, match=reason):
+        plan_as_stored(checkpoint, Request(), FORMAT)
+    with pytest.raises(CheckpointError, match=reason):
+        check_can_stay(checkpoint, stored_layers(checkpoint))
+
+
+def test_integers_of_another_model_in_the_file_are_left_as_they_are(dense, save):
+    packed = torch.arange(64 * 64).reshape(64, 64).to(torch.int8)
+    other = {"text_encoders.t5.weight": packed}
+    checkpoint = save({f"model.diffusion_model.{n}": t for n, t in dense.items()} | other)
+    _, result = convert(checkpoint)
+    assert same(result["text_encoders.t5.weight"], packed)
+    check_can_stay(checkpoint, stored_layers(checkpoint))
 
 
 @pytest.mark.parametrize(

@@ -289,6 +289,11 @@ BAD = {
         BOTH,
     ),
     "INT8 without a marker": (lambda: unmarked(layer("int8")), "unmarked_integers", BOTH),
+    "INT32 without a marker": (
+        lambda: {f"{LAYER}.weight": torch.ones(8, 8, dtype=torch.int32)},
+        "unmarked_integers",
+        BOTH,
+    ),
     "ModelOpt's NVFP4 as it is": (
         lambda: (unmarked(layer("nvfp4")), MODELOPT),
         "unmarked_integers",

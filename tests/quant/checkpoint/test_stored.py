@@ -278,6 +278,20 @@ def test_marker_tensor_is_json():
     assert marker_tensor(marker).dtype == torch.uint8
 
 
+@pytest.mark.parametrize("name", [n for n in formats.names() if formats.get(n).pad_multiple > 1])
+@pytest.mark.parametrize("lacking", [1, 2])
+def test_bias_that_would_cut_off_rows_is_refused(file, name, lacking):
+    """Rows beyond the bias are padding only where the format pads to as many."""
+    fmt = formats.get(name)
+    rows = 2 * fmt.pad_multiple
+    parts = layer(fmt, weight=torch.randn(rows, K)) | {"m.comfy_quant": marker_tensor(fmt.marker)}
+    bias = torch.zeros(rows - lacking * fmt.pad_multiple)
+    with pytest.raises(CheckpointError, match=rf"layer m: its bias has {len(bias)} elements"):
+        stored_layers(file(parts | {"m.bias": bias}))
+    (found,) = stored_layers(checkpoint := file(parts | {"m.bias": torch.zeros(rows - 1)})).values()
+    assert found.logical_shape(checkpoint) == (rows - 1, K)
+
+
 def test_metadata_names_without_the_files_prefix_are_found(tmp_path):
     path = tmp_path / "prefixed.safetensors"
     fmt = formats.get("int8")

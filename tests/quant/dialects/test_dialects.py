@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 
 from lowbit.quant import dialects, formats
 from lowbit.quant.checkpoint import Checkpoint, CheckpointError
-from lowbit.quant.checkpoint.foreign import Request
+from lowbit.quant.checkpoint.foreign import AmbiguousError, Request
 from lowbit.quant.checkpoint.stored import marker_tensor, stored_layers
 from lowbit.quant.convert_file import convert_file
 from lowbit.quant.inspect_file import inspect_file
@@ -186,6 +186,70 @@ def test_marking_with_scales_in_another_order_is_refused_and_repaired_if_asked(o
     assert found.marker["format"] == formats.get(name).marker["format"]
 
 
+def of_either_order(name):
+    """(a weight, its layer with scales swizzled twice).
+
+    With 16 columns of scales, flat and twice show rows and columns alike, the host's order fewer.
+    """
+    weight = foreign.patterned(256, 16 * foreign.GROUPS[name])
+    return weight, foreign.twice(foreign.packed(name, weight))
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_scales_proven_wrong_in_an_order_that_is_not_are_refused_with_both(opened, name):
+    """Else they are read as they are marked, and give noise."""
+    weight, bad = of_either_order(name)
+    marker = {"comfy_quant": marker_tensor(formats.get(name).marker)}
+    for marking in (marker, {}):
+        checkpoint = opened({"m": bad | marking})
+        with pytest.raises(AmbiguousError, match="not swizzled, or swizzled twice") as error:
+            stored_layers(checkpoint)
+        ways = f"`--from modelopt` or `--from {name}`, and `--scales flat` or `--scales twice`"
+        assert ways in str(error.value)
+        (found,) = stored_layers(checkpoint, Request(name, "twice")).values()
+        same_bits(repacked(found, checkpoint), foreign.packed(name, weight))
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_dialect_asked_for_decides_between_two_orders_where_it_knows_one(opened, name):
+    _, bad = of_either_order(name)
+    checkpoint = opened({"m": bad})
+    (found,) = stored_layers(checkpoint, Request("modelopt")).values()
+    assert found.marked_by == "modelopt"
+    with pytest.raises(AmbiguousError, match=f"`--from {name}`, and `--scales flat` or"):
+        stored_layers(checkpoint, Request(name))
+    (found,) = stored_layers(opened({"m": bad}, OF_MODELOPT)).values()
+    assert found.marked_by == "modelopt"
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_two_orders_that_are_wrong_contradict_one_that_is_right(opened, name):
+    _, bad = of_either_order(name)
+    layers = {"a": foreign.packed(name, foreign.patterned()), "b": bad}
+    for parts in layers.values():
+        parts["comfy_quant"] = marker_tensor(formats.get(name).marker)
+    with pytest.raises(CheckpointError, match="of a swizzled but of b not swizzled, or swizzled"):
+        stored_layers(opened(layers))
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_other_layers_of_a_file_in_one_of_two_orders_are_read(opened, name):
+    _, bad = of_either_order(name)
+    rows = foreign.packed("fp8_e4m3_rowwise", foreign.even(64, 256))
+    rows["weight_scale"] = rows["weight_scale"].reshape(-1)
+    checkpoint = opened({"m": bad, "rows": rows})
+    found = stored_layers(checkpoint, Request(order="flat"))
+    assert found["m"].marked_by == "modelopt" and found["rows"].format.name == "fp8_e4m3_rowwise"
+
+
+def test_marked_layer_in_a_wrong_order_is_refused_though_another_format_is_asked_for(opened):
+    bad = foreign.twice(foreign.packed("nvfp4", foreign.patterned()))
+    bad["comfy_quant"] = marker_tensor(formats.get("nvfp4").marker)
+    checkpoint = opened({"m": bad, "n": foreign.packed("int8", foreign.even(64, 256))})
+    with pytest.raises(AmbiguousError, match="--from nvfp4 --scales twice"):
+        stored_layers(checkpoint, Request("int8"))
+
+
 @pytest.mark.parametrize("name", ["int8", "int8_convrot"])
 def test_integers_with_a_flat_list_of_scales_are_read_if_named(opened, name):
     weight = foreign.even(64, 256)
@@ -232,11 +296,15 @@ def test_scale_that_nobody_reads_is_refused(opened):
         stored_layers(opened({"m": layer}))
 
 
-@pytest.mark.parametrize("shape", [(64,), (64, 1), (64, 1, 1)])
+@pytest.mark.parametrize("shape", [(64,), (64, 1), (64, 1, 1), (1, 64), (1, 64, 1)])
+@pytest.mark.parametrize("columns", [64, 256])
 @pytest.mark.parametrize("marked", [True, False])
-def test_fp8_scale_per_row_is_read_as_one_whatever_its_marking(opened, shape, marked):
-    """Read as one scale per tensor, such a file gives good-looking but unrelated pictures."""
-    weight = foreign.patterned(64, 256)
+def test_fp8_scale_per_row_is_read_as_one_whatever_its_marking(opened, shape, columns, marked):
+    """Read as one scale per tensor, such a file gives good-looking but unrelated pictures.
+
+    So does [1, N] read as one scale per column, which it could be where N divides K.
+    """
+    weight = foreign.patterned(64, columns)
     parts = foreign.packed("fp8_e4m3_rowwise", weight)
     bad = {**parts, "weight_scale": parts["weight_scale"].reshape(shape)}
     if marked:
@@ -248,13 +316,14 @@ def test_fp8_scale_per_row_is_read_as_one_whatever_its_marking(opened, shape, ma
     same_bits(repacked(found, checkpoint), parts)
 
 
+@pytest.mark.parametrize("shape", [(64,), (1, 64)])
 @pytest.mark.parametrize("name", ["int8", "int8_convrot"])
-def test_int8_scale_of_one_dimension_keeps_its_marking(opened, name):
+def test_int8_scale_per_row_of_another_shape_keeps_its_marking(opened, name, shape):
     weight = foreign.patterned(64, 256)
     fmt = formats.get(name)
     parts = foreign.packed(name, weight)
     marker = {**fmt.marker, "full_precision_matrix_mult": True}
-    bad = {**parts, "weight_scale": parts["weight_scale"].reshape(-1)}
+    bad = {**parts, "weight_scale": parts["weight_scale"].reshape(shape)}
     checkpoint = opened({"m": bad | {"comfy_quant": marker_tensor(marker)}})
     (found,) = stored_layers(checkpoint).values()
     assert (found.format, found.marker) == (fmt, marker)
@@ -294,6 +363,43 @@ def test_groups_of_columns_under_a_marking_for_one_scale_are_read_by_their_value
     checkpoint = opened({"m": parts})
     (found,) = stored_layers(checkpoint).values()
     want = stored.float() * scale.repeat_interleave(64, 1)
+    assert torch.equal(found.dequantize(checkpoint), want)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (2, 4), (128, 4), (128, 4, 1)])
+def test_tile_that_is_whole_square_or_of_one_row_needs_no_marking(opened, shape):
+    stored = foreign.even(128, 256).to(torch.float8_e4m3fn)
+    scale = foreign.even(128, 4)[: shape[0], : shape[1]].abs().reshape(shape)
+    marker = marker_tensor({"format": "float8_e4m3fn_rowwise"})
+    checkpoint = opened({"m": {"weight": stored, "weight_scale": scale, "comfy_quant": marker}})
+    (found,) = stored_layers(checkpoint).values()
+    flat = scale.reshape(shape[:2])
+    rows, columns = 128 // shape[0], 256 // shape[1]
+    want = stored.float() * flat.repeat_interleave(rows, 0).repeat_interleave(columns, 1)
+    assert torch.equal(found.dequantize(checkpoint), want)
+
+
+@pytest.mark.parametrize("shape", [(64, 1), (2, 2), (1, 256), (16, 256)])
+@pytest.mark.parametrize(
+    ("name", "dtype"), [("float8_e4m3fn", torch.float8_e4m3fn), ("int8_tensorwise", torch.int8)]
+)
+def test_tile_of_a_shape_that_nobody_writes_is_refused(opened, name, dtype, shape):
+    """That the shape of the scales divides the weight's proves nothing."""
+    stored = (foreign.even(128, 256) * 50).to(dtype)
+    layer = {"weight": stored, "weight_scale": torch.ones(shape)}
+    checkpoint = opened({"m": {**layer, "comfy_quant": marker_tensor({"format": name})}})
+    (found,) = stored_layers(checkpoint).values()
+    with pytest.raises(CheckpointError, match=r"layer m: \w+: weight_scale has shape"):
+        found.check(checkpoint)
+
+
+def test_one_row_of_scales_is_of_tiles_if_the_marking_says_so(opened):
+    stored, scale = foreign.tiled(foreign.patterned(16, 256), 16)
+    marker = marker_tensor({"format": "float8_e4m3fn_blockwise", "group_size": 16})
+    checkpoint = opened({"m": {"weight": stored, "weight_scale": scale, "comfy_quant": marker}})
+    (found,) = stored_layers(checkpoint).values()
+    assert found.format is None
+    want = stored.float() * scale.repeat_interleave(16, 1)
     assert torch.equal(found.dequantize(checkpoint), want)
 
 
