@@ -204,7 +204,6 @@ def test_alpha_of_a_text_encoder_is_not_the_models(tmp_path, own):
         ("[]", "is no object"),
         ("{", "is malformed, no JSON"),
         ("[" * 10**5, "is malformed"),
-        ('{"lora_alpha": 1' + "0" * 400 + "}", "a number is wanted"),
         ('{"transformer.lora_alpha": "8"}', "a number is wanted"),
         ('{"transformer.lora_alpha": NaN}', "a number is wanted"),
         pytest.param('{"lora_alpha": 1%s}' % ("0" * 400), "a number is wanted", id="1e400"),
