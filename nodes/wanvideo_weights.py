@@ -121,11 +121,12 @@ def _choose(tensors, stored, format_name, recipe_name, keep) -> dict[str, recipe
         if not name.startswith(MOVED) or any(part in name for part in APART):
             chosen[name] = recipe.Choice(None, "WanVideoWrapper does not move it with its block")
     if not any(choice.format for choice in chosen.values()):
-        raise ValueError(
-            "WanVideo: the model has no quantized layers to keep as they are; choose a format"
+        why = (
+            "the model has no quantized layers to keep as they are; choose a format"
             if format_name == AS_STORED
-            else f"WanVideo: nothing to quantize to {format_name} under recipe {recipe_name}"
+            else recipe.nothing_to_quantize(format_name, recipe_name, chosen.values())
         )
+        raise ValueError(f"WanVideo: {why}")
     return chosen
 
 

@@ -118,9 +118,10 @@ def plan(
     steps = list(_steps(checkpoint, stored, shapes, model, choose))
     result = Plan(checkpoint, rules, model, steps, notes=notes)
     if not result.layers:
-        raise CheckpointError(
-            f"{checkpoint.path}: nothing to quantize to {format_name} under recipe {recipe_name}"
-        )
+        # Only weights of layers have a reason.
+        choices = (step.choice for step in result.steps if step.choice.reason)
+        why = recipe.nothing_to_quantize(format_name, recipe_name, choices)
+        raise CheckpointError(f"{checkpoint.path}: {why}")
     return result
 
 

@@ -1,6 +1,7 @@
 """Which layer of a model goes to which format: a format, a family's rules and the user's wishes."""
 
 import re
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -23,6 +24,17 @@ class Choice:
 
     format: Format | None
     reason: str = ""
+
+
+def nothing_to_quantize(format_name: str, recipe_name: str, choices: Iterable[Choice]) -> str:
+    """Return in words that no layer would be quantized, and why most are not."""
+    reasons = Counter(choice.reason for choice in choices)
+    text = f"nothing to quantize to {format_name} under recipe {recipe_name}"
+    if not reasons:
+        return f"{text}: there is no linear layer"
+    reason, count = reasons.most_common(1)[0]
+    text += f": {count} of {reasons.total()} layers stay, {reason}"
+    return text if recipe_name == NONE else f"{text}; recipe none takes every layer that fits"
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,7 @@ def quantize_model(patcher, format_name, recipe_name=recipe.AUTO, keep=(), wish=
         raise ValueError(
             "the model has no quantized layers to keep as they are; choose a format"
             if format_name == AS_STORED
-            else f"nothing to quantize to {format_name} under recipe {recipe_name}"
+            else recipe.nothing_to_quantize(format_name, recipe_name, chosen.values())
         )
     clone = patcher.clone()
     bar, tick = progress(len(modules))

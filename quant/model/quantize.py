@@ -22,6 +22,7 @@ from ..convert import DENSE_DTYPE
 from ..families.base import FeedForward
 from ..formats import Format
 from ..memory import quantize_within_memory
+from ..recipe import nothing_to_quantize
 from ..record import LayerRecord
 from .attention import running_device
 from .names import Names, is_fused, names_of
@@ -104,10 +105,11 @@ def quantize_model(
     layers = {spots[0].name: spots for spots in places(model, nn.Linear)}
     for name, spots in layers.items():
         _check(name, spots[0].module)
-    records, made = [], {}
+    records, made, choices = [], {}, []
     for name, spots in layers.items():
         original = spots[0].module
         choice = _choose(rules, name, names.layer(name), original.weight)
+        choices.append(choice)
         if choice.format:
             weight, error = _quantized(name, original.weight, choice.format, device)
             weight = to_be_multiplied(weight, arithmetic, lies)
@@ -117,7 +119,7 @@ def quantize_model(
             records.append(_record(name, original.weight, None, None, choice.reason))
         progress(len(records), len(layers))
     if not made:
-        raise ValueError(f"nothing to quantize to {format} under recipe {recipe}")
+        raise ValueError(nothing_to_quantize(format, recipe, choices))
     swap = Swap()
     for name, module in made.items():
         swap.put(layers[name], module)
