@@ -12,6 +12,27 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 FORMATS = ("bf16", "int8_convrot", "fp8_e4m3", "nvfp4")
+DIM = 1024
+# Without a single matrix: norms, a convolution, biases of layers that are quantized and not.
+DIFFERENCES = {
+    "diffusion_model.blocks.0.self_attn.norm_q.diff": (DIM,),
+    "diffusion_model.blocks.1.norm3.diff": (DIM,),
+    "diffusion_model.blocks.1.norm3.diff_b": (DIM,),
+    "diffusion_model.patch_embedding.diff_b": (DIM,),
+    "diffusion_model.blocks.0.self_attn.k.diff_b": (DIM,),
+    "diffusion_model.blocks.1.ffn.2.diff_b": (DIM,),
+    "diffusion_model.blocks.1.diff_m": (1, 6, DIM),
+}
+
+
+def write_differences(path: Path) -> Path:
+    import torch
+    from safetensors.torch import save_file
+
+    generator = torch.Generator().manual_seed(0)
+    values = {n: torch.randn(s, generator=generator) * 0.3 for n, s in DIFFERENCES.items()}
+    save_file(values, path)
+    return path
 
 
 def session(mode: str, base: str) -> dict:
@@ -28,13 +49,28 @@ def session(mode: str, base: str) -> dict:
 
     host = importlib.import_module("lowbit_pack.nodes.host")
     host_lora = importlib.import_module("lowbit_pack.nodes.host.lora")
-    path = checkpoints.write_wan(Path(base) / "wan.safetensors", dim=1024, ffn=4096, layers=4)
+    path = checkpoints.write_wan(Path(base) / "wan.safetensors", dim=DIM, ffn=4096, layers=4)
     lora = checkpoints.write_lora(Path(base) / "lora.safetensors", path, rank=24)
     tensors = comfy.utils.load_torch_file(str(lora))
     seen = {"mode": mode, "gpu": torch.cuda.get_device_name(), "formats": {}}
 
-    def whole(model, strength=1.0, steps=(0.0, 1.0)):
-        return host_lora.set_lora(model, str(lora), strength, steps)
+    differences = write_differences(Path(base) / "differences.safetensors")
+
+    def whole(model, strength=1.0, steps=(0.0, 1.0), file=lora):
+        return host_lora.set_lora(model, str(file), strength, steps)
+
+    def differences_of(model, before) -> dict:
+        """Return what a file of differences alone does, as a whole and in halves."""
+        with_all = sample(whole(model, file=differences))
+        first = whole(model, 1.0, (0.0, 0.5), differences)
+        half = sample(first)
+        return {
+            "moves": difference(with_all, before),
+            "half": difference(half, before),
+            "rest": difference(half, with_all),
+            "halves": difference(sample(whole(first, 1.0, (0.5, 1.0), differences)), with_all),
+            "removed": torch.equal(sample(model), before),
+        }
 
     with torch.inference_mode():
         plain = comfy.sd.load_diffusion_model(str(path))
@@ -53,6 +89,7 @@ def session(mode: str, base: str) -> dict:
             halves = whole(whole(model, 1.0, (0.0, 0.5)), 1.0, (0.5, 1.0))
             row["halves"] = torch.equal(sample(halves), got)
             row["stacked"] = difference(sample(whole(whole(model, 0.5), 0.5)), got)
+            row["differences"] = differences_of(model, before)
             (held,) = with_lora.get_additional_models_with_key(host_lora.KEY)
             sample(with_lora)
             row["size"], row["loaded"] = held.model_size(), held.loaded_size()

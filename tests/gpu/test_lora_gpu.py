@@ -202,5 +202,15 @@ def test_matrices_are_in_comfyuis_memory_management(seen, name):
         assert row["loaded"] == row["size"]
 
 
+@pytest.mark.parametrize("name", ["bf16", "int8_convrot", "fp8_e4m3", "nvfp4"])
+def test_norms_and_lone_biases_follow_a_part_of_the_sampling(seen, name):
+    row = seen["formats"][name]["differences"]
+    assert row["removed"]
+    # For all steps they are the host's patches, in halves they are added as the model runs: other
+    # sums, rounded to 16 bits, that move codes of the layers after them.
+    assert row["halves"] < 0.03
+    assert min(row["moves"], row["half"], row["rest"]) > 0.1
+
+
 def test_mode_is_the_one_asked_for(seen):
     assert seen["dynamic"] == (seen["mode"] == "dynamic")
