@@ -120,16 +120,14 @@ __device__ __forceinline__ float largest_of_row(float x) {
     return fmaxf(x, __shfl_xor_sync(0xffffffff, x, 2));
 }
 
-// top: this thread's maxima in; the rows' out. Moves the rows' top where a tile exceeds the limit,
-// and returns whether any of the warp's did.
-__device__ __forceinline__ bool follow(Rows& rows, float (&top)[2]) {
-    top[0] = largest_of_row(top[0]);
-    top[1] = largest_of_row(top[1]);
+// top: a thread's maxima, or its rows'. Moves the rows' top where a tile exceeds the limit, and
+// returns whether any of the warp's did. Mostly none does, and the rows' maxima are not needed.
+__device__ __forceinline__ bool follow(Rows& rows, const float (&top)[2]) {
     bool exceeds = top[0] - rows.top[0] > LIMIT || top[1] - rows.top[1] > LIMIT;
     if (!__any_sync(0xffffffff, exceeds)) return false;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-        float next = fmaxf(rows.top[r], top[r] - SHIFT);
+        float next = fmaxf(rows.top[r], largest_of_row(top[r]) - SHIFT);
         rows.keep[r] = exp2(rows.top[r] - next);
         rows.sum[r] *= rows.keep[r];
         rows.top[r] = next;
@@ -187,7 +185,7 @@ __device__ __forceinline__ bool softmax(float (&p)[64], const int (&s)[64], Rows
             top[r] = PV == PV_INT8 && !FAR ? __fmul_ru(largest(s, r), factor[r])
                                            : __fmul_rn(largest(s, r), factor[r]);
     }
-    if constexpr (FIRST || (BOUNDED && PV == PV_INT8)) {
+    if constexpr (FIRST || PV == PV_INT8) {
 #pragma unroll
         for (int r = 0; r < 2; ++r) top[r] = largest_of_row(top[r]);
     }
@@ -270,6 +268,10 @@ __device__ __forceinline__ bool softmax_biased(float (&p)[64], const int (&s)[64
             rows.top[r] = fmaxf(top[r] - SHIFT, FLOOR);
         }
     } else {
+        if (PV == PV_INT8) {
+            top[0] = largest_of_row(top[0]);
+            top[1] = largest_of_row(top[1]);
+        }
         moved = follow(rows, top);
     }
 #pragma unroll
