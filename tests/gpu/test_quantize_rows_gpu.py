@@ -7,7 +7,16 @@ import torch
 
 from lowbit.ops import registry
 from lowbit.ops.linear import linear, quantize_activation, share
-from lowbit.ops.quantize_rows import LIMITS, OP, Prologue, cuda, quantize_rows, reference
+from lowbit.ops.quantize_rows import (
+    LIMITS,
+    OP,
+    Prologue,
+    cuda,
+    interleave,
+    quantize_rows,
+    reference,
+    restore,
+)
 from lowbit.quant import formats
 
 pytestmark = pytest.mark.gpu
@@ -45,8 +54,12 @@ def check(x: torch.Tensor, prologue: Prologue, backend: str, exact: float = 2**-
     exact: how much of the largest value the roundings of float32 may come to.
     """
     for stored_dtype in LIMITS:
-        for rotated in (False, True):
-            stored, scale = quantize_rows(x, stored_dtype, rotated, backend, prologue=prologue)
+        # Interleaved is FP8 alone, not rotated.
+        for rotated in (False, True, None) if stored_dtype == FP8 else (False, True):
+            interleaved, rotated = rotated is None, bool(rotated)
+            given = {"prologue": prologue, "interleaved": interleaved}
+            stored, scale = quantize_rows(x, stored_dtype, rotated, backend, **given)
+            stored = restore(stored) if interleaved else stored
             want, unit = reference.run(x, stored_dtype, rotated, prologue)
             # A rotation multiplies in TF32, twice: sums of 16 products of which each is rounded.
             loose = 2**-9 if rotated else exact
@@ -68,6 +81,21 @@ def test_rows_are_those_of_the_reference(dtype, k, name, backend):
     before = x.clone()
     check(x, prologues(33, k, dtype)[name], backend)
     assert torch.equal(x, before)
+
+
+@pytest.mark.parametrize("m", [1, 65, 512, 1000, 1536])
+@pytest.mark.parametrize("k", [256, 3072, 5120, 13824])
+@pytest.mark.parametrize("static", [False, True])
+def test_interleaved_rows_are_those_in_order_bit_for_bit(m, k, static):
+    """Whatever number of warps has a row."""
+    x = make(m, k, dtype=torch.bfloat16)
+    x[m // 2, k // 3] = torch.inf
+    given = torch.tensor(0.004, device="cuda") if static else None
+    want, unit = quantize_rows(x, FP8, backend="triton", input_scale=given)
+    want = interleave(want).view(torch.uint8)
+    for backend in BACKENDS:
+        got, scale = quantize_rows(x, FP8, backend=backend, input_scale=given, interleaved=True)
+        assert torch.equal(got.view(torch.uint8), want) and torch.equal(scale, unit)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
