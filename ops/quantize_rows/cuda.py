@@ -219,7 +219,7 @@ def _register(rank: int, kind: str, suffixes: tuple[str, ...], capability: tuple
     register(Backend(OP, "cuda", rank, needs, run))
 
 
-# E4M3 is no type of GPUs before 8.9. Rounding alone is Triton's: it was measured to be faster.
+# E4M3 is no type of GPUs before 8.9. Rounding alone, in order, is Triton's: measured to be faster.
 for _kind, _capability, _suffixes in (
     ("int8", (8, 0), ("", "_rotated")),
     ("fp8", (8, 9), ("", "_rotated", "_interleaved")),

@@ -323,19 +323,22 @@ def test_product_that_is_set_up_early_waits_for_activations_and_weights(m, n, k,
     inputs = [make(m, k, seed=i).bfloat16() for i in range(3)]
     sources = [[t.clone() for t in held(weight_of("nvfp4", n, k, seed=i))] for i in range(2)]
     weight, want = weight_of("nvfp4", n, k), {}
+    rows = [quantize_activation(x, weight) for x in inputs]
+    assert all(r.kind.interleaved for r in rows)
     for j, source in enumerate(sources):
         written(weight, source, None)
-        for i, x in enumerate(inputs):
-            rows = quantize_activation(x, weight)
-            assert rows.kind.interleaved
+        for i, r in enumerate(rows):
             torch.cuda.synchronize()
-            want[i, j] = linear(rows, weight, backend="w4a8")
+            want[i, j] = linear(r, weight, backend="w4a8")
             torch.cuda.synchronize()
     wrong = torch.zeros((), dtype=torch.int64, device="cuda")
     for step in range(300):
         i, j = step % 3, step // 5 % 2
         if step % 5 == 0:
             written(weight, sources[j], side)
+            if step % 2:
+                # Nothing between that and the product.
+                wrong += (linear(rows[i], weight, backend="w4a8") != want[i, j]).sum()
         # Nothing between two products but the quantizer.
         got = [linear(inputs[(i + next_) % 3], weight, backend="w4a8") for next_ in range(3)]
         for next_, out in enumerate(got):

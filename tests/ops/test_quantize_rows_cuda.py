@@ -112,7 +112,7 @@ def test_every_row_is_covered_by_few_warps(shared):
 
 
 def test_lanes_store_columns_where_interleave_puts_them():
-    """As rows.cu does it, of 8 columns in a row."""
+    """As `place_of` and `store` in rows.cu have it, for 8 columns in a row."""
     k = 2 * 256
     got = torch.full((k,), -1)
     for column in range(0, k, 8):
