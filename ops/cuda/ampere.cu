@@ -103,6 +103,16 @@ template <int FIRST, int END> __device__ __forceinline__ float lanes_sum(float v
     return value;
 }
 
+// ---- the kernel after this one
+
+// Once all blocks have come here, a kernel that was launched early is set up while they work; it
+// waits for their end itself, before it touches memory. Nothing before Hopper.
+__device__ __forceinline__ void let_next_kernel_start() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
 // ---- functions
 
 __device__ __forceinline__ float tanh_approximate(float x) {

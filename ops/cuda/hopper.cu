@@ -75,6 +75,18 @@ __device__ __forceinline__ void await_words() {
 __device__ __forceinline__ void prefetch_map(const TensorMap* map) {
     asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }
+// A line into the L2 cache, which sees all writes: only time depends on it, so that it may be asked
+// for before `await_kernel_before`.
+constexpr int LINE_BYTES = 128;
+__device__ __forceinline__ void prefetch_line(const void* from) {
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(from) : "memory");
+}
+// Of the GPU, as it numbers them.
+__device__ __forceinline__ u32 processors() {
+    u32 count;
+    asm("mov.u32 %0, %%nsmid;" : "=r"(count));
+    return count;
+}
 // Until the kernel before it in the stream has ended, a grid that was launched early may touch no
 // memory.
 __device__ __forceinline__ void await_kernel_before() {

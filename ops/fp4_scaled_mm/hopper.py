@@ -18,6 +18,7 @@ from .tiles import ROW_BYTES, Tile, choose
 # 16 bytes of a row of the result are stored together.
 N_MULTIPLE = 8
 FOLDER = Path(__file__).with_name("kernels")
+SOURCES = ("decode.cu", "tile.cu", "finish.cu", "multiply.cu")
 # Of the result and of the bias, as the kernel names them.
 TYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 GROUP_THREADS = 128
@@ -29,7 +30,7 @@ NUMBERS = (2, 0x40404040)
 
 
 class Params(ctypes.Structure):
-    """The kernel's first parameter, `struct Params` in multiply.cu."""
+    """The kernel's first parameter, `struct Params` in tile.cu."""
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("scale", "token_scale", "tensor_scale", "bias")),
@@ -62,7 +63,7 @@ __device__ __forceinline__ void multiply(float (&d)[{count}], const u32* a, u64 
 
 def source(tile: Tile) -> str:
     """Return the CUDA C++ source, of all its files."""
-    rest = ((FOLDER / name).read_text(encoding="utf-8") for name in ("decode.cu", "multiply.cu"))
+    rest = ((FOLDER / name).read_text(encoding="utf-8") for name in SOURCES)
     return "\n".join((cuda_source(), instruction(tile.tokens), *rest))
 
 
@@ -70,7 +71,7 @@ def options(tile: Tile, group: int, out_dtype: torch.dtype) -> tuple[str, ...]:
     """Return NVRTC's options for one tile, kind of weight and type of the result."""
     defined = {
         **{"GROUP": group, "GROUPS": tile.groups, "TOKENS": tile.tokens, "OUT": TYPES[out_dtype]},
-        **{"STAGES": tile.stages, "PARTS": tile.parts},
+        **{"STAGES": tile.stages, "PARTS": tile.parts, "TURNS": tile.turns},
     }
     return (*OPTIONS, *(f"-D{name}={value}" for name, value in defined.items()))
 
@@ -121,7 +122,7 @@ def run_tile(
     )
     grid = (-(-m // tile.tokens), -(-n // tile.rows), tile.parts)
     # One more warpgroup copies.
-    threads = GROUP_THREADS * (tile.groups + 1)
+    threads = GROUP_THREADS * (tile.groups * tile.turns + 1)
     kernel = _kernel(tile, group, out_dtype, x.device.index)
     stream = torch.cuda.current_stream(x.device).cuda_stream
     kernel.launch(grid, threads, (params, *maps), stream, early=True)

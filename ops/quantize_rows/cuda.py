@@ -102,19 +102,14 @@ def run(
     input_scale: torch.Tensor | None = None,
     interleaved: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return (stored, scale) as `quantize_rows` describes them, but for interleaved columns.
-
-    Raises ValueError for these, which are none of its schemes.
-    """
-    if interleaved:
-        raise ValueError("quantize_rows: the backend cuda stores columns in order")
+    """Return (stored, scale) as `quantize_rows` describes them."""
     p = prologue
     steps = (p.norm, p.eps, p.weight, p.bias, p.scale, p.shift, p.activation)
-    return _run(x, dtype, rotated, input_scale, *steps)
+    return _run(x, dtype, rotated, input_scale, interleaved, *steps)
 
 
 @replayed
-def _run(x, dtype, rotated, input_scale, *steps) -> tuple[torch.Tensor, torch.Tensor]:
+def _run(x, dtype, rotated, input_scale, interleaved, *steps) -> tuple[torch.Tensor, torch.Tensor]:
     """Return what `run` does; steps: the fields of a prologue."""
     p = Prologue(*steps)
     m, k = x.shape
@@ -142,10 +137,11 @@ def _run(x, dtype, rotated, input_scale, *steps) -> tuple[torch.Tensor, torch.Te
         *(magic_scale, magic_shift, bits_scale, bits_shift, tokens, parts),
         *(p.eps, LIMITS[dtype], 0, 0, 0),
     )
+    static = input_scale is not None
     options = {
         "threads": cut.threads,
         "shared_bytes": JOINED_BYTES * k if shared else 0,
-        "defined": defined(x.dtype, dtype, rotated, input_scale is not None, p, cut, k, shared),
+        "defined": defined(x.dtype, dtype, rotated, static, p, cut, k, shared, interleaved),
     }
     launch(KERNEL, parts * (m // tokens) if shared else m, arguments, options, None, x.device)
     return stored, row_scale
@@ -160,6 +156,7 @@ def defined(
     cut: Cut,
     k: int,
     shared: bool,
+    interleaved: bool = False,
 ) -> tuple[tuple[str, int], ...]:
     """Return the names that rows.cu wants set, with their values."""
     dtypes = {
@@ -176,6 +173,7 @@ def defined(
         **{"WARPS": cut.warps, "BLOCKS": cut.blocks, "TEAMS": cut.teams, "RESIDENT": cut.resident},
         **{"ROTATE": int(rotated), "PARTS": parts, "NORM": NORMS[p.norm]},
         **{"GELU": int(p.activation is not None), "STATIC": int(static), "SHARED": int(shared)},
+        "INTERLEAVE": int(interleaved),
     }
     return tuple((flags | dtypes).items())
 
@@ -221,7 +219,10 @@ def _register(rank: int, kind: str, suffixes: tuple[str, ...], capability: tuple
     register(Backend(OP, "cuda", rank, needs, run))
 
 
-# E4M3 is no type of GPUs before 8.9. Rounding alone is Triton's: it was measured to be faster.
-for _kind, _capability in (("int8", (8, 0)), ("fp8", (8, 9))):
-    _register(5, _kind, ("", "_rotated"), _capability)
+# E4M3 is no type of GPUs before 8.9. Rounding alone, in order, is Triton's: measured to be faster.
+for _kind, _capability, _suffixes in (
+    ("int8", (8, 0), ("", "_rotated")),
+    ("fp8", (8, 9), ("", "_rotated", "_interleaved")),
+):
+    _register(5, _kind, _suffixes, _capability)
     _register(15, _kind, ("_bare",), _capability)

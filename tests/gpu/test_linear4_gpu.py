@@ -30,10 +30,11 @@ N, K = 1040, 1280
 INTERLEAVED = Kind(E4M3, 0, True)
 KIND_ERROR = {Kind(E4M3, 0): 0.03, INTERLEAVED: 0.03, Kind(torch.int8, 256): 0.015}
 # One of each number of warpgroups, with and without rows that share a block of scales; then those
-# that two blocks have together.
+# that two blocks have together, and those that two warpgroups do.
 PRODUCT_TILES = (
     *(Tile(1, 64), Tile(1, 256), Tile(2, 96), Tile(2, 256), Tile(3, 128), Tile(3, 192)),
     *(Tile(1, 64, 2), Tile(1, 256, 2), Tile(2, 96, 2), Tile(2, 256, 2), Tile(3, 192, 2)),
+    *(Tile(1, 64, turns=2), Tile(1, 96, turns=2), Tile(1, 256, turns=2)),
 )
 
 
@@ -283,17 +284,67 @@ def test_interleaved_product_errs_as_the_one_in_order(name, m, n, k):
 
 @hopper_only
 @pytest.mark.parametrize(("k", "tokens"), [(128, 20), (384, 70), (5120, 512)])
-def test_two_blocks_that_share_a_tile_always_give_the_same_bits(k, tokens):
+def test_blocks_or_warpgroups_that_share_a_tile_always_give_the_same_bits(k, tokens):
     """Also where one of them has no columns."""
     w = four_bit(weight_of("nvfp4", 1040, k))
     rows, scale = quantize_rows(make(tokens, k).bfloat16(), E4M3, interleaved=True)
     weight = (w.packed, w.scale.view(torch.uint8), w.tensor_scale)
     operands = (rows, scale, *weight, None, 1040, w.group, torch.float32)
     want = product_reference.run(*operands)
-    for tile in (tile for tile in PRODUCT_TILES if tile.parts == 2):
+    for tile in (tile for tile in PRODUCT_TILES if tile.parts * tile.turns == 2):
         got = hopper.run_tile(*operands, tile)
         assert error(got, want) <= 2**-10
         assert all(torch.equal(hopper.run_tile(*operands, tile), got) for _ in range(100))
+
+
+def written(weight, sources, side: torch.cuda.Stream | None) -> None:
+    """Write another weight's tensors into those of `weight`, on a side stream if one is given."""
+    here = torch.cuda.current_stream()
+    if side is not None:
+        side.wait_stream(here)
+    with torch.cuda.stream(here if side is None else side):
+        for to, source in zip(held(weight), sources, strict=True):
+            to.copy_(source)
+    if side is not None:
+        here.wait_stream(side)
+
+
+def held(weight) -> list[torch.Tensor]:
+    w = four_bit(weight)
+    return [w.packed, w.scale.view(torch.uint8), w.tensor_scale]
+
+
+@hopper_only
+@pytest.mark.parametrize(("m", "n", "k"), [(100, 3072, 3072), (512, 3072, 3072), (512, 1040, 5120)])
+@pytest.mark.parametrize("on_the_side", [False, True])
+def test_product_that_is_set_up_early_waits_for_activations_and_weights(m, n, k, on_the_side):
+    """Its memory is what earlier calls used, and its weight was written to just before."""
+    side = torch.cuda.Stream() if on_the_side else None
+    inputs = [make(m, k, seed=i).bfloat16() for i in range(3)]
+    sources = [[t.clone() for t in held(weight_of("nvfp4", n, k, seed=i))] for i in range(2)]
+    weight, want = weight_of("nvfp4", n, k), {}
+    rows = [quantize_activation(x, weight) for x in inputs]
+    assert all(r.kind.interleaved for r in rows)
+    for j, source in enumerate(sources):
+        written(weight, source, None)
+        for i, r in enumerate(rows):
+            torch.cuda.synchronize()
+            want[i, j] = linear(r, weight, backend="w4a8")
+            torch.cuda.synchronize()
+    wrong = torch.zeros((), dtype=torch.int64, device="cuda")
+    for step in range(300):
+        i, j = step % 3, step // 5 % 2
+        if step % 5 == 0:
+            written(weight, sources[j], side)
+            if step % 2:
+                # Nothing between that and the product.
+                wrong += (linear(rows[i], weight, backend="w4a8") != want[i, j]).sum()
+        # Nothing between two products but the quantizer.
+        got = [linear(inputs[(i + next_) % 3], weight, backend="w4a8") for next_ in range(3)]
+        for next_, out in enumerate(got):
+            wrong += (out != want[(i + next_) % 3, j]).sum()
+        del got, out
+    assert wrong.item() == 0
 
 
 @hopper_only

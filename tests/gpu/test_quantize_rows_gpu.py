@@ -7,7 +7,16 @@ import torch
 
 from lowbit.ops import registry
 from lowbit.ops.linear import linear, quantize_activation, share
-from lowbit.ops.quantize_rows import LIMITS, OP, Prologue, cuda, quantize_rows, reference
+from lowbit.ops.quantize_rows import (
+    LIMITS,
+    OP,
+    Prologue,
+    cuda,
+    interleave,
+    quantize_rows,
+    reference,
+    restore,
+)
 from lowbit.quant import formats
 
 pytestmark = pytest.mark.gpu
@@ -16,6 +25,9 @@ BACKENDS = sorted({b.name for b in registry.backends(OP)} - {"reference"})
 WIDTHS = (256, 1792, 3072, 5120, 6144, 8960, 12288, 13824, 14336, 16384)
 # Sums in another order, in TF32, move a value that lies between two codes to the other one.
 MAX_MOVED = 0.05
+# Dtype, rotated, interleaved.
+WAYS = [(dtype, rotated, False) for dtype in LIMITS for rotated in (False, True)]
+WAYS += [(FP8, False, True)]
 
 
 def make(*shape: int, seed: int = 0, dtype=torch.float32) -> torch.Tensor:
@@ -40,23 +52,24 @@ CASES += [(dtype, k) for dtype in (torch.float16, torch.float32) for k in (1792,
 
 
 def check(x: torch.Tensor, prologue: Prologue, backend: str, exact: float = 2**-18) -> None:
-    """Fail unless the rows are those of the reference, to INT8 and FP8, rotated and not.
+    """Fail unless the rows are those of the reference, in all WAYS.
 
     exact: how much of the largest value the roundings of float32 may come to.
     """
-    for stored_dtype in LIMITS:
-        for rotated in (False, True):
-            stored, scale = quantize_rows(x, stored_dtype, rotated, backend, prologue=prologue)
-            want, unit = reference.run(x, stored_dtype, rotated, prologue)
-            # A rotation multiplies in TF32, twice: sums of 16 products of which each is rounded.
-            loose = 2**-9 if rotated else exact
-            torch.testing.assert_close(scale, unit, rtol=loose, atol=1e-37)
-            got, want = stored.float(), want.float()
-            # One code further at most, and seldom: a step is 1, or E4M3's 3 bits of mantissa.
-            step = 1 if stored_dtype == torch.int8 else want.abs() * 2**-3 + 2**-9
-            step = step + LIMITS[stored_dtype] * loose
-            assert ((got - want).abs() <= step).all()
-            assert (got != want).float().mean() <= (MAX_MOVED if rotated else MAX_MOVED / 10)
+    for stored_dtype, rotated, interleaved in WAYS:
+        given = {"prologue": prologue, "interleaved": interleaved}
+        stored, scale = quantize_rows(x, stored_dtype, rotated, backend, **given)
+        stored = restore(stored) if interleaved else stored
+        want, unit = reference.run(x, stored_dtype, rotated, prologue)
+        # A rotation multiplies in TF32, twice: sums of 16 products of which each is rounded.
+        loose = 2**-9 if rotated else exact
+        torch.testing.assert_close(scale, unit, rtol=loose, atol=1e-37)
+        got, want = stored.float(), want.float()
+        # One code further at most, and seldom: a step is 1, or E4M3's 3 bits of mantissa.
+        step = 1 if stored_dtype == torch.int8 else want.abs() * 2**-3 + 2**-9
+        step = step + LIMITS[stored_dtype] * loose
+        assert ((got - want).abs() <= step).all()
+        assert (got != want).float().mean() <= (MAX_MOVED if rotated else MAX_MOVED / 10)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -68,6 +81,21 @@ def test_rows_are_those_of_the_reference(dtype, k, name, backend):
     before = x.clone()
     check(x, prologues(33, k, dtype)[name], backend)
     assert torch.equal(x, before)
+
+
+@pytest.mark.parametrize("m", [1, 65, 512, 1000, 1536])
+@pytest.mark.parametrize("k", [256, 3072, 5120, 13824])
+@pytest.mark.parametrize("static", [False, True])
+def test_interleaved_rows_are_those_in_order_bit_for_bit(m, k, static):
+    """Whatever number of warps has a row."""
+    x = make(m, k, dtype=torch.bfloat16)
+    x[m // 2, k // 3] = torch.inf
+    given = torch.tensor(0.004, device="cuda") if static else None
+    want, unit = quantize_rows(x, FP8, backend="triton", input_scale=given)
+    want = interleave(want).view(torch.uint8)
+    for backend in BACKENDS:
+        got, scale = quantize_rows(x, FP8, backend=backend, input_scale=given, interleaved=True)
+        assert torch.equal(got.view(torch.uint8), want) and torch.equal(scale, unit)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)

@@ -9,7 +9,7 @@ from comfy_kitchen.tensor.int8_utils import _build_hadamard
 
 from lowbit.ops import launch, registry
 from lowbit.ops.cuda import kernel as cuda_kernel
-from lowbit.ops.quantize_rows import OP, Prologue, cuda, triton
+from lowbit.ops.quantize_rows import OP, Prologue, cuda, interleave, triton
 
 from .cuda.compiled import compiled, disassembled
 
@@ -111,6 +111,18 @@ def test_every_row_is_covered_by_few_warps(shared):
             assert cut.teams <= cuda.MOST_TEAMS
 
 
+def test_lanes_store_columns_where_interleave_puts_them():
+    """As `place_of` and `store` in rows.cu have it, for 8 columns in a row."""
+    k = 2 * 256
+    got = torch.full((k,), -1)
+    for column in range(0, k, 8):
+        at = (column & ~127) + (column >> 3 & 3) * 32 + (column >> 5 & 3) * 4
+        for h in range(2):
+            u = torch.arange(column + 4 * h, column + 4 * h + 4)
+            got[at + 16 * h : at + 16 * h + 4] = u[[1, 0, 3, 2]]
+    assert torch.equal(got, interleave(torch.arange(k)[None])[0])
+
+
 def layout_of(kernel) -> str:
     return f"{kernel._pointers}P{kernel._layout}"
 
@@ -141,7 +153,7 @@ def test_parameters_are_laid_out_as_in_the_source():
     assert layout == wanted
 
 
-# (rows of K, dtype, stored, prologue, shared) that are compiled for a GPU, and the GPUs.
+# (rows of K, dtype, stored, prologue, rotated, shared) that are compiled for a GPU, and the GPUs.
 HOPPER = (9, 0)
 BF16, FP8, INT8 = torch.bfloat16, torch.float8_e4m3fn, torch.int8
 BUILDS = [
@@ -175,6 +187,30 @@ def test_kernel_keeps_a_row_in_registers(
     assert stack <= (8 if capability == HOPPER else 64)
     assert len(re.findall(r"LDG\.E\.[A-Z.]*128", sass)) >= cut.blocks
     assert bool(re.search(r"HMMA\.1688\.F32\.TF32", sass)) == (rotated and prologue != Prologue())
+
+
+@pytest.mark.parametrize("capability", [(8, 9), HOPPER])
+@pytest.mark.parametrize("k", [3072, 13824])
+def test_interleaved_rows_let_the_product_be_set_up_beside_them(capability, k, tmp_path):
+    cut = cuda.cut_of(k // 256, False, 4)
+    names = cuda.defined(BF16, FP8, False, False, Prologue(), cut, k, False, True)
+    sass, usage = disassembled(
+        compiled(cuda.source(), cuda_kernel.options(capability, names)), tmp_path
+    )
+    registers, stack = (int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK"))
+    assert stack == 0 and registers * cut.threads * cut.resident <= cuda.REGISTERS
+    # Before anything is read; GPUs before Hopper have no such launch.
+    trigger = re.search(r"\bPREEXIT\b", sass)
+    assert (trigger is not None) == (capability == HOPPER)
+    if trigger:
+        assert trigger.start() < re.search(r"\bLDG\b", sass).start()
+    # Two words for each 8 columns.
+    assert len(re.findall(r"\bSTG\.E ", sass)) == 2 * cut.blocks + 1
+    names = cuda.defined(BF16, FP8, False, False, Prologue(), cut, k, False)
+    sass, _ = disassembled(
+        compiled(cuda.source(), cuda_kernel.options(capability, names)), tmp_path
+    )
+    assert "PREEXIT" not in sass
 
 
 @pytest.fixture
@@ -258,6 +294,7 @@ def test_rounding_alone_is_triton_s_where_there_is_triton():
         assert ranks["triton", f"{kind}_bare"] < ranks["cuda", f"{kind}_bare"]
         for suffix in ("", "_rotated"):
             assert ranks["cuda", kind + suffix] < ranks["triton", kind + suffix]
+    assert ranks["cuda", "fp8_interleaved"] < ranks["triton", "fp8_interleaved"]
 
 
 def test_a_call_runs_no_more_python_than_triton_s(started, monkeypatch):

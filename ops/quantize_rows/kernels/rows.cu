@@ -4,8 +4,9 @@
 // Compiled with these set: X (dtype), FP8, GROUPS of 256 columns in a row, WARPS of a team, BLOCKS
 // (groups of each warp, at most), TEAMS of a block, RESIDENT (blocks on a multiprocessor, at
 // least), ROTATE, PARTS (of rotate.cu), NORM, GELU, STATIC, WEIGHT, BIAS, SCALE, SHIFT (dtype,
-// ABSENT or not), and SHARED: a block stays for many rows, which have the same modulation, in
-// shared memory.
+// ABSENT or not), SHARED: a block stays for many rows, which have the same modulation, in shared
+// memory, and INTERLEAVE: FP8 is stored in the order of order.py, for a product that may be set up
+// meanwhile.
 
 enum Norm { NO_NORM = 0, LAYER = 1, RMS = 2 };
 
@@ -287,6 +288,24 @@ __device__ __forceinline__ u32 codes(const float* v, float inverse) {
     return __byte_perm(low, high, 0x5410);
 }
 
+// Where the first of 8 columns in a row is stored. Interleaved, column 32 t + 8 j + 4 h + b goes to
+// 32 j + 16 h + 4 t + (b ^ 1), of each 128.
+__device__ __forceinline__ int place_of(int column) {
+    if (!INTERLEAVE) return column;
+    return (column & ~127) + (column >> 3 & 3) * 32 + (column >> 5 & 3) * 4;
+}
+__device__ __forceinline__ void store(char* to, const float (&v)[WIDTH], float inverse) {
+    if (!INTERLEAVE) {
+        *reinterpret_cast<uint2*>(to) = make_uint2(codes(v, inverse), codes(v + 4, inverse));
+        return;
+    }
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+        const float four[4] = {v[4 * h + 1], v[4 * h], v[4 * h + 3], v[4 * h + 2]};
+        *reinterpret_cast<u32*>(to + 16 * h) = codes(four, inverse);
+    }
+}
+
 // The scale of a row whose values' largest magnitude in this thread is `largest`, in UNITs.
 __device__ __forceinline__ float scale_of(const Team& team, float largest, const Params& p,
                                           u32 row) {
@@ -310,6 +329,7 @@ extern __shared__ float4 joined[];
 extern "C" __global__ void __launch_bounds__(TEAMS* WARPS * 32, RESIDENT)
 quantize_rows(const __grid_constant__ Params p) {
     __shared__ Exchange exchanges[TEAMS];
+    if (INTERLEAVE) let_next_kernel_start();
     Team team(exchanges);
     // Lane bits 0 to 4 are k1 k2 n0 n1 n2, bits 1 2 0 3 4 of the 8 columns' place in a group.
     const int lane = team.lane;
@@ -368,12 +388,10 @@ quantize_rows(const __grid_constant__ Params p) {
         if (SHARED && row + stride < end)
             read(given, team, x + (row + stride) * p.stride_x * width);
         const float inverse = 1.0f / scale_of(team, larger(largest, other), p, row) * UNIT;
-        char* const stored = static_cast<char*>(p.stored) + u64(row) * K + column;
+        char* const stored = static_cast<char*>(p.stored) + u64(row) * K + place_of(column);
 #pragma unroll
         for (int j = 0; j < BLOCKS; ++j)
-            if (team.has(j))
-                *reinterpret_cast<uint2*>(stored + j * APART) =
-                    make_uint2(codes(v[j], inverse), codes(v[j] + 4, inverse));
+            if (team.has(j)) store(stored + j * APART, v[j], inverse);
         if (!SHARED) return;
         team.turn ^= 1;
     }

@@ -1,8 +1,10 @@
 """Compiling CUDA C++ by NVRTC, where it is installed, and what its launches take."""
 
 import ctypes
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from lowbit.ops.cuda import nvrtc, tensor_map
 
@@ -16,3 +18,39 @@ def test_source_that_is_wrong_gives_the_compilers_log():
 
 def test_map_is_aligned():
     assert ctypes.addressof(tensor_map.no_map()) % tensor_map.MAP_ALIGNMENT == 0
+
+
+# Of CUlaunchConfig and CUlaunchAttribute in cuda.h, for 64 bits: seven numbers, the stream, the
+# attributes and how many they are; the attribute's id, four bytes of nothing, 64 of its value.
+CONFIG_BYTES, ATTRIBUTE_BYTES = 56, 72
+
+
+@pytest.mark.parametrize("early", [False, True])
+def test_launch_is_laid_out_as_the_driver_reads_it(monkeypatch, early):
+    launched = []
+
+    def launch(config, function, parameters, extra):
+        config = ctypes.string_at(config, CONFIG_BYTES)
+        attribute = ctypes.string_at(int.from_bytes(config[40:48], "little"), ATTRIBUTE_BYTES)
+        values = [ctypes.cast(p, ctypes.POINTER(ctypes.c_int))[0] for p in parameters]
+        launched.append((config, attribute, values))
+        return 0
+
+    calls = ("cuModuleLoadData", "cuModuleGetFunction", "cuFuncSetAttribute")
+    driver = SimpleNamespace(**dict.fromkeys(calls, lambda *arguments: 0), cuLaunchKernelEx=launch)
+    monkeypatch.setattr(nvrtc, "driver", lambda: driver)
+    monkeypatch.setattr(nvrtc, "enter", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    assert ctypes.sizeof(nvrtc._Launch) == CONFIG_BYTES
+    assert ctypes.sizeof(nvrtc._Attribute) == ATTRIBUTE_BYTES
+    kernel = nvrtc.Kernel(b"", "name", 1000)
+    kernel.launch((2, 3, 4), 128, (ctypes.c_int(7), ctypes.c_int(8)), 0x123456789A, early=early)
+    ((config, attribute, values),) = launched
+    assert values == [7, 8]
+    numbers = [int.from_bytes(config[i : i + 4], "little") for i in range(0, 28, 4)]
+    assert numbers == [2, 3, 4, 128, 1, 1, 1000]
+    assert int.from_bytes(config[32:40], "little") == 0x123456789A
+    # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION, which is allowed or not there.
+    assert int.from_bytes(config[48:52], "little") == int(early)
+    assert int.from_bytes(attribute[:4], "little") == 6
+    assert int.from_bytes(attribute[8:12], "little") == int(early) and not any(attribute[12:])

@@ -6,7 +6,7 @@ import torch
 from lowbit.ops import registry
 from lowbit.ops.decode_fp4 import decode_fp4_e4m3
 from lowbit.ops.fp4_scaled_mm import fp4_scaled_mm, prefers_interleaved
-from lowbit.ops.fp4_scaled_mm.tiles import MOST_TOKENS, TILES, choose
+from lowbit.ops.fp4_scaled_mm.tiles import MOST_TOKENS, TILES, Tile, choose
 from lowbit.ops.linear.four_bit import GROUPS, four_bit
 from lowbit.ops.quantize_rows import interleave, quantize_rows, restore
 from lowbit.ops.scaled_mm import scaled_mm
@@ -130,6 +130,11 @@ def test_tile_fills_the_multiprocessors():
     assert tile in TILES
     count = -(-512 // tile.tokens) * -(-5120 // tile.rows)
     assert 100 <= count <= 132
+
+
+def test_two_warpgroups_take_turns_where_a_tile_has_64_rows_and_many_stages():
+    assert choose(132, 512, 3072, 12288) == Tile(1, 256, turns=2)
+    assert all(tile.groups == 1 == tile.parts for tile in TILES if tile.turns == 2)
 
 
 def test_two_blocks_have_a_tile_where_tiles_are_few():
