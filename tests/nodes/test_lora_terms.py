@@ -101,6 +101,7 @@ def test_convolution_takes_it(model):
 def test_nothing_is_left_behind_not_even_after_an_error(model, loras):
     before = dict(model.named_modules()), dict(model.named_parameters())
     attributes = {name: dict(vars(m)) for name, m in model.named_modules()}
+    classes = [type(m) for m in model.modules()]
     x, stack = torch.randn(5, DIM), Stack(tuple(loras))
     plain = model(x)
     with pytest.raises(RuntimeError), stack.applied(model, (1.0, 1.0)):
@@ -113,6 +114,7 @@ def test_nothing_is_left_behind_not_even_after_an_error(model, loras):
         for x, y in zip(b.values(), a.values(), strict=True)
     )
     assert attributes == {name: dict(vars(m)) for name, m in model.named_modules()}
+    assert classes == [type(m) for m in model.modules()]
     assert torch.equal(model(x), plain)
 
 
@@ -234,6 +236,96 @@ def test_differences_of_norms_compile_a_graph_for_each_set_of_loras(normed):
         with torch.inference_mode(), stack.applied(normed, now):
             torch.testing.assert_close(compiled(x), normed(x))
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
+
+
+class Kept:
+    """A backend of torch.compile: where the inputs of its graphs lie, call by call, and what they are.
+
+    Holds them, so that no memory comes back for another tensor.
+    """
+
+    def __init__(self):
+        self.calls = []
+
+    def __call__(self, graph, inputs):
+        def run(*given):
+            self.calls.append(given)
+            return graph.forward(*given)
+
+        return run
+
+    def moved(self) -> int:
+        """Return how many inputs of the first call lie elsewhere in a later one."""
+        places = [[t.data_ptr() for t in call] for call in self.calls]
+        return sum(len(set(ptrs)) > 1 for ptrs in zip(*places, strict=True))
+
+
+def test_compiled_model_reads_all_from_the_same_memory_whatever_the_strength(model, loras):
+    """CUDA graphs take parameters and attributes of modules for static: else they record again."""
+    torch.compiler.reset()
+    x, stack, kept = torch.randn(5, DIM), Stack(tuple(loras)), Kept()
+    with torch.inference_mode():
+        compiled = torch.compile(model, backend=kept, fullgraph=True)
+        for now in ((1.0, 0.5), (1.0, 0.5), (0.7, -0.2), (0.3, 0.1)):
+            with stack.applied(model, now):
+                torch.testing.assert_close(compiled(x), model(x))
+    assert len(kept.calls) == 4 and kept.moved() == 0
+
+
+def test_bare_parameter_stays_in_its_place_and_its_values_are_followed(model, loras):
+    """ComfyUI's hooks write into parameters between two runs, without a trace on the tensor."""
+    block, stack = model[1], Stack(tuple(loras))
+    plain, held = block.modulation, model.state_dict()
+    with torch.inference_mode():
+        for base in (0.0, 3.0):
+            plain.data.copy_(torch.full((1, DIM), base))
+            with stack.applied(model, (1.0, -0.5)):
+                torch.testing.assert_close(block.modulation, torch.full((1, DIM), base + 0.25))
+                inside = model.state_dict()
+            assert block.modulation is plain and (plain == base).all()
+            assert all(inside[n].data_ptr() == v.data_ptr() for n, v in held.items())
+
+
+def test_bare_parameter_elsewhere_is_summed_where_the_model_runs(model, loras):
+    """Offloaded ones stay on the CPU: a sum there would wait for the GPU's differences."""
+    with Stack(tuple(loras)).applied(model, (1.0, 0.5), torch.device("meta")):
+        assert model[1].modulation.device.type == "meta"
+    assert model[1].modulation.device.type == "cpu"
+
+
+def test_differences_of_one_parameter_are_rounded_once():
+    root = Block().to(torch.bfloat16).requires_grad_(False)
+    root.modulation.fill_(1.0)
+    # Half a step of bfloat16 at 1 each: on its own, every one of them is rounded away.
+    step = torch.finfo(torch.bfloat16).eps / 2
+    one = [
+        Lora({}, 1.0, (0.0, 1.0), {"modulation": Difference(torch.full((1, DIM), step))})
+        for _ in range(2)
+    ]
+    with Stack(tuple(one)).applied(root, (1.0, 1.0)):
+        assert (root.modulation.float() == 1 + 2 * step).all()
+
+
+def test_layer_without_the_hosts_functions_takes_a_difference_beside_its_term(model):
+    conv, x = model[0].conv, torch.randn(3, 2, 2, 4, 6)
+    values = {"0.conv.weight": Difference(torch.randn(conv.weight.shape))}
+    lora = Lora({"0.conv": term(8, (2, 1, 2, 2), 0)}, 1.0, (0.0, 1.0), values)
+    with Stack((lora,)).applied(model, (0.5,)):
+        got = model[0].conv(x)
+    assert model[0].conv is conv and type(conv) is nn.Conv3d
+    merge(model, lora, 0.5)
+    torch.testing.assert_close(got, conv(x))
+
+
+def test_strength_is_written_when_it_changes_alone(model, loras):
+    stack = Stack(tuple(loras))
+    of = [lora.differences["1.modulation"] for lora in loras]
+    versions = []
+    for now in ((1.0, 0.5), (1.0, 0.5), (1.0, 0.5), (1.0, 0.4)):
+        with stack.applied(model, now):
+            versions.append([one._factor._version for one in of])
+    assert versions[0] == versions[1] == versions[2]
+    assert versions[3][0] == versions[0][0] and versions[3][1] > versions[0][1]
 
 
 def quantized_term(n: int, k: int, seed: int) -> Term:
