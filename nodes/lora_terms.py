@@ -268,7 +268,9 @@ def _changing_class(kind: type, leaf: str) -> type:
             value = difference(value)
         return value.to(plain.dtype)
 
-    return type(f"{kind.__name__}WithDifferences", (kind,), {"__slots__": (), leaf: property(changed)})
+    return type(
+        f"{kind.__name__}WithDifferences", (kind,), {"__slots__": (), leaf: property(changed)}
+    )
 
 
 class WithTerms:
