@@ -268,9 +268,8 @@ def _changing_class(kind: type, leaf: str) -> type:
             value = difference(value)
         return value.to(plain.dtype)
 
-    return type(
-        f"{kind.__name__}WithDifferences", (kind,), {"__slots__": (), leaf: property(changed)}
-    )
+    members = {"__slots__": (), leaf: property(changed)}
+    return type(f"{kind.__name__}WithDifferences", (kind,), members)
 
 
 class WithTerms:
