@@ -2,7 +2,9 @@
 
 For the time of one run of the model, each layer that has a LoRA is replaced in its parent by a view
 of it: another class with the very same attributes, so that weights, hooks, and whatever the host
-notes on a layer are those of the layer. Nothing is left behind.
+notes on a layer are those of the layer. What is added to a whole parameter is added where a module
+reads it, so that the parameter itself stays as it is, and where the host has it. Nothing is left
+behind.
 """
 
 import contextlib
@@ -16,8 +18,6 @@ from comfy_kitchen.tensor import QuantizedTensor
 
 from ..ops.linear import LowRank, add_low_rank, linear_with_terms, rescale, scaled, stacked
 
-# What a module does not have.
-ABSENT = object()
 # What the tensor cores take, and the widest loads.
 RANK_MULTIPLE = 16
 CPU = torch.device("cpu")
@@ -127,6 +127,7 @@ class Difference(torch.nn.Module):
     def __init__(self, value: torch.Tensor):
         super().__init__()
         self.value = Matrix(value)
+        self._strength: float | None = None
         self._factor: torch.Tensor | None = None
 
     def prepare(self, strength: float, device: torch.device) -> None:
@@ -134,17 +135,27 @@ class Difference(torch.nn.Module):
 
         Before a compiled graph runs, for which the tensor is an input.
         """
+        stale = self._factor is None or self._factor.device != device
+        if not stale and strength == self._strength:
+            return
         # Tensors of inference mode could not be written to outside of it.
         with torch.inference_mode(False), torch.no_grad():
-            if self._factor is None or self._factor.device != device:
+            if stale:
                 self._factor = torch.zeros((), device=device)
             self._factor.fill_(strength)
+        self._strength = strength
+
+    @property
+    def device(self) -> torch.device:
+        """Return where it was prepared to act."""
+        return self._factor.device
 
     def forward(self, parameter: torch.Tensor) -> torch.Tensor:
         """Return a parameter with the difference added to it: a new tensor, summed in float32."""
         device = parameter.device
         value = self.value.weight.to(device, torch.float32)
-        return (parameter.float() + self._factor.to(device) * value).to(parameter.dtype)
+        summed = torch.addcmul(parameter.float(), self._factor.to(device), value)
+        return summed.to(parameter.dtype)
 
 
 @dataclass(eq=False)
@@ -186,23 +197,14 @@ class Stack:
         for lora, strength in zip(self.loras, now, strict=True):
             for part in (*lora.terms.values(), *lora.differences.values()) if strength else ():
                 part.prepare(strength, device)
-        replaced: list[tuple[dict, str, object]] = []
-        try:
+        with contextlib.ExitStack() as undo:
             for name in dict.fromkeys(name for lora in acting for name in lora.terms):
                 parent, leaf = _place(root, name)
-                plain = parent.get_submodule(leaf)
-                replaced.append((parent._modules, leaf, plain))
-                parent._modules[leaf] = self._view(name, plain)
+                _replace(undo, parent._modules, leaf, self._view(name, parent.get_submodule(leaf)))
             for name in dict.fromkeys(name for lora in acting for name in lora.differences):
                 added = [lora.differences[name] for lora in acting if name in lora.differences]
-                replaced.append(_change(*_place(root, name), added))
+                _change(undo, *_place(root, name), added)
             yield
-        finally:
-            for members, leaf, plain in reversed(replaced):
-                if plain is ABSENT:
-                    del members[leaf]
-                else:
-                    members[leaf] = plain
 
     def _view(self, name: str, plain: torch.nn.Module) -> torch.nn.Module:
         """Return the view of a layer: the same one as long as the layer is."""
@@ -225,26 +227,49 @@ def _place(root: torch.nn.Module, name: str) -> tuple[torch.nn.Module, str]:
     return getattr(parent, "_orig_mod", parent), leaf
 
 
+def _replace(undo: contextlib.ExitStack, members: dict, name: str, value: object) -> None:
+    """Put a value into a dictionary, until `undo` gives back what was there."""
+    if name in members:
+        undo.callback(members.__setitem__, name, members[name])
+    else:
+        undo.callback(members.pop, name, None)
+    members[name] = value
+
+
 def _change(
-    module: torch.nn.Module, leaf: str, added: Sequence[Difference]
-) -> tuple[dict, str, object]:
-    """Let a module's parameter have differences; return (where, under which name, what was there).
+    undo: contextlib.ExitStack, module: torch.nn.Module, leaf: str, added: Sequence[Difference]
+) -> None:
+    """Let a module's parameter have differences, until `undo` takes them away.
 
     By the functions that the host lets its layers' parameters pass, where it has a list of them:
-    it may keep copies of parameters, and takes none from the layer then.
+    it may keep copies of parameters, and takes none from the layer then. Other modules get a class
+    that lets the parameter pass them whenever it is read: no tensor stands in for it, which would
+    have to follow the parameter's values and to stay in one place for CUDA graphs.
     """
-    members, name = vars(module), f"{leaf}_function"
+    name = f"{leaf}_function"
     if hasattr(module, name):
-        changed = [*getattr(module, name), *added]
-    else:
-        members = module._parameters if leaf in module._parameters else module._buffers
-        name, plain = leaf, members[leaf]
-        # In float32 to the end: rounded once.
-        value = functools.reduce(lambda value, one: one(value), added, plain.float())
-        changed = torch.nn.Parameter(value.to(plain.dtype), requires_grad=False)
-    before = members.get(name, ABSENT)
-    members[name] = changed
-    return members, name, before
+        _replace(undo, vars(module), name, [*getattr(module, name), *added])
+        return
+    _replace(undo, vars(module), name, list(added))
+    undo.callback(object.__setattr__, module, "__class__", type(module))
+    object.__setattr__(module, "__class__", _changing_class(type(module), leaf))
+
+
+@functools.cache
+def _changing_class(kind: type, leaf: str) -> type:
+    """Return a class of modules whose parameter `leaf` is read with its differences."""
+
+    def changed(self) -> torch.Tensor:
+        """Return the parameter on the device of the run, summed in float32 and rounded once."""
+        plain = self._parameters[leaf] if leaf in self._parameters else self._buffers[leaf]
+        added = getattr(self, f"{leaf}_function")
+        value = plain.to(added[0].device, torch.float32)
+        for difference in added:
+            value = difference(value)
+        return value.to(plain.dtype)
+
+    members = {"__slots__": (), leaf: property(changed)}
+    return type(f"{kind.__name__}WithDifferences", (kind,), members)
 
 
 class WithTerms:

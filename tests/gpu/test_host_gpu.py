@@ -7,25 +7,42 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from lowbit.ops.attention.modes import MODES
 from lowbit.quant import formats
+from tests.gpu.cuda_graphs_session import CASES
 
 SESSION = Path(__file__).with_name("host_session.py")
+GRAPHS_SESSION = Path(__file__).with_name("cuda_graphs_session.py")
 HOST = Path(os.environ.get("COMFYUI_PATH", Path.home() / "ComfyUI"))
 
 
-@pytest.fixture(scope="module", params=["dynamic", "legacy", "novram"])
-def seen(request):
+def report_of(session: Path, mode: str) -> dict:
+    """Return what a session printed."""
+    # Before needs_gpu, which is asked for every test.
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
     if not HOST.is_dir():
         pytest.skip(f"no ComfyUI at {HOST}")
     run = subprocess.run(
-        [sys.executable, str(SESSION), request.param], capture_output=True, text=True, check=False
+        [sys.executable, str(session), mode], capture_output=True, text=True, check=False
     )
     assert run.returncode == 0, run.stderr[-4000:]
     report = json.loads(run.stdout.splitlines()[-1])
     print(json.dumps(report, indent=1))
     return report
+
+
+@pytest.fixture(scope="module", params=["dynamic", "legacy", "novram"])
+def seen(request):
+    return report_of(SESSION, request.param)
+
+
+# Weights that are streamed from the CPU are no part of CUDA graphs.
+@pytest.fixture(scope="module", params=["dynamic", "legacy"])
+def graphed(request):
+    return report_of(GRAPHS_SESSION, request.param)
 
 
 def test_mode_is_the_one_asked_for(seen):
@@ -68,3 +85,20 @@ def test_attention_changes_its_own_branch_and_a_little(seen, name):
 def test_auto_takes_cudnn_for_few_tokens_on_hopper_alone(seen):
     hopper = seen["capability"] == [9, 0]
     assert seen["attention"]["auto"] == (seen["attention"]["cudnn"] if hopper else 0)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_cuda_graphs_of_the_whole_model_are_recorded_and_compute_the_same(graphed, name):
+    row, (fmt, _, loras) = graphed[name], CASES[name]
+    assert row["raised"] is None
+    # A graph for each set of LoRAs that act together.
+    graphs = max(1, len(loras))
+    assert (row["graphs"], row["breaks"], row["skipped"]) == (graphs, {}, 0)
+    assert row["recorded"] >= graphs
+    # Some products may be chosen otherwise while a graph is recorded; what a graph forgets to read
+    # is far more.
+    max_error = formats.get(fmt).max_error
+    assert max(row["error"], row["again"]) < 2 * max_error
+    assert row["untouched"]
+    if loras:
+        assert row["moves"] > 5 * max_error

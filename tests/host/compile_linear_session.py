@@ -6,6 +6,7 @@ host's own helper, traced but not lowered: what is counted is graphs, breaks and
 
 import importlib
 import importlib.util
+import itertools
 import json
 import sys
 import tempfile
@@ -20,6 +21,20 @@ CASES = [
     ("convrot_w4a4", "load", "auto"),
     ("nvfp4", "quantize", "lowbit_exact"),
 ]
+# Parts of the sampling that hold all of its steps, and one of them: where a LoRA acts in a part,
+# its norms and lone biases are added as the model runs, too.
+ALL, SECOND = (0.0, 0.99), (0.5, 1.0)
+DIM = 256
+DIFFERENCES = {
+    "diffusion_model.blocks.0.diff_m": (1, 6, DIM),
+    "diffusion_model.blocks.1.diff_m": (1, 6, DIM),
+    "diffusion_model.blocks.2.diff_m": (1, 6, DIM),
+    "diffusion_model.head.modulation.diff": (1, 2, DIM),
+    "diffusion_model.blocks.0.self_attn.norm_q.diff": (DIM,),
+    "diffusion_model.blocks.1.norm3.diff": (DIM,),
+    "diffusion_model.blocks.1.norm3.diff_b": (DIM,),
+    "diffusion_model.blocks.2.ffn.2.diff_b": (DIM,),
+}
 
 
 def load(name: str, path: Path, locations=None):
@@ -72,6 +87,17 @@ def compiled(model, want, keys) -> dict:
     }
 
 
+def write_differences(path: Path, matrices: Path) -> str:
+    """Write a LoRA with the matrices of another, and with differences of whole parameters."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    generator = torch.Generator().manual_seed(0)
+    values = {n: torch.randn(s, generator=generator) * 0.1 for n, s in DIFFERENCES.items()}
+    save_file({**load_file(matrices), **values}, path)
+    return str(path)
+
+
 def with_a_model_of_its_own(model, want) -> dict:
     """Return what a clone gives that got a model of its own, as the host makes for torch.compile.
 
@@ -117,12 +143,34 @@ def session(host: str, base: str) -> dict:
             row = seen[name] = compiled(model, want, blocks)
             row["own_model"] = with_a_model_of_its_own(model, want)
         seen["whole"] = compiled(model, want, ["diffusion_model"])
-        model = nodes.load_model(path, "int8_convrot", "auto")
+        plain = nodes.load_model(path, "int8_convrot", "auto")
         file = str(checkpoints.write_lora(Path(base) / "lora.safetensors", Path(path)))
-        for strength in (1.0, 0.5):
-            model = lora.set_lora(model, file, strength, (0.0, 1.0))
-        for name, keys in (("lora", blocks), ("whole_lora", ["diffusion_model"])):
-            seen[name] = compiled(model, sample(model), keys)
+        both = write_differences(Path(base) / "differences.safetensors", Path(file))
+
+        def stacked(*loras):
+            model = plain
+            for each in loras:
+                model = lora.set_lora(model, *each)
+            (model,) = attention.set_attention(model, "lowbit_exact", "all", "", 0.0, 1.0, "off")
+            return model
+
+        whole, before = (0.0, 1.0), sample(plain)
+        loras = {
+            "lora": ((file, 1.0, whole), (file, 0.5, whole)),
+            "differences": ((both, 1.0, ALL), (both, 0.5, whole)),
+            "schedule": ((both, 1.0, ALL), (both, 0.5, SECOND)),
+        }
+        latents = [before]
+        for name, each in loras.items():
+            model = stacked(*each)
+            want = sample(model)
+            latents.append(want)
+            for of, keys in (("", blocks), ("whole_", ["diffusion_model"])):
+                seen[of + name] = compiled(model, want, keys)
+        seen["felt"] = min(
+            ((a - b).norm() / b.norm()).item() for a, b in itertools.combinations(latents, 2)
+        )
+        seen["same_without"] = torch.equal(sample(plain), before)
     return seen
 
 

@@ -17,6 +17,11 @@ from compile_session import difference
 
 STEPS = 1
 LENGTHS = (12, 20, 28)
+# Of the norms whose steps join the attention.
+NORMS = {
+    "wan": ("blocks.0.self_attn.norm_q", "blocks.1.self_attn.norm_k"),
+    "qwen_image": ("transformer_blocks.0.attn.norm_q", "transformer_blocks.0.attn.norm_added_k"),
+}
 
 
 def sample_video(model, cfg: float = 1.0):
@@ -216,6 +221,41 @@ def blocks_of(model, attend, sample, quantize, add_lora) -> dict:
     return seen
 
 
+def write_norms(path: Path, model, names: tuple[str, ...]) -> Path:
+    """Write a LoRA of differences of norms alone, as large as their weights."""
+    import torch
+    from safetensors.torch import save_file
+
+    root, generator = model.model.diffusion_model, torch.Generator().manual_seed(0)
+    sizes = {name: root.get_submodule(name).weight.shape for name in names}
+    values = {n: torch.randn(size, generator=generator) for n, size in sizes.items()}
+    save_file({f"diffusion_model.{n}.diff": value for n, value in values.items()}, path)
+    return path
+
+
+def norms_of(model, attend, sample, add_norms) -> dict:
+    """Return what differences of norms do where the norms join the attention.
+
+    For all steps they are the host's, for a part of the sampling ours; here both act in the only
+    step.
+    """
+    fused = importlib.import_module("lowbit_pack.nodes.fused")
+    ours = attend(model)
+    before, latents, calls = sample(ours), {}, {}
+    for name, end in (("merged", 1.0), ("added", 0.5)):
+        latents[name], calls[name] = rotary_calls(sample, add_norms(ours, end))
+    known, fused.ATTENTION = fused.ATTENTION, {}
+    apart, _ = rotary_calls(sample, add_norms(attend(model), 0.5))
+    fused.ATTENTION = known
+    return {
+        "felt": difference(latents["added"], before),
+        "against merged": difference(latents["added"], latents["merged"]),
+        "against apart": difference(latents["added"], apart),
+        "rotary": calls,
+        "gone": bool((sample(ours) == before).all()),
+    }
+
+
 def _identity(first, *args, **kwargs):
     """Return what came: Wan's patches get a dict of the result, Qwen-Image's q, k and v."""
     return first["x"] if isinstance(first, dict) else {}
@@ -259,6 +299,12 @@ def session(pack: Path, host: str, base: str) -> dict:
             def add_lora(model, lora=lora):
                 return node("LowBitLoraLoader", model, lora_name=lora.name)
 
+            norms = write_norms(loras / f"{name}_norms.safetensors", model, NORMS[name])
+
+            def add_norms(model, end, norms=norms):
+                return node("LowBitLoraLoader", model, lora_name=norms.name, end_percent=end)
+
+            seen[name]["norms"] = norms_of(model, attend, sample, add_norms)
             seen[name]["blocks"] = blocks_of(model, attend, sample, quantize, add_lora)
             seen[name]["strangers"] = strangers_of(model, attend, sample, quantize)
             if name == "qwen_image":

@@ -47,6 +47,14 @@ def test_lora_adds_no_graph_and_no_break(seen):
     assert seen["whole_lora"] == {"same": True, "graphs": 1, "breaks": {}}
 
 
+def test_differences_of_parameters_add_no_break_and_a_graph_for_each_set_of_loras(seen):
+    assert seen["whole_differences"] == {"same": True, "graphs": 1, "breaks": {}}
+    assert seen["whole_schedule"] == {"same": True, "graphs": 2, "breaks": {}}
+    for name in ("differences", "schedule"):
+        assert seen[name]["same"] and seen[name]["breaks"] == {}
+    assert seen["felt"] > 0.01 and seen["same_without"]
+
+
 @pytest.mark.parametrize("name", [name for name, *_ in CASES])
 def test_clone_with_a_model_of_its_own_shares_no_module(seen, name):
     assert seen[name]["own_model"] == {"same": True, "shared_modules": 0}

@@ -80,6 +80,14 @@ def test_lora_beside_quantized_blocks_is_felt(sessions, name):
     assert blocks["lora changed"] > 10 * blocks["lora, joined: error"]
 
 
+def test_differences_of_norms_act_where_the_norms_join_the_attention(seen):
+    _, row = seen
+    norms = row["norms"]
+    assert norms["felt"] > 0.1 and norms["gone"]
+    assert norms["rotary"] == {"merged": 0, "added": 0}
+    assert max(norms["against merged"], norms["against apart"]) < ROUNDING
+
+
 @pytest.mark.parametrize("order", ["theirs first", "ours first"])
 def test_another_nodes_patch_of_a_layer_stays_and_nothing_of_it_remains(seen, order):
     name, row = seen
