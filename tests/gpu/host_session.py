@@ -4,6 +4,7 @@ Run as a program: host_session.py MODE, MODE one of dynamic (the host's default 
 legacy, novram (legacy, weights streamed from the CPU for every layer).
 """
 
+import functools
 import importlib
 import importlib.util
 import json
@@ -53,12 +54,12 @@ def difference(a, b) -> float:
     return ((a.double() - b.double()).norm() / b.double().norm()).item()
 
 
-def sample(model):
+def sample(model, frames: int = 5, text_dim: int = 4096):
     import comfy.sample
     import torch
 
-    noise = torch.randn(1, 16, 5, 32, 32, generator=torch.Generator().manual_seed(0))
-    embedding = torch.randn(1, 32, 4096, generator=torch.Generator().manual_seed(1))
+    noise = torch.randn(1, 16, frames, 32, 32, generator=torch.Generator().manual_seed(0))
+    embedding = torch.randn(1, 32, text_dim, generator=torch.Generator().manual_seed(1))
     cond = [[embedding, {}]]
     empty = torch.zeros_like(noise)
     return comfy.sample.sample(model, noise, 2, 1.0, "euler", "simple", cond, cond, empty, seed=0)
@@ -117,35 +118,41 @@ def session(mode: str, base: str) -> dict:
             row["same_after_saving"] = torch.equal(sample(again), second)
             seen["formats"][name] = row
             del loaded, quantized, again
-        seen["compiled"] = compiled(host, str(path), plain)
+        makers = {
+            "loaded": lambda name: host.load_model(str(path), name, "auto"),
+            "quantized": lambda name: host.quantize_model(plain, name),
+        }
+        seen["compiled"] = {
+            f"{name} {by}": compiled(make(name), sample)
+            for name in ("int8_convrot", "fp8_e4m3", "nvfp4")
+            for by, make in makers.items()
+        }
+        file = checkpoints.write_qwen_image(Path(base) / "qwen_image.safetensors")
+        for name in ("int8_convrot", "fp8_e4m3"):
+            model = host.load_model(str(file), name, "auto")
+            chosen = ("lowbit_exact", "self", "", 0.0, 1.0, "off")
+            (model,) = attention.set_attention(model, *chosen)
+            step = functools.partial(sample, frames=1, text_dim=checkpoints.QWEN_TEXT_DIM)
+            seen["compiled"][f"{name} qwen_image"] = compiled(model, step)
     return seen
 
 
-def compiled(host, path: str, plain) -> dict:
-    """Return what the host's own node for torch.compile makes of a loaded and a quantized model."""
+def compiled(model, step) -> dict:
+    """Return what the host's own node for torch.compile makes of a model that `step` samples."""
     import torch
     import torch._dynamo as dynamo
     from comfy_extras.nodes_torch_compile import TorchCompileModel
 
-    rows = {}
-    makers = {
-        "loaded": lambda name: host.load_model(path, name, "auto"),
-        "quantized": lambda name: host.quantize_model(plain, name),
+    want = step(model)
+    dynamo.reset()
+    dynamo.utils.counters.clear()
+    got = step(TorchCompileModel.execute(model, "inductor").result[0])
+    return {
+        "error": difference(got, want),
+        "graphs": dynamo.utils.counters["stats"]["unique_graphs"],
+        "breaks": dict(dynamo.utils.counters["graph_break"]),
+        "untouched": torch.equal(step(model), want),
     }
-    for name in ("int8_convrot", "fp8_e4m3", "nvfp4"):
-        for by, make in makers.items():
-            model = make(name)
-            want = sample(model)
-            dynamo.reset()
-            dynamo.utils.counters.clear()
-            got = sample(TorchCompileModel.execute(model, "inductor").result[0])
-            rows[f"{name} {by}"] = {
-                "error": difference(got, want),
-                "graphs": dynamo.utils.counters["stats"]["unique_graphs"],
-                "breaks": dict(dynamo.utils.counters["graph_break"]),
-                "untouched": torch.equal(sample(model), want),
-            }
-    return rows
 
 
 if __name__ == "__main__":

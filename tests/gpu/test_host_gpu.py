@@ -1,5 +1,6 @@
 """The nodes' work in ComfyUI on a GPU: with its dynamic memory, without, and streaming."""
 
+import itertools
 import json
 import os
 import subprocess
@@ -62,10 +63,15 @@ def test_model_is_quantized_undone_saved_and_patched(seen, name):
     assert 0.7 < row["lora_moves"] < 1.5
 
 
-@pytest.mark.parametrize("by", ["loaded", "quantized"])
-@pytest.mark.parametrize("name", ["int8_convrot", "fp8_e4m3", "nvfp4"])
-def test_compiled_model_is_one_graph_and_computes_the_same(seen, name, by):
-    row = seen["compiled"][f"{name} {by}"]
+@pytest.mark.parametrize(
+    ("name", "what"),
+    [
+        *itertools.product(("int8_convrot", "fp8_e4m3", "nvfp4"), ("loaded", "quantized")),
+        *itertools.product(("int8_convrot", "fp8_e4m3"), ("qwen_image",)),
+    ],
+)
+def test_compiled_model_is_one_graph_and_computes_the_same(seen, name, what):
+    row = seen["compiled"][f"{name} {what}"]
     if seen["mode"] != "novram":
         # Streamed weights may be copied between graphs.
         assert (row["graphs"], row["breaks"]) == (1, {})
