@@ -173,8 +173,10 @@ def _chosen(
     elif registry.capability(device) == HOPPER:
         # Elsewhere nothing asks, and compiled graphs need not depend on it.
         few = is_few(rows, ranks)
-    # A bool also of rows that torch.compile knows by a symbol: its graph is then for few, or many.
-    few = few if few is None else bool(few)
+    if few is not None:
+        # Of rows that torch.compile knows by a symbol too: its graph is then for few, or for many.
+        # `bool` would leave the symbol in.
+        few = True if few else False  # noqa: SIM210
     name = backend_of(weight) if backend == "auto" else backend
     return registry.select(OP, registry.Call(scheme, device, n, k, m, few), name)
 
