@@ -5,10 +5,11 @@ names it, and so is what none has.
 """
 
 import contextlib
+import logging
 import math
 import os
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,8 @@ from ..record import RECORD_KEY
 from ..scale_order import EITHER, FLAT, SWIZZLED, TWICE
 from .header import CheckpointError, TensorInfo
 from .reader import Checkpoint
+
+logger = logging.getLogger(__name__)
 
 FP8 = {torch.float8_e4m3fn, torch.float8_e5m2}
 INTEGERS = {torch.int8, torch.uint8}
@@ -89,18 +92,41 @@ def _order(checkpoint, parts, group, request: Request, result: Foreign, marked: 
     if marked and RECORD_KEY in checkpoint.metadata:
         # This pack wrote it, in an order that was known, or asked for.
         return None
-    from_modelopt = not marked and names_modelopt(checkpoint)
+    expected = SWIZZLED if marked else FLAT if names_modelopt(checkpoint) else None
 
     def read(layer: str, part: str) -> torch.Tensor:
         return checkpoint.read(parts[layer][part])
 
     try:
-        found = dialects.find_order(group, read, from_modelopt)
+        found = dialects.find_order(group, read, expected)
+    except dialects.OrderError as error:
+        command = _convert_with(checkpoint.path, error.orders)
+        raise AmbiguousError(f"{checkpoint.path}: {error}. Say it: {command}") from error
     except CheckpointError as error:
         raise CheckpointError(f"{checkpoint.path}: {error}") from error
     if found.order:
         result.notes.append(f"block scales are {found.order}: {found.how}")
+    if found.against:
+        logger.warning("LowBit: %s", _doubt(checkpoint.path, found))
     return found.order
+
+
+def _doubt(path: str, found: dialects.Found) -> str:
+    """Return that some layers look as if their scales lay in another order than those of a file."""
+    (name, order), *others = found.against.items()
+    more = f" and of {len(others)} more layers" if others else ""
+    seen = dict.fromkeys(found.against.values())
+    orders = (FLAT, TWICE) if EITHER in seen else seen
+    return (
+        f"{path}: the block scales of {name}{more} look as if {order}, as tiles or a diagonal "
+        f"in a weight can make them; they are read as {found.order or SWIZZLED}. If pictures are "
+        f"noise, say that they are not: {_convert_with(path, orders)}"
+    )
+
+
+def _convert_with(path: str, orders: Iterable[str]) -> str:
+    options = " or ".join(f"`--scales {SOURCE_WORDS[order]}`" for order in orders)
+    return f"`lowbit convert {shlex.quote(path)} DST` with {options}"
 
 
 def names_modelopt(checkpoint: Checkpoint) -> bool:
@@ -203,6 +229,8 @@ def _ambiguous(path: str, layer: RawLayer, ways: list[tuple[Reading, str | None]
     options = " or ".join(f"`--from {name}{asked}`" for name in names)
     if len(orders) > 1:
         options += f", and {' or '.join(f'`{order}`' for order in orders)}"
+    if layer.marker and _is_out_of_order(layer):
+        options += f", or `--scales {SOURCE_WORDS[SWIZZLED]}` if the marking is right"
     marking = f"marked {layer.marker.get('format')}, but " if layer.marker else ""
     order = f" {layer.order}," if layer.order else ""
     return (

@@ -9,9 +9,18 @@ import pkgutil
 from types import ModuleType
 
 from .base import RawLayer, Reading
-from .order import ORDERS, Found, find_order
+from .order import ORDERS, Found, OrderError, find_order
 
-__all__ = ["ORDERS", "Found", "RawLayer", "Reading", "find_order", "names", "readings"]
+__all__ = [
+    "ORDERS",
+    "Found",
+    "OrderError",
+    "RawLayer",
+    "Reading",
+    "find_order",
+    "names",
+    "readings",
+]
 
 
 @functools.cache
