@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from .. import dialects, formats
-from ..dialects import RawLayer, Reading
+from ..dialects import BOTH, RawLayer, Reading
 from ..record import RECORD_KEY
 from ..scale_order import EITHER, FLAT, SWIZZLED, TWICE
 from .header import CheckpointError, TensorInfo
@@ -29,6 +29,8 @@ FP8 = {torch.float8_e4m3fn, torch.float8_e5m2}
 INTEGERS = {torch.int8, torch.uint8}
 METADATA_OF_MODELOPT = ("quantization_config", "hf_quant_config")
 CONFIGURATIONS = ("config.json", "hf_quant_config.json")
+# What is left to do with a file that nothing mends.
+AGAIN = "quantize the 16-bit file with `lowbit quantize`"
 SOURCE_WORDS = {order: word for word, order in dialects.ORDERS.items()}
 
 
@@ -70,11 +72,14 @@ def find_foreign(
         if _is_candidate(checkpoint.get(named.get("weight")))
     }
     result = Foreign()
+    across = {layer.lies_across for layer in raw.values()} - {None, BOTH}
+    # Of a square weight only the others tell what scales in one line are of.
+    lying = across.pop() if len(across) == 1 else None
     for marked in (True, False):
         group = [layer for layer in raw.values() if bool(layer.marker) == marked]
         order = _order(checkpoint, parts, group, request, result, marked)
         for layer in group:
-            reading = _read(checkpoint, replace(layer, order=order), request)
+            reading = _read(checkpoint, replace(layer, order=order, lying=lying), request)
             if reading:
                 result.readings[layer.name] = reading
     if request.source and not result.readings:
@@ -185,7 +190,7 @@ def _is_out_of_order(layer: RawLayer) -> bool:
 def _unreadable(checkpoint: Checkpoint, layer: RawLayer) -> CheckpointError:
     return CheckpointError(
         f"{checkpoint.path}: layer {layer.name}: {_words(layer)} is in no layout that LowBit "
-        "reads; quantize the 16-bit file with `lowbit quantize`"
+        f"reads; {AGAIN}"
     )
 
 
@@ -195,8 +200,10 @@ def _is_the_hosts(layer: RawLayer) -> bool:
     if not marker:
         scale = layer.parts.get("weight_scale")
         single = scale is not None and math.prod(scale.shape) == 1
-        rows = scale is not None and scale.shape == (layer.shape[0], 1)
-        return _is_plain_fp8(layer) and (single or (rows and layer.parts["weight"].shape[0] > 1))
+        n = layer.shape[0]
+        e4m3 = layer.parts["weight"].dtype == torch.float8_e4m3fn
+        rows = scale is not None and scale.shape == (n, 1) and n > 1
+        return _is_plain_fp8(layer) and (single or (rows and e4m3))
     try:
         fmt = formats.from_marker(marker)
     except ValueError:
@@ -233,9 +240,15 @@ def _ambiguous(path: str, layer: RawLayer, ways: list[tuple[Reading, str | None]
         options += f", or `--scales {SOURCE_WORDS[SWIZZLED]}` if the marking is right"
     marking = f"marked {layer.marker.get('format')}, but " if layer.marker else ""
     order = f" {layer.order}," if layer.order else ""
+    whole = f"`lowbit convert {shlex.quote(path)} DST` with {options}"
+    if layer.across == BOTH:
+        return (
+            f"{path}: layer {layer.name}: {marking}{_words(layer)}, does not show whether each "
+            f"scale is of a row or of a column. If of a row, say it: {whole}; else {AGAIN}"
+        )
     return (
         f"{path}: layer {layer.name}: {marking}{_words(layer)},{order} does not show who wrote it. "
-        f"Say it: `lowbit convert {shlex.quote(path)} DST` with {options}"
+        f"Say it: {whole}"
     )
 
 

@@ -8,10 +8,11 @@ import importlib
 import pkgutil
 from types import ModuleType
 
-from .base import RawLayer, Reading
+from .base import BOTH, RawLayer, Reading
 from .order import ORDERS, Found, OrderError, find_order
 
 __all__ = [
+    "BOTH",
     "ORDERS",
     "Found",
     "OrderError",

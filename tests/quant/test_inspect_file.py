@@ -282,8 +282,8 @@ BAD = {
     ),
     "per-channel E5M2 without a marking": (
         lambda: changed(unmarked(layer("fp8_e5m2")), "weight_scale", ROWS[:, None]),
-        "unknown_format",
-        (PACK,),
+        "foreign_layout",
+        (HOST,),
     ),
     "1-D scale marked rowwise": (
         lambda: changed(layer("fp8_e4m3_rowwise"), "weight_scale", ROWS),

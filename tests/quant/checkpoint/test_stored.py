@@ -45,6 +45,18 @@ def legacy(dtype=torch.float8_e4m3fn, scale_dtype=torch.float32, flag=1, prefix=
     }
 
 
+def test_every_refusal_names_a_command(file):
+    fp8 = WEIGHT.to(torch.float8_e4m3fn)
+    for name, tensors in {
+        "fp8_e4m3: weight_scale missing": {"m.weight": fp8},
+        "weight_scale has shape": {"m.weight": fp8, "m.weight_scale": torch.ones(1, K)},
+        "unknown format 'x'": {"m.weight": fp8, "m.comfy_quant": marker_tensor({"format": "x"})},
+        "m is marked quantized but has no weight": {"n.weight": fp8},
+    }.items():
+        marker = marker_tensor({"format": "float8_e4m3fn"})
+        expect_refused(file({"m.comfy_quant": marker} | tensors), f"{name}.*`lowbit quantize`")
+
+
 def expect_refused(checkpoint: Checkpoint, reason: str) -> None:
     with pytest.raises(CheckpointError, match=reason) as error:
         for found in stored_layers(checkpoint).values():

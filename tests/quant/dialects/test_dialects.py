@@ -6,10 +6,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from lowbit.quant import dialects, formats
+from lowbit.quant import compare, dialects, formats
 from lowbit.quant.checkpoint import Checkpoint, CheckpointError
-from lowbit.quant.checkpoint.foreign import Request
-from lowbit.quant.checkpoint.stored import marker_tensor, stored_layers
+from lowbit.quant.checkpoint.foreign import AmbiguousError, Request
+from lowbit.quant.checkpoint.stored import AS_IT_IS, marker_tensor, stored_layers
 from lowbit.quant.convert_file import convert_file
 from lowbit.quant.inspect_file import inspect_file
 from lowbit.quant.model import load_model
@@ -211,15 +211,71 @@ def test_fp8_scale_per_row_is_read_as_one_whatever_its_marking(opened, shape, co
     So does [1, N] read as one scale per column, which it could be where N divides K.
     """
     weight = foreign.patterned(64, columns)
+    square_line = shape[0] == 1 and columns == 64
     parts = foreign.packed("fp8_e4m3_rowwise", weight)
     bad = {**parts, "weight_scale": parts["weight_scale"].reshape(shape)}
     if marked:
         bad["comfy_quant"] = marker_tensor({"format": "float8_e4m3fn"})
     checkpoint = opened({"m": bad})
-    (found,) = stored_layers(checkpoint).values()
+    request = Request("convert_to_quant") if square_line else AS_IT_IS
+    (found,) = stored_layers(checkpoint, request).values()
     assert found.format.name == "fp8_e4m3_rowwise"
     assert found.marker["format"] == "float8_e4m3fn_rowwise"
     same_bits(repacked(found, checkpoint), parts)
+
+
+def in_a_line(weight, of, dtype):
+    """A layer with a scale for each row, or each column, all in one line."""
+    scale = weight.abs().amax(1 if of == "rows" else 0)
+    scale = scale / (127.0 if dtype == torch.int8 else torch.finfo(dtype).max)
+    stored = weight / (scale[:, None] if of == "rows" else scale)
+    stored = stored.round() if dtype == torch.int8 else stored
+    name = {torch.int8: "int8_tensorwise", torch.float8_e4m3fn: "float8_e4m3fn"}[dtype]
+    marker = marker_tensor({"format": name})
+    return {"weight": stored.to(dtype), "weight_scale": scale[None], "comfy_quant": marker}
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+@pytest.mark.parametrize("of", ["rows", "columns"])
+def test_scales_in_one_line_beside_a_square_weight_are_told_by_other_layers(opened, of, dtype):
+    square = foreign.patterned(64, 64)
+    alone = {"blocks.0.self_attn.q": in_a_line(square, of, dtype)}
+    checkpoint = opened(alone)
+    command = f"If of a row, .*`lowbit convert '{checkpoint.path}' DST` with `--from convert_to_q"
+    with pytest.raises(AmbiguousError, match=command):
+        stored_layers(checkpoint)
+    (found,) = stored_layers(checkpoint, Request("convert_to_quant")).values()
+    assert torch.equal(
+        found.tensors(checkpoint)["weight_scale"], alone[found.name]["weight_scale"].T
+    )
+    telling = {"blocks.0.ffn.0": in_a_line(foreign.patterned(128, 64), of, dtype)}
+    checkpoint = opened(alone | telling)
+    found = stored_layers(checkpoint)
+    if of == "rows":
+        error = compare.relative_error(found["blocks.0.self_attn.q"].dequantize(checkpoint), square)
+        assert error < 2 * formats.get("fp8_e4m3_rowwise").max_error
+    else:
+        with pytest.raises(CheckpointError, match=r"self_attn\.q: .* `lowbit quantize`"):
+            found["blocks.0.self_attn.q"].check(checkpoint)
+
+
+@pytest.mark.parametrize("shape", [(64,), (64, 1), (1, 64)])
+@pytest.mark.parametrize("marking", [None, "float8_e5m2", "float8_e5m2_rowwise"])
+def test_e5m2_scale_per_row_is_read_by_its_values(opened, tmp_path, shape, marking):
+    weight = foreign.patterned(64, 256)
+    scale = weight.abs().amax(1) / torch.finfo(torch.float8_e5m2).max
+    stored = (weight / scale[:, None]).to(torch.float8_e5m2)
+    parts = {"weight": stored, "weight_scale": scale.reshape(shape)}
+    if marking:
+        parts["comfy_quant"] = marker_tensor({"format": marking})
+    checkpoint = opened({"blocks.0.ffn.0": parts})
+    (found,) = stored_layers(checkpoint).values()
+    assert torch.equal(found.dequantize(checkpoint), stored.float() * scale[:, None])
+    with pytest.raises(CheckpointError, match="cannot stay as stored: choose a format"):
+        load_model(checkpoint.path, torch.nn.Module())
+    target = tmp_path / "target.safetensors"
+    (record,) = convert_file(checkpoint.path, target).records
+    assert record.format == "int8_convrot"
 
 
 @pytest.mark.parametrize("shape", [(64,), (1, 64)])
