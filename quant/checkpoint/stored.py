@@ -144,10 +144,10 @@ def stored_layers(
 
 
 def _check_smoothing(checkpoint: Checkpoint, layer: StoredLayer) -> None:
-    """Raise CheckpointError where the smoothing of the input is not of as many columns as it."""
+    """Raise CheckpointError where the input's smoothing is neither one value nor one per column."""
     _, k = layer.logical_shape(checkpoint)
     info = checkpoint.get(layer.parts.get(SMOOTHING))
-    if info is not None and math.prod(info.shape) != k:
+    if info is not None and math.prod(info.shape) not in (1, k):
         raise CheckpointError(
             f"{checkpoint.path}: layer {layer.name}: {SMOOTHING} has shape {list(info.shape)}, "
             f"one for each of the {k} columns is wanted; {AGAIN}"
