@@ -25,6 +25,7 @@ from .checkpoint.stored import (
 from .dialects import RawLayer, find_order
 from .formats import Format
 from .inspect_problems import HOST, PACK, Finding
+from .record import RECORD_KEY
 from .scale_order import SWIZZLED
 
 INTEGERS = {torch.int8, torch.uint8}
@@ -255,7 +256,8 @@ def _check_scale_order(checkpoint: Checkpoint, layers: list[Layer]) -> Iterator[
     except CheckpointError as error:
         yield Finding("scale_order", "", str(error))
         return
-    bad = found.order not in (None, SWIZZLED)
+    # Of a file of ours the order was known, or asked for.
+    bad = found.order not in (None, SWIZZLED) and RECORD_KEY not in checkpoint.metadata
     for name, order in found.votes.items():
         if order == SWIZZLED:
             continue

@@ -119,8 +119,8 @@ _KINDS = (
     Kind(
         "scale_order_doubtful",
         NOBODY,
-        "Tiles, a diagonal or blocks in a weight make its scales look so too; those of the other "
-        "layers do not, and all are read as they are marked.",
+        "Tiles, a diagonal or blocks in a weight make its scales look so too. All are read as they "
+        "are marked: more layers speak for that, or LowBit wrote the file in an order it was told.",
         "Nothing has to be done unless pictures are noise; then `lowbit convert` with --scales "
         "flat or twice reads them in that order.",
     ),

@@ -19,8 +19,9 @@ BLOCK_SCALES = {*BYTES, torch.float8_e4m3fn, torch.float8_e8m0fnu}
 # Elements that share a scale: packed FP4 with E4M3 scales, FP8 with E8M0.
 NVFP4_GROUP = 16
 MX_GROUP = 32
-# How markings of tiles end.
+# How markings of tiles end, and of rows.
 BLOCKWISE = "_blockwise"
+ROWWISE = "_rowwise"
 # Of what scales in one line may be.
 ROWS_OF_WEIGHT = "rows"
 COLUMNS_OF_WEIGHT = "columns"
@@ -78,9 +79,12 @@ class RawLayer:
 
     @property
     def across(self) -> str | None:
-        """As `lies_across`, of a square weight by what the file shows of the others."""
+        """As `lies_across`, of a square weight by its marking, or what the file shows of others."""
         own = self.lies_across
-        return self.lying if own == BOTH and self.lying else own
+        if own != BOTH:
+            return own
+        rowwise = str(self.marker.get("format")).endswith(ROWWISE)
+        return ROWS_OF_WEIGHT if rowwise else self.lying or BOTH
 
     @property
     def has_block_scales(self) -> bool:

@@ -248,6 +248,12 @@ def test_scales_in_one_line_beside_a_square_weight_are_told_by_other_layers(open
     assert torch.equal(
         found.tensors(checkpoint)["weight_scale"], alone[found.name]["weight_scale"].T
     )
+    if dtype == torch.float8_e4m3fn:
+        marker = marker_tensor({"format": "float8_e4m3fn_rowwise"})
+        (said,) = stored_layers(
+            opened({"m": {**alone[found.name], "comfy_quant": marker}})
+        ).values()
+        assert said.format.name == "fp8_e4m3_rowwise"
     telling = {"blocks.0.ffn.0": in_a_line(foreign.patterned(128, 64), of, dtype)}
     checkpoint = opened(alone | telling)
     found = stored_layers(checkpoint)

@@ -101,6 +101,7 @@ def test_file_of_nothing_but_structure_is_refused_with_the_command_that_says_it_
     convert_file(checkpoint.path, target := tmp_path / "right.safetensors", order="swizzled")
     (found,) = stored_layers(written := Checkpoint(target)).values()
     same_bits(repacked(found, written), odd)
+    assert inspect_file(checkpoint.path).errors and not inspect_file(written.path).errors
 
 
 @pytest.mark.parametrize("name", BLOCKS)
