@@ -111,7 +111,8 @@ def _order(checkpoint, parts, group, request: Request, result: Foreign, marked: 
         raise CheckpointError(f"{checkpoint.path}: {error}") from error
     if found.order:
         result.notes.append(f"block scales are {found.order}: {found.how}")
-    if found.against:
+    # A marking that is wrong is refused.
+    if found.against and (found.order in (None, SWIZZLED) or not marked):
         logger.warning("LowBit: %s", _doubt(checkpoint.path, found))
     return found.order
 
