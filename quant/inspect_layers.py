@@ -250,14 +250,15 @@ def _check_scale_order(checkpoint: Checkpoint, layers: list[Layer]) -> Iterator[
     raw = (
         RawLayer(x.name, {p: checkpoint[t] for p, t in x.parts.items()}, x.marker) for x in layers
     )
+    # Of a file of ours the order was known, or asked for.
+    ours = RECORD_KEY in checkpoint.metadata
     try:
         # Another number of scales is found by their shape.
         found = find_order((one for one in raw if _is_as_large_as_swizzled(one)), read, SWIZZLED)
     except CheckpointError as error:
-        yield Finding("scale_order", "", str(error))
+        yield Finding("scale_order_doubtful" if ours else "scale_order", "", str(error))
         return
-    # Of a file of ours the order was known, or asked for.
-    bad = found.order not in (None, SWIZZLED) and RECORD_KEY not in checkpoint.metadata
+    bad = found.order not in (None, SWIZZLED) and not ours
     for name, order in found.votes.items():
         if order == SWIZZLED:
             continue

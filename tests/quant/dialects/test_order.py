@@ -130,6 +130,17 @@ def test_unmarked_layers_of_two_orders_are_refused_with_both_commands(opened, na
 
 
 @pytest.mark.parametrize("name", BLOCKS)
+def test_marked_layers_whose_paddings_contradict_are_refused_unless_the_file_is_ours(opened, name):
+    good = foreign.packed(name, foreign.even(160, 1024))
+    layers = {"a": marked(name, good), "b": marked(name, foreign.twice(good))}
+    checkpoint = opened(layers)
+    with pytest.raises(AmbiguousError, match="with `--scales swizzled` or `--scales twice`"):
+        stored_layers(checkpoint)
+    assert any(p.code == "scale_order" for p in inspect_file(checkpoint.path).errors)
+    assert not inspect_file(opened(layers, {"_lowbit": "{}"}).path).errors
+
+
+@pytest.mark.parametrize("name", BLOCKS)
 def test_padding_counts_more_than_any_pattern(opened, name):
     bad = foreign.twice(foreign.packed(name, foreign.patterned()))
     layers = {str(i): marked(name, bad) for i in range(3)}
