@@ -22,15 +22,15 @@ from .checkpoint.stored import (
     parts_by_layer,
     read_marker,
 )
+from .dialects import RawLayer, find_order
 from .formats import Format
 from .inspect_problems import HOST, PACK, Finding
-from .scale_order import wrong_order
+from .record import RECORD_KEY
+from .scale_order import SWIZZLED
 
 INTEGERS = {torch.int8, torch.uint8}
 # Part names beside `weight` that one reader or another takes; another "…scale…" is read by none.
 KNOWN_SCALES = {"weight_scale", "weight_scale_2", *INPUT_SCALES}
-# Layers of each format whose scales are tested for their order, evenly spread over the file.
-ORDER_SAMPLES = 8
 
 
 @dataclass
@@ -231,31 +231,47 @@ def _count_not_finite(tensor: torch.Tensor) -> int:
 
 
 def check_order(checkpoint: Checkpoint, layers: dict[str, Layer]) -> Iterator[Finding]:
-    """Yield samples of block-scaled layers whose scales are provably in another order."""
+    """Yield samples of block-scaled layers whose scales are in another order, or seem to be."""
+    scaled = [layer for layer in layers.values() if layer.format and layer.format.pad_multiple > 1]
+    yield from _check_scale_order(checkpoint, scaled)
     for name in formats.names():
-        fmt = formats.get(name)
-        if fmt.pad_multiple == 1:
-            continue
-        found = [layer for layer in layers.values() if layer.format is fmt]
-        for layer in found[:: max(len(found) // ORDER_SAMPLES, 1)]:
-            order = _order(checkpoint, layer)
-            if order:
-                detail = f"weight_scale is {order}, {fmt.name} wants it swizzled once"
-                yield Finding("scale_order", layer.name, detail)
-        if fmt.packed > 1 and found and names_modelopt(checkpoint):
+        found = [layer for layer in scaled if layer.format.name == name and layer.format.packed > 1]
+        if found and names_modelopt(checkpoint):
             detail = "the metadata tells of ModelOpt"
             yield Finding("nibble_order_unknown", found[0].name, detail)
 
 
-def _order(checkpoint: Checkpoint, layer: Layer) -> str | None:
-    fmt = layer.format
-    weight, scale = (checkpoint.get(layer.parts.get(p)) for p in ("weight", "weight_scale"))
-    dtype = fmt.scale_dtypes["weight_scale"]
-    if not weight or not scale or len(weight.shape) != 2 or scale.dtype.itemsize != dtype.itemsize:
-        return None
-    rows, stored = weight.shape
-    values = checkpoint.read(layer.parts["weight_scale"]).view(dtype)
-    return wrong_order(values, rows, stored * fmt.packed // fmt.group)
+def _check_scale_order(checkpoint: Checkpoint, layers: list[Layer]) -> Iterator[Finding]:
+    by_name = {layer.name: layer for layer in layers}
+
+    def read(name: str, part: str) -> torch.Tensor:
+        return checkpoint.read(by_name[name].parts[part])
+
+    raw = (
+        RawLayer(x.name, {p: checkpoint[t] for p, t in x.parts.items()}, x.marker) for x in layers
+    )
+    # Of a file of ours the order was known, or asked for.
+    ours = RECORD_KEY in checkpoint.metadata
+    try:
+        # Another number of scales is found by their shape.
+        found = find_order((one for one in raw if _is_as_large_as_swizzled(one)), read, SWIZZLED)
+    except CheckpointError as error:
+        yield Finding("scale_order_doubtful" if ours else "scale_order", "", str(error))
+        return
+    bad = found.order not in (None, SWIZZLED) and not ours
+    for name, order in found.votes.items():
+        if order == SWIZZLED:
+            continue
+        if bad:
+            wanted = f"{by_name[name].format.name} wants it swizzled once"
+            yield Finding("scale_order", name, f"weight_scale is {order}, {wanted}")
+        else:
+            yield Finding("scale_order_doubtful", name, f"weight_scale looks as if {order}")
+
+
+def _is_as_large_as_swizzled(layer: RawLayer) -> bool:
+    weight = layer.parts.get("weight")
+    return weight is not None and len(weight.shape) == 2 and SWIZZLED in layer.orders()
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -117,6 +117,14 @@ _KINDS = (
         "Else: " + AGAIN,
     ),
     Kind(
+        "scale_order_doubtful",
+        NOBODY,
+        "Tiles, a diagonal or blocks in a weight make its scales look so too. All are read as they "
+        "are marked: more layers speak for that, or LowBit wrote the file in an order it was told.",
+        "Nothing has to be done unless pictures are noise; then `lowbit convert` with --scales "
+        "flat or twice reads them in that order.",
+    ),
+    Kind(
         "per_channel_as_tensor",
         BOTH,
         "One scale per output channel is read as one per tensor: a good-looking picture of "
@@ -219,7 +227,7 @@ _KINDS = (
         (PACK,),
         "Several programs write such tensors, in different orders, and the file does not show "
         "which it was. LowBit refuses it rather than guess.",
-        "Say it with `lowbit convert --from`.",
+        "Say it with `lowbit convert` and the options that the detail names.",
     ),
     Kind(
         "refused",

@@ -59,14 +59,17 @@ def proven_order(scale: torch.Tensor, rows: int, columns: int) -> tuple[str | No
     """Return (FLAT, SWIZZLED or TWICE, deviations above chance); (None, …) where none is proven.
 
     scale: one-byte block scales as stored, as many as a weight with `rows` by `columns` of them
-    takes, padded or not. What sizes or padding prove has infinite deviations.
+    takes, padded or not. What sizes or padding prove has infinite deviations; padding that is not
+    zero proves nothing, so that SWIZZLED is then what is left, with 0.
     """
     shape = (round_up(rows, ROWS), round_up(columns, COLUMNS))
     if shape != (rows, columns):
         if scale.numel() == rows * columns:
             return FLAT, math.inf
-        twice = wrong_order(scale, rows, columns) == TWICE
-        return TWICE if twice else SWIZZLED, math.inf
+        if wrong_order(scale, rows, columns) == TWICE:
+            return TWICE, math.inf
+        holds = _padding_holds(_unswizzle(scale.reshape(shape)), rows, columns)
+        return SWIZZLED, 0.0 if holds else math.inf
     stored = scale.reshape(shape)[:ROWS_SEEN]
     once = _unswizzle(stored)
     found = {FLAT: stored, SWIZZLED: once, TWICE: _unswizzle(once)}

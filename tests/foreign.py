@@ -22,6 +22,17 @@ def even(rows=256, columns=1024, seed=0):
     return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
 
 
+def with_structure(kind, rows=1024, columns=1024, seed=0):
+    """A weight whose scales, in the right order, show rows and columns in a wrong one."""
+    values = even(rows, columns, seed)
+    if kind == "diagonal":
+        return values / 32 + torch.eye(rows, columns)
+    if kind == "blocks":
+        return values * torch.block_diag(*[torch.ones(128, 128)] * (rows // 128))
+    sizes = torch.randn(rows // 128, columns // 128, generator=torch.Generator().manual_seed(seed))
+    return values * (0.6 * sizes).exp().repeat_interleave(128, 0).repeat_interleave(128, 1)
+
+
 def packed(format_name, weight):
     """The tensors of a layer in ComfyUI's layout, without a marking."""
     fmt = formats.get(format_name)

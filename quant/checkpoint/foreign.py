@@ -5,10 +5,11 @@ names it, and so is what none has.
 """
 
 import contextlib
+import logging
 import math
 import os
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -16,16 +17,20 @@ from typing import Any
 import torch
 
 from .. import dialects, formats
-from ..dialects import RawLayer, Reading
+from ..dialects import BOTH, RawLayer, Reading
 from ..record import RECORD_KEY
 from ..scale_order import EITHER, FLAT, SWIZZLED, TWICE
 from .header import CheckpointError, TensorInfo
 from .reader import Checkpoint
 
+logger = logging.getLogger(__name__)
+
 FP8 = {torch.float8_e4m3fn, torch.float8_e5m2}
 INTEGERS = {torch.int8, torch.uint8}
 METADATA_OF_MODELOPT = ("quantization_config", "hf_quant_config")
 CONFIGURATIONS = ("config.json", "hf_quant_config.json")
+# What is left to do with a file that nothing mends.
+AGAIN = "quantize the 16-bit file with `lowbit quantize`"
 SOURCE_WORDS = {order: word for word, order in dialects.ORDERS.items()}
 
 
@@ -67,11 +72,14 @@ def find_foreign(
         if _is_candidate(checkpoint.get(named.get("weight")))
     }
     result = Foreign()
+    across = {layer.lies_across for layer in raw.values()} - {None, BOTH}
+    # Of a square weight only the others tell what scales in one line are of.
+    lying = across.pop() if len(across) == 1 else None
     for marked in (True, False):
         group = [layer for layer in raw.values() if bool(layer.marker) == marked]
         order = _order(checkpoint, parts, group, request, result, marked)
         for layer in group:
-            reading = _read(checkpoint, replace(layer, order=order), request)
+            reading = _read(checkpoint, replace(layer, order=order, lying=lying), request)
             if reading:
                 result.readings[layer.name] = reading
     if request.source and not result.readings:
@@ -89,18 +97,42 @@ def _order(checkpoint, parts, group, request: Request, result: Foreign, marked: 
     if marked and RECORD_KEY in checkpoint.metadata:
         # This pack wrote it, in an order that was known, or asked for.
         return None
-    from_modelopt = not marked and names_modelopt(checkpoint)
+    expected = SWIZZLED if marked else FLAT if names_modelopt(checkpoint) else None
 
     def read(layer: str, part: str) -> torch.Tensor:
         return checkpoint.read(parts[layer][part])
 
     try:
-        found = dialects.find_order(group, read, from_modelopt)
+        found = dialects.find_order(group, read, expected)
+    except dialects.OrderError as error:
+        command = _convert_with(checkpoint.path, error.orders)
+        raise AmbiguousError(f"{checkpoint.path}: {error}. Say it: {command}") from error
     except CheckpointError as error:
         raise CheckpointError(f"{checkpoint.path}: {error}") from error
     if found.order:
         result.notes.append(f"block scales are {found.order}: {found.how}")
+    # A marking that is wrong is refused.
+    if found.against and (found.order in (None, SWIZZLED) or not marked):
+        logger.warning("LowBit: %s", _doubt(checkpoint.path, found))
     return found.order
+
+
+def _doubt(path: str, found: dialects.Found) -> str:
+    """Return that some layers look as if their scales lay in another order than those of a file."""
+    (name, order), *others = found.against.items()
+    more = f" and of {len(others)} more layers" if others else ""
+    seen = dict.fromkeys(found.against.values())
+    orders = (FLAT, TWICE) if EITHER in seen else seen
+    return (
+        f"{path}: the block scales of {name}{more} look as if {order}, as tiles or a diagonal "
+        f"in a weight can make them; they are read as {found.order or SWIZZLED}. If pictures are "
+        f"noise, say that they are not: {_convert_with(path, orders)}"
+    )
+
+
+def _convert_with(path: str, orders: Iterable[str]) -> str:
+    options = " or ".join(f"`--scales {SOURCE_WORDS[order]}`" for order in orders)
+    return f"`lowbit convert {shlex.quote(path)} DST` with {options}"
 
 
 def names_modelopt(checkpoint: Checkpoint) -> bool:
@@ -159,7 +191,7 @@ def _is_out_of_order(layer: RawLayer) -> bool:
 def _unreadable(checkpoint: Checkpoint, layer: RawLayer) -> CheckpointError:
     return CheckpointError(
         f"{checkpoint.path}: layer {layer.name}: {_words(layer)} is in no layout that LowBit "
-        "reads; quantize the 16-bit file with `lowbit quantize`"
+        f"reads; {AGAIN}"
     )
 
 
@@ -169,8 +201,10 @@ def _is_the_hosts(layer: RawLayer) -> bool:
     if not marker:
         scale = layer.parts.get("weight_scale")
         single = scale is not None and math.prod(scale.shape) == 1
-        rows = scale is not None and scale.shape == (layer.shape[0], 1)
-        return _is_plain_fp8(layer) and (single or (rows and layer.parts["weight"].shape[0] > 1))
+        n = layer.shape[0]
+        e4m3 = layer.parts["weight"].dtype == torch.float8_e4m3fn
+        rows = scale is not None and scale.shape == (n, 1) and n > 1
+        return _is_plain_fp8(layer) and (single or (rows and e4m3))
     try:
         fmt = formats.from_marker(marker)
     except ValueError:
@@ -203,11 +237,19 @@ def _ambiguous(path: str, layer: RawLayer, ways: list[tuple[Reading, str | None]
     options = " or ".join(f"`--from {name}{asked}`" for name in names)
     if len(orders) > 1:
         options += f", and {' or '.join(f'`{order}`' for order in orders)}"
+    if layer.marker and _is_out_of_order(layer):
+        options += f", or `--scales {SOURCE_WORDS[SWIZZLED]}` if the marking is right"
     marking = f"marked {layer.marker.get('format')}, but " if layer.marker else ""
     order = f" {layer.order}," if layer.order else ""
+    whole = f"`lowbit convert {shlex.quote(path)} DST` with {options}"
+    if layer.across == BOTH:
+        return (
+            f"{path}: layer {layer.name}: {marking}{_words(layer)}, does not show whether each "
+            f"scale is of a row or of a column. If of a row, say it: {whole}; else {AGAIN}"
+        )
     return (
         f"{path}: layer {layer.name}: {marking}{_words(layer)},{order} does not show who wrote it. "
-        f"Say it: `lowbit convert {shlex.quote(path)} DST` with {options}"
+        f"Say it: {whole}"
     )
 
 

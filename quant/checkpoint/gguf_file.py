@@ -13,6 +13,7 @@ from functools import cache
 
 import torch
 
+from .gguf_header import check_header
 from .header import CheckpointError, TensorInfo
 from .reader import Checkpoint, read_into
 
@@ -92,6 +93,7 @@ def _headers(path: str) -> dict[str, TensorInfo]:
     import gguf
 
     try:
+        check_header(path)
         reader = gguf.GGUFReader(path)
         # A field of the header says more than that it is there only when it is looked at.
         found = {tensor.name: _info(path, reader, tensor) for tensor in reader.tensors}

@@ -8,6 +8,7 @@ lie without holes or overlaps).
 import json
 import math
 import os
+import re
 import struct
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -22,6 +23,9 @@ ALIGNMENT = 8
 METADATA = "__metadata__"
 # Lists and objects within one another. No checkpoint has ten; Python's stack ends near a thousand.
 MAX_DEPTH = 64
+BRACKETS = re.compile(r"[\[\]{}]")
+# Strings, and items of lists and objects. A tensor takes fourteen; models have some ten thousand.
+MAX_VALUES = 1 << 22
 # torch counts elements and bytes in 64 bits, zero dimensions as ones.
 MAX_BYTES = torch.iinfo(torch.int64).max
 
@@ -73,19 +77,36 @@ def parse_json(
 
     where: the file and the place in it, for the message. pairs: makes an object of its (name,
     value) pairs, as json's `object_pairs_hook`; may raise ValueError. Raises CheckpointError for
-    what is no JSON, or nested more than `MAX_DEPTH` deep.
+    what is no JSON, and before it is parsed for what is nested more than `MAX_DEPTH` deep or holds
+    more than `MAX_VALUES`.
     """
     try:
-        value = json.loads(text, object_pairs_hook=pairs)
-    except (ValueError, RecursionError) as error:
+        if isinstance(text, bytes):
+            text = text.decode(json.detect_encoding(text), "surrogatepass")
+        problem = _too_much(text)
+        if problem is None:
+            return json.loads(text, object_pairs_hook=pairs)
+    except ValueError as error:
         raise CheckpointError(f"{where} is malformed, no JSON: {error}") from error
-    level = [value] if isinstance(value, (dict, list)) else []
-    for _ in range(MAX_DEPTH):
-        groups = (v.values() if isinstance(v, dict) else v for v in level)
-        level = [v for group in groups for v in group if isinstance(v, (dict, list))]
-    if level:
-        raise CheckpointError(f"{where} is malformed: nested more than {MAX_DEPTH} deep")
-    return value
+    raise CheckpointError(f"{where} is malformed: {problem}")
+
+
+def _too_much(text: str) -> str | None:
+    """Return what in JSON takes more memory than its text by far, or more stack, else None."""
+    # Without quotes that are characters of a string, every second piece lies outside of strings.
+    text = text.replace(r"\\", "").replace(r"\"", "")
+    strings = text.count('"') // 2
+    if strings > MAX_VALUES:
+        return f"it holds more than {MAX_VALUES} values"
+    text = "".join(text.split('"')[::2])
+    if strings + sum(map(text.count, ",[{")) > MAX_VALUES:
+        return f"it holds more than {MAX_VALUES} values"
+    depth = 0
+    for bracket in BRACKETS.findall(text):
+        depth += 1 if bracket in "[{" else -1
+        if depth > MAX_DEPTH:
+            return f"nested more than {MAX_DEPTH} deep"
+    return None
 
 
 def read_header(path: str) -> tuple[dict[str, TensorInfo], dict[str, str]]:

@@ -18,7 +18,7 @@ from .. import families, formats
 from ..dialects import Reading
 from ..formats._blocks import round_up
 from ..record import decode
-from .foreign import Foreign, Request, find_foreign
+from .foreign import AGAIN, Foreign, Request, find_foreign
 from .header import CheckpointError, TensorInfo, parse_json
 from .reader import Checkpoint
 
@@ -86,7 +86,9 @@ class StoredLayer:
         try:
             return self.format.unpack(tensors, dtype, self.shape, self.marker)
         except (ValueError, TypeError) as error:
-            raise CheckpointError(f"{checkpoint.path}: layer {self.name}: {error}") from error
+            raise CheckpointError(
+                f"{checkpoint.path}: layer {self.name}: {error}; {AGAIN}"
+            ) from error
 
     def dequantize(self, checkpoint: Checkpoint) -> torch.Tensor:
         """Return the weight [N, K] in float32, with the smoothing of its input folded in."""
@@ -121,12 +123,13 @@ def stored_layers(
             continue
         if "weight" not in parts.get(name, {}):
             raise CheckpointError(
-                f"{checkpoint.path}: {name} is marked quantized but has no weight"
+                f"{checkpoint.path}: {name} is marked quantized but has no weight: the file is "
+                f"incomplete; download it again, or {AGAIN}"
             )
         try:
             fmt = formats.from_marker(marker)
         except ValueError as error:
-            raise CheckpointError(f"{checkpoint.path}: layer {name}: {error}") from error
+            raise CheckpointError(f"{checkpoint.path}: layer {name}: {error}; {AGAIN}") from error
         named = {p: t for p, t in parts[name].items() if p not in (MARKER, "bias")}
         if len(checkpoint[named["weight"]].shape) != 2:
             raise CheckpointError(
@@ -141,14 +144,13 @@ def stored_layers(
 
 
 def _check_smoothing(checkpoint: Checkpoint, layer: StoredLayer) -> None:
-    """Raise CheckpointError where the smoothing of the input is not of as many columns as it."""
+    """Raise CheckpointError where the input's smoothing is neither one value nor one per column."""
     _, k = layer.logical_shape(checkpoint)
     info = checkpoint.get(layer.parts.get(SMOOTHING))
-    if info is not None and math.prod(info.shape) != k:
+    if info is not None and math.prod(info.shape) not in (1, k):
         raise CheckpointError(
             f"{checkpoint.path}: layer {layer.name}: {SMOOTHING} has shape {list(info.shape)}, "
-            f"one for each of the {k} columns is wanted; quantize the 16-bit file with `lowbit "
-            "quantize`"
+            f"one for each of the {k} columns is wanted; {AGAIN}"
         )
 
 
@@ -206,8 +208,7 @@ def check_integers(
         kind = str(info.dtype).removeprefix("torch.")
         raise CheckpointError(
             f"{checkpoint.path}: layer {module}: weight {kind} {list(info.shape)} with {others} "
-            "beside it is in no layout that LowBit reads; quantize the 16-bit file with `lowbit "
-            "quantize`"
+            f"beside it is in no layout that LowBit reads; {AGAIN}"
         )
 
 
@@ -297,8 +298,7 @@ def read_marker(checkpoint: Checkpoint, name: str) -> dict[str, Any]:
     if info.dtype != torch.uint8 or len(info.shape) != 1:
         dtype = str(info.dtype).removeprefix("torch.")
         raise CheckpointError(
-            f"{where} is {dtype} {list(info.shape)}, a marker is uint8 [bytes of its JSON]; "
-            "quantize the 16-bit file with `lowbit quantize`"
+            f"{where} is {dtype} {list(info.shape)}, a marker is uint8 [bytes of its JSON]; {AGAIN}"
         )
     marker = parse_json(checkpoint.read(name).numpy().tobytes(), where)
     if not isinstance(marker, dict):

@@ -8,10 +8,20 @@ import importlib
 import pkgutil
 from types import ModuleType
 
-from .base import RawLayer, Reading
-from .order import ORDERS, Found, find_order
+from .base import BOTH, RawLayer, Reading
+from .order import ORDERS, Found, OrderError, find_order
 
-__all__ = ["ORDERS", "Found", "RawLayer", "Reading", "find_order", "names", "readings"]
+__all__ = [
+    "BOTH",
+    "ORDERS",
+    "Found",
+    "OrderError",
+    "RawLayer",
+    "Reading",
+    "find_order",
+    "names",
+    "readings",
+]
 
 
 @functools.cache

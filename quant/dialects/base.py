@@ -19,6 +19,13 @@ BLOCK_SCALES = {*BYTES, torch.float8_e4m3fn, torch.float8_e8m0fnu}
 # Elements that share a scale: packed FP4 with E4M3 scales, FP8 with E8M0.
 NVFP4_GROUP = 16
 MX_GROUP = 32
+# How markings of tiles end, and of rows.
+BLOCKWISE = "_blockwise"
+ROWWISE = "_rowwise"
+# Of what scales in one line may be.
+ROWS_OF_WEIGHT = "rows"
+COLUMNS_OF_WEIGHT = "columns"
+BOTH = f"{ROWS_OF_WEIGHT} or {COLUMNS_OF_WEIGHT}"
 
 
 @dataclass(frozen=True)
@@ -27,13 +34,15 @@ class RawLayer:
 
     parts: name within the layer, legacy names in the host's words → where it lies. marker: its
     `comfy_quant`, empty without one. order: of the block scales of the whole file, as `scale_order`
-    names it; None: not known.
+    names it; None: not known. lying: of what scales [1, N] are in the whole file, ROWS_OF_WEIGHT or
+    COLUMNS_OF_WEIGHT; None: not known.
     """
 
     name: str
     parts: Mapping[str, TensorInfo]
     marker: Mapping[str, Any] = field(default_factory=dict)
     order: str | None = None
+    lying: str | None = None
 
     def has(self, *parts: str) -> bool:
         return all(part in self.parts for part in parts)
@@ -48,6 +57,34 @@ class RawLayer:
         """[N, K], two columns to a byte of an integer weight beside one-byte scales."""
         n, stored = self.parts["weight"].shape
         return n, stored * (2 if self.is_packed and self.has_block_scales else 1)
+
+    @property
+    def lies_across(self) -> str | None:
+        """Of what its scales are if they are [1, N] or [1, K], and not of tiles.
+
+        BOTH where the weight is square; None where they are not so.
+        """
+        scale = self.parts.get("weight_scale")
+        if scale is None or len(self.parts["weight"].shape) != 2 or self.has_block_scales:
+            return None
+        if str(self.marker.get("format")).endswith(BLOCKWISE):
+            return None
+        n, k = self.parts["weight"].shape
+        found = {
+            of
+            for of, count in ((ROWS_OF_WEIGHT, n), (COLUMNS_OF_WEIGHT, k))
+            if count > 1 and scale.shape in ((1, count), (1, count, 1))
+        }
+        return BOTH if len(found) > 1 else next(iter(found), None)
+
+    @property
+    def across(self) -> str | None:
+        """As `lies_across`, of a square weight by its marking, or what the file shows of others."""
+        own = self.lies_across
+        if own != BOTH:
+            return own
+        rowwise = str(self.marker.get("format")).endswith(ROWWISE)
+        return ROWS_OF_WEIGHT if rowwise else self.lying or BOTH
 
     @property
     def has_block_scales(self) -> bool:

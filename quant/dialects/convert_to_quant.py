@@ -1,7 +1,8 @@
 """What convert_to_quant writes beyond the host's formats, and scales that are not what is marked.
 
 `hybrid_mxfp8` is MXFP8 with one more scale; `…_rowwise`, and one scale per row under a marking for
-one per tensor, is our rowwise FP8; scales of tiles or of groups of columns have no counterpart.
+one per tensor, is our rowwise FP8; scales of tiles, of groups of columns, or of rows of E5M2 have
+no counterpart.
 Source: convert_to_quant `comfy/quant_ops.py`, `formats/hybrid_mxfp8_conversion.py`.
 """
 
@@ -13,7 +14,16 @@ from .. import formats
 from ..checkpoint.header import TensorInfo
 from ..formats import Format, flat_marker
 from ..scale_order import SWIZZLED
-from .base import RawLayer, Reading, Tensors, block_parts, optional
+from .base import (
+    BLOCKWISE,
+    BOTH,
+    ROWS_OF_WEIGHT,
+    RawLayer,
+    Reading,
+    Tensors,
+    block_parts,
+    optional,
+)
 
 NAMES = ("convert_to_quant",)
 FLOATS = {torch.float32, torch.float16, torch.bfloat16}
@@ -24,8 +34,6 @@ PAYLOADS = {
     torch.float8_e5m2: "float8_e5m2",
 }
 INPUT = ("input_scale", "pre_quant_scale")
-# How markings of tiles end.
-BLOCKWISE = "_blockwise"
 # The one marking of rows in INT8; without it they may be rotated, or not.
 INT8_MARKER = "int8_tensorwise"
 
@@ -46,11 +54,13 @@ def read(layer: RawLayer) -> list[Reading]:
         return []
     n, _ = weight.shape
     blockwise = marked.endswith(BLOCKWISE)
-    # [1, N] is a scale for each row too, unless the marking says tiles.
-    lying = () if blockwise else ((1, n), (1, n, 1))
-    if n > 1 and scale.shape in ((n,), (n, 1), (n, 1, 1), *lying):
+    across = layer.across
+    # [1, N] is a scale for each row too, unless the marking says tiles or other layers columns.
+    if across in (ROWS_OF_WEIGHT, BOTH) or (n > 1 and scale.shape in ((n,), (n, 1), (n, 1, 1))):
+        if weight.dtype == torch.float8_e5m2:
+            return [_reading(layer, None, _values_of_rows, certain=across != BOTH)]
         fmt = _row_format(layer, weight, scale)
-        return [_reading(layer, fmt, _rows)] if fmt else []
+        return [_reading(layer, fmt, _rows, certain=across != BOTH)] if fmt else []
     unknown = weight.dtype == torch.int8 and not layer.marker
     rotated = flat_marker(layer.marker).get("convrot")
     if unknown or rotated or not _is_grouped(weight, scale, blockwise):
@@ -58,8 +68,8 @@ def read(layer: RawLayer) -> list[Reading]:
     return [_reading(layer, None, _values)]
 
 
-def _reading(layer: RawLayer, fmt: Format | None, convert) -> Reading:
-    return Reading(NAMES[0], fmt, tuple(layer.parts["weight"].shape), convert)
+def _reading(layer: RawLayer, fmt: Format | None, convert, certain: bool = True) -> Reading:
+    return Reading(NAMES[0], fmt, tuple(layer.parts["weight"].shape), convert, certain)
 
 
 def _row_format(layer: RawLayer, weight: TensorInfo, scale: TensorInfo) -> Format | None:
@@ -95,6 +105,10 @@ def _rows(tensors: Tensors) -> dict[str, torch.Tensor]:
 def _blocks(fmt: Format, order: str, tensors: Tensors) -> dict[str, torch.Tensor]:
     parts = block_parts(fmt, tensors["weight"], tensors["weight_scale"], order)
     return parts | optional(tensors, *INPUT)
+
+
+def _values_of_rows(tensors: Tensors) -> dict[str, torch.Tensor]:
+    return _values({**tensors, "weight_scale": tensors["weight_scale"].reshape(-1, 1)})
 
 
 def _values(tensors: Tensors) -> dict[str, torch.Tensor]:

@@ -11,7 +11,7 @@ from .. import formats
 from ..checkpoint.header import TensorInfo
 from ..formats import Format
 from ..scale_order import SWIZZLED
-from .base import BYTES, RawLayer, Reading, Tensors, block_parts, optional
+from .base import BYTES, COLUMNS_OF_WEIGHT, RawLayer, Reading, Tensors, block_parts, optional
 
 NAMES = formats.names()
 INPUT = ("input_scale", "pre_quant_scale")
@@ -25,7 +25,7 @@ def read(layer: RawLayer) -> list[Reading]:
 def _reading(fmt: Format, layer: RawLayer) -> Reading | None:
     wanted = {"weight", *(p for p in fmt.scales.values() if p not in fmt.optional)}
     foreign = {p for p in layer.parts if "scale" in p} - {*fmt.scales.values(), *INPUT}
-    if layer.marker and not _is_marked(layer, fmt):
+    if layer.across == COLUMNS_OF_WEIGHT or (layer.marker and not _is_marked(layer, fmt)):
         return None
     weight = layer.parts["weight"]
     bytes_too = weight.dtype in BYTES and fmt.storage in BYTES

@@ -4,6 +4,7 @@ Knows names and tensors alone; the arithmetic is `ops/linear/low_rank.py`, what 
 lies beside that host's nodes.
 """
 
+import logging
 import math
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -11,11 +12,13 @@ from dataclasses import dataclass, replace
 import torch
 
 from ..checkpoint import Checkpoint, CheckpointError
-from ..checkpoint.header import parse_json
+from ..checkpoint.header import TensorInfo, parse_json
 from ..families import Family
 from .names import PREFIXES, Kind, Names, Refused, split
 
 __all__ = ["Layer", "LoraError", "Parsed", "fitting", "parse", "read"]
+
+logger = logging.getLogger(__name__)
 
 ADAPTER_METADATA = "lora_adapter_metadata"
 SHOWN = 3
@@ -70,7 +73,8 @@ def parse(
     family: knows other names for them. aliases: more names, as files have them -> places.
     parts: names of what the model has fused or reordered in one layer -> that layer.
     Raises LoraError for kinds that are no sum (DoRA, LoHa, LoKr, …), for parts of fused layers, for
-    halves of a pair, for rank 0, for two tensors in one place, and where nothing fits the model.
+    halves of a pair, for two tensors in one place, and where nothing fits the model. Pairs of rank
+    0, whose sum is zero, are left out and logged; a file of nothing else is a LoraError.
     """
     names = Names(places, family, aliases or {}, parts or {})
     found: dict[Kind, dict[str, str]] = {kind: {} for kind in Kind}
@@ -98,15 +102,29 @@ def parse(
     down, up = found[Kind.DOWN], found[Kind.UP]
     if half := sorted(down.keys() ^ up.keys()):
         raise LoraError(f"{checkpoint.path}: {half[0]} has one matrix of the two of a LoRA")
-    if empty := [name for name in down.values() if checkpoint[name].shape[:1] == (0,)]:
-        raise LoraError(f"{checkpoint.path}: {empty[0]} is of rank 0, which is no LoRA; remove it")
+    pairs = {
+        place: (name, up[place]) for place, name in down.items() if _has_rank(checkpoint[name])
+    }
     diffs, biases = found[Kind.DIFF], found[Kind.BIAS]
-    if not (down or diffs or biases):
+    if empty := [name for place, name in down.items() if place not in pairs]:
+        if not (pairs or diffs or biases):
+            raise LoraError(
+                f"{checkpoint.path}: {empty[0]} is of rank 0, and nothing else in it changes this "
+                "model; fetch the file again"
+            )
+        left = f"{empty[0]} and {len(empty) - 1} more" if len(empty) > 1 else empty[0]
+        logger.info(
+            "LowBit: %s: of rank 0, which adds nothing, left out: %s", checkpoint.path, left
+        )
+    if not (pairs or diffs or biases):
         shown = ", ".join((unknown or list(checkpoint))[:SHOWN])
         raise LoraError(f"{checkpoint.path}: nothing in it fits this model; it holds {shown}, …")
-    pairs = {place: (down[place], up[place]) for place in down}
     alpha = _adapter_alpha(checkpoint)
     return Parsed(pairs, found[Kind.ALPHA], diffs, biases, tuple(unknown), alpha)
+
+
+def _has_rank(down: TensorInfo) -> bool:
+    return down.shape[:1] != (0,)
 
 
 def _adapter_alpha(checkpoint: Checkpoint) -> float | None:

@@ -30,6 +30,8 @@ PLACE = re.compile(r"\.(\d+)(?=\.)")
 POSITIONS = re.compile(r"(^|_)seq_len$")
 # One that names the channels of a head that each axis of the positions has.
 AXES = re.compile(r"(^|_)axes_dims?(_|$)")
+# A number that frequencies are made of, of any size: it asks for no memory.
+FREQUENCIES = re.compile(r"(^|_)theta$|(^|_)rope_base$|(^|_)max_period$")
 # What classes raise for values that they were not written for, such as text for a number.
 CANNOT_BUILD = (
     ValueError,
@@ -66,9 +68,8 @@ def build(checkpoint: Checkpoint, folder: str | os.PathLike | None = None) -> nn
     taken = inspect.signature(kind.__init__).parameters
     problem = too_large({k: v for k, v in config.items() if k in taken}, checkpoint)
     if problem:
-        raise CheckpointError(
-            f"{where}: {problem}; pass the model, or a folder with the config.json of this file"
-        )
+        other = "" if folder else ", or a folder with the config.json of this file"
+        raise CheckpointError(f"{where}: {problem}; pass the model{other}")
     try:
         with _EmptyOnMeta():
             return kind.from_config(config).requires_grad_(False)
@@ -100,7 +101,8 @@ def too_large(config: Mapping[str, Any], checkpoint: Checkpoint) -> str | None:
 
     config: what the model's class takes, of any class. Layers are at most as many as the longest
     list in the file has, heads together at most as wide as the largest size of a tensor, tables of
-    positions at most `TABLE_ELEMENTS`, and any other integer at most `LARGEST_COUNT` or that size.
+    positions at most `TABLE_ELEMENTS`, and any other integer but those of frequencies at most
+    `LARGEST_COUNT` or that size.
     Empty tensors, which may have any shape, show nothing. Not told: a table of all places of a
     picture, which classes other than Wan's and Qwen-Image's may make.
     """
@@ -111,7 +113,7 @@ def too_large(config: Mapping[str, Any], checkpoint: Checkpoint) -> str | None:
         largest = max(_integers(value), default=0)
         if LAYERS.search(key) and largest > layers:
             return f"{key} is {largest}, the file has {layers} layers"
-        if largest > max(width, LARGEST_COUNT):
+        if largest > max(width, LARGEST_COUNT) and not FREQUENCIES.search(key):
             return f"{key} is {largest}, larger than any tensor of the file"
     head, heads = (max(_integers(config.get(key)), default=1) for key in (HEAD_SIZE, HEADS))
     if head * heads > width:

@@ -127,6 +127,24 @@ def test_smoothing_of_a_stock_nvfp4_model_is_folded_in(sample, put, quantized):
     assert 0 < difference(latent, stock) < tolerance("int8_convrot")
 
 
+def test_smoothing_by_one_value_is_of_all_columns(sample, put, quantized):
+    """Half the input and twice the weight are the same numbers."""
+    tensors = quantized("nvfp4")
+    halves = dict(tensors)
+    for key in [n for n in tensors if n.endswith(".weight_scale_2")]:
+        halves[key] = tensors[key] * 2
+        halves[f"{key.removesuffix('.weight_scale_2')}.pre_quant_scale"] = torch.tensor(0.5)
+    files = [put("whole.safetensors", tensors), put("halves.safetensors", halves)]
+    want, stock = (sample(lambda graph, f=file: graphs.load(graph, f)) for file in files)
+    assert difference(stock, want) < 1e-4
+    for fmt in ("as_stored", "int8_convrot"):
+        whole, latent = (
+            sample(lambda graph, f=file, fmt=fmt: graphs.load_lowbit(graph, f, fmt))
+            for file in files
+        )
+        assert difference(latent, whole) < 1e-4
+
+
 def test_stock_nvfp4_model_keeps_its_bits_under_our_arithmetic(sample, put, quantized):
     file = put("nvfp4.safetensors", quantized("nvfp4"))
     stock = sample(lambda graph: graphs.load(graph, file))

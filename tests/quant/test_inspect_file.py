@@ -10,6 +10,7 @@ from lowbit.quant.checkpoint.stored import marker_tensor
 from lowbit.quant.inspect_file import inspect_file
 from lowbit.quant.inspect_problems import BOTH, HOST, KINDS, NOBODY, PACK
 from lowbit.quant.scale_order import EITHER, FLAT, TWICE, wrong_order
+from tests import foreign
 
 LAYER = "blocks.0.ffn.0"
 MODELOPT = {"quantization_config": '{"quant_method": "modelopt", "quant_algo": "NVFP4"}'}
@@ -108,6 +109,12 @@ def wan_without(*names):
 def flux_in_diffusers_names():
     names = ("x_embedder", "single_transformer_blocks.0.attn.norm_k")
     return {**layer("int8"), **{f"{n}.weight": torch.zeros(8, 8) for n in names}}
+
+
+def among_others():
+    """A good file: one of its weights has a diagonal."""
+    odd = layer("nvfp4", foreign.with_structure("diagonal"))
+    return {**layer("nvfp4"), **{n.replace("ffn.0", "ffn.2"): t for n, t in odd.items()}}
 
 
 # What is wrong → (file: tensors, or tensors and metadata; code; affects). Made when the test runs.
@@ -241,6 +248,11 @@ BAD = {
         "scale_order",
         BOTH,
     ),
+    "NVFP4 of a weight with a diagonal, among others": (
+        among_others,
+        "scale_order_doubtful",
+        NOBODY,
+    ),
     "bfloat16 marked FP8": (
         lambda: changed(layer("fp8_e4m3"), "weight", weight().bfloat16()),
         "payload_dtype",
@@ -270,8 +282,8 @@ BAD = {
     ),
     "per-channel E5M2 without a marking": (
         lambda: changed(unmarked(layer("fp8_e5m2")), "weight_scale", ROWS[:, None]),
-        "unknown_format",
-        (PACK,),
+        "foreign_layout",
+        (HOST,),
     ),
     "1-D scale marked rowwise": (
         lambda: changed(layer("fp8_e4m3_rowwise"), "weight_scale", ROWS),

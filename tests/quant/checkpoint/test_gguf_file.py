@@ -1,5 +1,6 @@
 """GGUF files: every kind of block is read as gguf reads it, broken files are refused by name."""
 
+import struct
 import sys
 import tracemalloc
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 from lowbit.quant.checkpoint import CheckpointError, gguf_file, open_checkpoint
+from lowbit.quant.checkpoint.gguf_header import check_header
 from tests import gguf_files
 
 WEIGHT = torch.randn(64, 512, generator=torch.Generator().manual_seed(0))
@@ -129,6 +131,77 @@ def test_damaged_header_is_refused_or_read_as_something(tmp_path, at):
             checkpoint.read(name)
     except CheckpointError as error:
         assert str(path) in str(error)
+
+
+def text(content: bytes, length=None) -> bytes:
+    return struct.pack("<Q", len(content) if length is None else length) + content
+
+
+def a_list(kind: int, count: int, content: bytes = b"") -> bytes:
+    return struct.pack("<IQ", kind, count) + content
+
+
+BYTE, STRING, LIST = 0, 8, 9
+EMPTY = a_list(BYTE, 0)
+NESTED = a_list(LIST, 1) * 5000 + EMPTY
+HOSTILE = {
+    "a list of 2^60": ({"value": a_list(4, 1 << 60)}, "tells of 1152921504606846976 values"),
+    "a list of strings": ({"value": a_list(STRING, 3, text(b"", 1 << 50))}, "goes on for"),
+    "lists in lists": ({"value": NESTED}, "nested more than 8 deep"),
+    "many values": ({"value": a_list(BYTE, 10**6, bytes(10**6))}, "holds more than 131072 values"),
+    "many strings": ({"value": a_list(STRING, 10**6, text(b"") * 10**6)}, "holds more than"),
+    "many dimensions": ({"dimensions": (1 << 32) - 1}, "tells of 4294967295 values"),
+    "a long key": ({"key": text(b"k", 1 << 62)}, "goes on for 4611686018427387904 bytes"),
+    "an unknown type": ({"kind": 99, "value": b""}, "unknown type 99"),
+    "many fields": ({"fields": 1 << 60}, "tells of 1152921504606846976 values"),
+    "many tensors": ({"tensors": 1 << 60}, "tells of 1152921504606846976 values"),
+}
+
+
+def header_of(tensors=1, fields=1, key=None, kind=LIST, value=EMPTY, dimensions=1) -> bytes:
+    """A GGUF file with one list in its header, and one tensor of 32 numbers."""
+    data = b"GGUF" + struct.pack("<IQQ", 3, tensors, fields)
+    data += (key or text(b"some.key")) + struct.pack("<I", kind) + value
+    data += text(b"m.weight") + struct.pack("<IQIQ", dimensions, 32, 0, 0)
+    return data + bytes(-len(data) % 32 + 32 * 4)
+
+
+@pytest.mark.parametrize("what", HOSTILE)
+def test_header_built_to_hurt_is_refused_before_gguf_reads_it(tmp_path, monkeypatch, what):
+    def fail(path):
+        raise AssertionError("gguf read it")
+
+    monkeypatch.setattr(gguf, "GGUFReader", fail)
+    parts, message = HOSTILE[what]
+    path = tmp_path / "m.gguf"
+    path.write_bytes(header_of(**parts))
+    with pytest.raises(CheckpointError, match=f"m.gguf: .*{message}"):
+        open_checkpoint(path)
+
+
+@pytest.mark.parametrize("value", [a_list(STRING, 2, text(b"a") + text(b"bc")), a_list(BYTE, 0)])
+@pytest.mark.parametrize("more", [b"", a_list(LIST, 1)])
+def test_lists_of_any_kind_are_read_over(tmp_path, value, more):
+    path = tmp_path / "m.gguf"
+    path.write_bytes(header_of(value=more + value))
+    assert open_checkpoint(path)["m.weight"].shape == (32,)
+
+
+def test_file_of_the_other_byte_order_is_told(tmp_path):
+    """Its header is sound; the package or the size of its tensors decides about the rest."""
+    path = tmp_path / "m.gguf"
+    writer = gguf.GGUFWriter(path, "wan", endianess=gguf.GGUFEndian.BIG)
+    writer.add_array("a.list", ["one", "two"])
+    writer.add_tensor("m.weight", np.ones(32, dtype=np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    check_header(str(path))
+    data = path.read_bytes()
+    path.write_bytes(data[:60])
+    with pytest.raises(ValueError, match="are left"):
+        check_header(str(path))
 
 
 def test_shape_that_the_blocks_do_not_fill_is_refused(tmp_path, monkeypatch):

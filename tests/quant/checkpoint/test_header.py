@@ -13,6 +13,7 @@ from lowbit.quant.checkpoint.header import (
     LENGTH_BYTES,
     MAX_DEPTH,
     MAX_HEADER_BYTES,
+    MAX_VALUES,
     encode_header,
     parse_json,
     read_header,
@@ -152,6 +153,33 @@ def test_json_that_is_nested_too_deep_is_refused_by_name(opening, depth):
     closing = "]" if opening == "[" else "}"
     with pytest.raises(CheckpointError, match=r"^a file: its words is malformed"):
         parse_json(opening * depth + "1" + closing * depth, "a file: its words")
+
+
+@pytest.mark.parametrize("one", ["[]", "{}", '""', "1", '{"a":1}', '"\\\\"', '"\\""'])
+def test_json_of_too_many_values_is_refused_before_it_is_parsed(monkeypatch, one):
+    def fail(*args, **kwargs):
+        raise AssertionError("it was parsed")
+
+    text = f"[{','.join([one] * (MAX_VALUES + 1))}]"
+    monkeypatch.setattr(json, "loads", fail)
+    with pytest.raises(
+        CheckpointError, match=f"^a file is malformed: it holds more than {MAX_VALUES}"
+    ):
+        parse_json(text, "a file")
+
+
+@pytest.mark.parametrize(
+    "inner", ["[" * 100, "],[" * 100, '\\"[' * 100, "\\\\", '\\\\\\"[[', ",", "ü[漢"]
+)
+def test_brackets_in_strings_are_text(inner):
+    inner = inner * (1 + MAX_DEPTH)
+    text = f'{{"workflow": "{inner}", "{inner}": [{{}}]}}'
+    found = parse_json(text, "a file")
+    assert found == json.loads(text) and len(found) == 2
+    assert parse_json(text.encode(), "a file") == found
+    assert parse_json(text.encode("utf-16"), "a file") == found
+    with pytest.raises(CheckpointError, match="nested"):
+        parse_json(f'{{"{inner}": {"[" * MAX_DEPTH}{"]" * MAX_DEPTH}}}', "a file")
 
 
 def test_json_of_some_depth_is_read():

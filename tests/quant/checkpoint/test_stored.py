@@ -45,6 +45,18 @@ def legacy(dtype=torch.float8_e4m3fn, scale_dtype=torch.float32, flag=1, prefix=
     }
 
 
+def test_every_refusal_names_a_command(file):
+    fp8 = WEIGHT.to(torch.float8_e4m3fn)
+    for name, tensors in {
+        "fp8_e4m3: weight_scale missing": {"m.weight": fp8},
+        "weight_scale has shape": {"m.weight": fp8, "m.weight_scale": torch.ones(1, K)},
+        "unknown format 'x'": {"m.weight": fp8, "m.comfy_quant": marker_tensor({"format": "x"})},
+        "m is marked quantized but has no weight": {"n.weight": fp8},
+    }.items():
+        marker = marker_tensor({"format": "float8_e4m3fn"})
+        expect_refused(file({"m.comfy_quant": marker} | tensors), f"{name}.*`lowbit quantize`")
+
+
 def expect_refused(checkpoint: Checkpoint, reason: str) -> None:
     with pytest.raises(CheckpointError, match=reason) as error:
         for found in stored_layers(checkpoint).values():
@@ -150,6 +162,15 @@ def test_smoothing_of_the_input_is_folded_in(file, fmt):
     torch.testing.assert_close(found.dequantize(checkpoint)[:N], want, rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize("shape", [(), (1,), (1, 1)])
+def test_smoothing_by_one_value_is_of_all_columns(file, fmt, shape):
+    """As the host has it, which multiplies the input by what the file holds."""
+    tensors = layer(fmt) | {"m.comfy_quant": marker_tensor(fmt.marker)}
+    checkpoint = file(tensors | {"m.pre_quant_scale": torch.full(shape, 0.25)})
+    (found,) = stored_layers(checkpoint).values()
+    assert torch.equal(found.dequantize(checkpoint)[:N], fmt.quantize(WEIGHT).dequantize() * 0.25)
+
+
 PADDED = [name for name in formats.names() if formats.get(name).pad_multiple > 1]
 
 
@@ -230,7 +251,7 @@ def test_fp8_weight_that_is_no_matrix_is_named(file):
     )
 
 
-@pytest.mark.parametrize("shape", [(), (1,), (0,), (K + 1,), (2, K)])
+@pytest.mark.parametrize("shape", [(0,), (K + 1,), (2, K)])
 def test_smoothing_of_another_width_is_refused(file, shape):
     """Said of the codebook of a W4A8 layer, too, that is called a smoothing."""
     fmt = formats.get("nvfp4")

@@ -6,49 +6,19 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from lowbit.quant import dialects, formats
+from lowbit.quant import compare, dialects, formats
 from lowbit.quant.checkpoint import Checkpoint, CheckpointError
 from lowbit.quant.checkpoint.foreign import AmbiguousError, Request
-from lowbit.quant.checkpoint.stored import marker_tensor, stored_layers
+from lowbit.quant.checkpoint.stored import AS_IT_IS, marker_tensor, stored_layers
 from lowbit.quant.convert_file import convert_file
 from lowbit.quant.inspect_file import inspect_file
 from lowbit.quant.model import load_model
 from lowbit.quant.quantize_file import quantize_file
-from lowbit.quant.scale_order import FLAT, SWIZZLED, TWICE, proven_order
 from tests import foreign
+from tests.quant.dialects.conftest import repacked, same_bits
 
 OF_MODELOPT = {"quantization_config": json.dumps({"quant_method": "modelopt"})}
 BLOCKS = sorted(foreign.GROUPS)
-
-
-@pytest.fixture
-def opened(tmp_path):
-    """A function (layer → parts, metadata) -> an open Checkpoint that holds them."""
-
-    def write(layers, metadata=None) -> Checkpoint:
-        tensors = {
-            f"{name}.{part}": tensor.contiguous()
-            for name, parts in layers.items()
-            for part, tensor in parts.items()
-        }
-        path = tmp_path / "a file.safetensors"
-        save_file(tensors, path, metadata)
-        return Checkpoint(path)
-
-    return write
-
-
-def same_bits(parts, want):
-    assert {n: t.dtype for n, t in parts.items()} == {n: t.dtype for n, t in want.items()}
-    for name, tensor in want.items():
-        got = parts[name]
-        assert got.shape == tensor.shape, name
-        assert torch.equal(got.reshape(-1).view(torch.uint8), tensor.reshape(-1).view(torch.uint8))
-
-
-def repacked(layer, checkpoint):
-    """The layer's tensors as they would be written, without the scales of its input."""
-    return layer.format.pack(layer.load(checkpoint))
 
 
 @pytest.mark.parametrize("rows", [256, 192, 24])
@@ -186,70 +156,6 @@ def test_marking_with_scales_in_another_order_is_refused_and_repaired_if_asked(o
     assert found.marker["format"] == formats.get(name).marker["format"]
 
 
-def of_either_order(name):
-    """(a weight, its layer with scales swizzled twice).
-
-    With 16 columns of scales, flat and twice show rows and columns alike, the host's order fewer.
-    """
-    weight = foreign.patterned(256, 16 * foreign.GROUPS[name])
-    return weight, foreign.twice(foreign.packed(name, weight))
-
-
-@pytest.mark.parametrize("name", BLOCKS)
-def test_scales_proven_wrong_in_an_order_that_is_not_are_refused_with_both(opened, name):
-    """Else they are read as they are marked, and give noise."""
-    weight, bad = of_either_order(name)
-    marker = {"comfy_quant": marker_tensor(formats.get(name).marker)}
-    for marking in (marker, {}):
-        checkpoint = opened({"m": bad | marking})
-        with pytest.raises(AmbiguousError, match="not swizzled, or swizzled twice") as error:
-            stored_layers(checkpoint)
-        ways = f"`--from modelopt` or `--from {name}`, and `--scales flat` or `--scales twice`"
-        assert ways in str(error.value)
-        (found,) = stored_layers(checkpoint, Request(name, "twice")).values()
-        same_bits(repacked(found, checkpoint), foreign.packed(name, weight))
-
-
-@pytest.mark.parametrize("name", BLOCKS)
-def test_dialect_asked_for_decides_between_two_orders_where_it_knows_one(opened, name):
-    _, bad = of_either_order(name)
-    checkpoint = opened({"m": bad})
-    (found,) = stored_layers(checkpoint, Request("modelopt")).values()
-    assert found.marked_by == "modelopt"
-    with pytest.raises(AmbiguousError, match=f"`--from {name}`, and `--scales flat` or"):
-        stored_layers(checkpoint, Request(name))
-    (found,) = stored_layers(opened({"m": bad}, OF_MODELOPT)).values()
-    assert found.marked_by == "modelopt"
-
-
-@pytest.mark.parametrize("name", BLOCKS)
-def test_two_orders_that_are_wrong_contradict_one_that_is_right(opened, name):
-    _, bad = of_either_order(name)
-    layers = {"a": foreign.packed(name, foreign.patterned()), "b": bad}
-    for parts in layers.values():
-        parts["comfy_quant"] = marker_tensor(formats.get(name).marker)
-    with pytest.raises(CheckpointError, match="of a swizzled but of b not swizzled, or swizzled"):
-        stored_layers(opened(layers))
-
-
-@pytest.mark.parametrize("name", BLOCKS)
-def test_other_layers_of_a_file_in_one_of_two_orders_are_read(opened, name):
-    _, bad = of_either_order(name)
-    rows = foreign.packed("fp8_e4m3_rowwise", foreign.even(64, 256))
-    rows["weight_scale"] = rows["weight_scale"].reshape(-1)
-    checkpoint = opened({"m": bad, "rows": rows})
-    found = stored_layers(checkpoint, Request(order="flat"))
-    assert found["m"].marked_by == "modelopt" and found["rows"].format.name == "fp8_e4m3_rowwise"
-
-
-def test_marked_layer_in_a_wrong_order_is_refused_though_another_format_is_asked_for(opened):
-    bad = foreign.twice(foreign.packed("nvfp4", foreign.patterned()))
-    bad["comfy_quant"] = marker_tensor(formats.get("nvfp4").marker)
-    checkpoint = opened({"m": bad, "n": foreign.packed("int8", foreign.even(64, 256))})
-    with pytest.raises(AmbiguousError, match="--from nvfp4 --scales twice"):
-        stored_layers(checkpoint, Request("int8"))
-
-
 @pytest.mark.parametrize("name", ["int8", "int8_convrot"])
 def test_integers_with_a_flat_list_of_scales_are_read_if_named(opened, name):
     weight = foreign.even(64, 256)
@@ -305,15 +211,77 @@ def test_fp8_scale_per_row_is_read_as_one_whatever_its_marking(opened, shape, co
     So does [1, N] read as one scale per column, which it could be where N divides K.
     """
     weight = foreign.patterned(64, columns)
+    square_line = shape[0] == 1 and columns == 64
     parts = foreign.packed("fp8_e4m3_rowwise", weight)
     bad = {**parts, "weight_scale": parts["weight_scale"].reshape(shape)}
     if marked:
         bad["comfy_quant"] = marker_tensor({"format": "float8_e4m3fn"})
     checkpoint = opened({"m": bad})
-    (found,) = stored_layers(checkpoint).values()
+    request = Request("convert_to_quant") if square_line else AS_IT_IS
+    (found,) = stored_layers(checkpoint, request).values()
     assert found.format.name == "fp8_e4m3_rowwise"
     assert found.marker["format"] == "float8_e4m3fn_rowwise"
     same_bits(repacked(found, checkpoint), parts)
+
+
+def in_a_line(weight, of, dtype):
+    """A layer with a scale for each row, or each column, all in one line."""
+    scale = weight.abs().amax(1 if of == "rows" else 0)
+    scale = scale / (127.0 if dtype == torch.int8 else torch.finfo(dtype).max)
+    stored = weight / (scale[:, None] if of == "rows" else scale)
+    stored = stored.round() if dtype == torch.int8 else stored
+    name = {torch.int8: "int8_tensorwise", torch.float8_e4m3fn: "float8_e4m3fn"}[dtype]
+    marker = marker_tensor({"format": name})
+    return {"weight": stored.to(dtype), "weight_scale": scale[None], "comfy_quant": marker}
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+@pytest.mark.parametrize("of", ["rows", "columns"])
+def test_scales_in_one_line_beside_a_square_weight_are_told_by_other_layers(opened, of, dtype):
+    square = foreign.patterned(64, 64)
+    alone = {"blocks.0.self_attn.q": in_a_line(square, of, dtype)}
+    checkpoint = opened(alone)
+    command = f"If of a row, .*`lowbit convert '{checkpoint.path}' DST` with `--from convert_to_q"
+    with pytest.raises(AmbiguousError, match=command):
+        stored_layers(checkpoint)
+    (found,) = stored_layers(checkpoint, Request("convert_to_quant")).values()
+    assert torch.equal(
+        found.tensors(checkpoint)["weight_scale"], alone[found.name]["weight_scale"].T
+    )
+    if dtype == torch.float8_e4m3fn:
+        marker = marker_tensor({"format": "float8_e4m3fn_rowwise"})
+        (said,) = stored_layers(
+            opened({"m": {**alone[found.name], "comfy_quant": marker}})
+        ).values()
+        assert said.format.name == "fp8_e4m3_rowwise"
+    telling = {"blocks.0.ffn.0": in_a_line(foreign.patterned(128, 64), of, dtype)}
+    checkpoint = opened(alone | telling)
+    found = stored_layers(checkpoint)
+    if of == "rows":
+        error = compare.relative_error(found["blocks.0.self_attn.q"].dequantize(checkpoint), square)
+        assert error < 2 * formats.get("fp8_e4m3_rowwise").max_error
+    else:
+        with pytest.raises(CheckpointError, match=r"self_attn\.q: .* `lowbit quantize`"):
+            found["blocks.0.self_attn.q"].check(checkpoint)
+
+
+@pytest.mark.parametrize("shape", [(64,), (64, 1), (1, 64)])
+@pytest.mark.parametrize("marking", [None, "float8_e5m2", "float8_e5m2_rowwise"])
+def test_e5m2_scale_per_row_is_read_by_its_values(opened, tmp_path, shape, marking):
+    weight = foreign.patterned(64, 256)
+    scale = weight.abs().amax(1) / torch.finfo(torch.float8_e5m2).max
+    stored = (weight / scale[:, None]).to(torch.float8_e5m2)
+    parts = {"weight": stored, "weight_scale": scale.reshape(shape)}
+    if marking:
+        parts["comfy_quant"] = marker_tensor({"format": marking})
+    checkpoint = opened({"blocks.0.ffn.0": parts})
+    (found,) = stored_layers(checkpoint).values()
+    assert torch.equal(found.dequantize(checkpoint), stored.float() * scale[:, None])
+    with pytest.raises(CheckpointError, match="cannot stay as stored: choose a format"):
+        load_model(checkpoint.path, torch.nn.Module())
+    target = tmp_path / "target.safetensors"
+    (record,) = convert_file(checkpoint.path, target).records
+    assert record.format == "int8_convrot"
 
 
 @pytest.mark.parametrize("shape", [(64,), (1, 64)])
@@ -467,22 +435,3 @@ def test_request_that_fits_no_layer_is_refused(opened):
 
 def test_names_are_the_programs_and_the_formats():
     assert set(dialects.names()) == {"modelopt", "lightx2v", "convert_to_quant", *formats.names()}
-
-
-@pytest.mark.parametrize("name", BLOCKS)
-def test_heuristic_never_proves_a_wrong_order(name):
-    """Of five weights with a pattern it proves nearly all, of those without one none."""
-    proven = 0
-    for seed in range(5):
-        weight = foreign.patterned(512, 2048, seed)
-        parts = foreign.packed(name, weight)
-        flat = foreign.flat_scales(name, weight, parts)
-        again = foreign.twice(parts)["weight_scale"]
-        made = {FLAT: flat, SWIZZLED: parts["weight_scale"], TWICE: again}
-        for order, scale in made.items():
-            found, deviations = proven_order(scale.view(flat.dtype), *flat.shape)
-            assert found in (order, None), (seed, order, deviations)
-            proven += found == order
-        plain = foreign.packed(name, foreign.even(512, 2048, seed))["weight_scale"]
-        assert proven_order(plain.view(flat.dtype), *flat.shape)[0] is None
-    assert proven >= 0.9 * 3 * 5

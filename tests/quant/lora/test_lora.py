@@ -1,6 +1,7 @@
 """LoRA files of every dialect are read as the same LoRA; what is none is refused by name."""
 
 import json
+import logging
 
 import pytest
 import torch
@@ -167,10 +168,28 @@ def test_alpha_that_is_not_one_finite_number_is_refused(tmp_path, alpha):
         dict(lora.read(checkpoint, parsed, PARAMETERS))
 
 
-def test_rank_0_is_refused(tmp_path):
-    tensors = dict(
-        zip([f"blocks.0.ffn.0.{e}" for e in KOHYA], pair("blocks.0.ffn.0", 0), strict=True)
-    )
+def of_ranks(ranks):
+    """A LoRA file's tensors. ranks: layer -> rank."""
+    return {
+        f"{place}.{end}": value
+        for place, rank in ranks.items()
+        for end, value in zip(KOHYA, pair(place, rank), strict=True)
+    }
+
+
+def test_rank_0_adds_nothing_and_is_left_out(tmp_path, caplog):
+    tensors = of_ranks({"blocks.0.ffn.0": 0, "blocks.11.ffn.2": 4})
+    tensors["blocks.0.ffn.0.diff_b"] = torch.ones(64)
+    with caplog.at_level(logging.INFO):
+        checkpoint, parsed = parse(tmp_path / "lora.safetensors", tensors)
+    assert "rank 0, which adds nothing, left out: blocks.0.ffn.0.lora_down.weight" in caplog.text
+    parsed, left = lora.fitting(checkpoint, parsed, PARAMETERS)
+    assert [place for place, _ in lora.read(checkpoint, parsed, PARAMETERS)] == ["blocks.11.ffn.2"]
+    assert set(parsed.biases) == {"blocks.0.ffn.0"} and left == ()
+
+
+def test_file_of_nothing_but_rank_0_is_refused(tmp_path):
+    tensors = of_ranks({"blocks.0.ffn.0": 0, "blocks.11.ffn.2": 0})
     with pytest.raises(lora.LoraError, match=r"blocks\.0\.ffn\.0\.lora_down\.weight is of rank 0"):
         parse(tmp_path / "lora.safetensors", tensors)
 

@@ -2,13 +2,20 @@
 
 import json
 
+import diffusers
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 import lowbit
 from lowbit.quant.checkpoint import Checkpoint, CheckpointError
-from lowbit.quant.model.configuration import CONFIG_KEY, _longest_list, build
+from lowbit.quant.model.configuration import (
+    CONFIG_KEY,
+    LARGEST_COUNT,
+    _longest_list,
+    build,
+    too_large,
+)
 from tests.quant.model.conftest import BLOCKS, SMALL, only_wan
 
 
@@ -116,6 +123,36 @@ def test_axes_wider_than_the_file_are_refused(changed, nothing_is_built):
     for widest in (57, 1 << 19):
         with pytest.raises(CheckpointError, match=r"axes_dims_rope is .* room for 128 channels"):
             lowbit.load_model(changed({"axes_dims_rope": [16, 56, widest]}))
+
+
+@pytest.mark.parametrize("key", ["rope_theta", "theta", "time_theta", "rope_base", "max_period"])
+@only_wan
+def test_numbers_of_frequencies_may_be_of_any_size(changed, key):
+    checkpoint = Checkpoint(changed({}))
+    assert too_large({key: 5_000_000}, checkpoint) is None
+    assert too_large({f"{key}_rows": 5_000_000}, checkpoint)
+
+
+@pytest.mark.skipif(
+    not hasattr(diffusers, "Ideogram4Transformer2DModel"), reason="diffusers is too old for it"
+)
+def test_saved_model_of_large_frequencies_loads(tmp_path):
+    small = {"num_layers": 1, "attention_head_dim": 32, "num_attention_heads": 4}
+    small |= {"intermediate_size": 256, "adaln_dim": 64, "llm_features_dim": 128}
+    model = diffusers.Ideogram4Transformer2DModel(**small, mrope_section=(8, 4, 4))
+    assert model.config.rope_theta > LARGEST_COUNT
+    lowbit.quantize_model(model, "int8", recipe="none")
+    lowbit.save_model(model, path := tmp_path / "model.safetensors")
+    assert type(lowbit.load_model(path)) is type(model)
+
+
+@only_wan
+def test_folder_whose_configuration_is_refused_is_not_asked_for_again(changed, tmp_path):
+    path = changed({})
+    config = json.loads(Checkpoint(path).metadata[CONFIG_KEY]) | {"num_layers": 10**9}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=r"pass the model$"):
+        build(Checkpoint(path), tmp_path)
 
 
 @pytest.mark.parametrize(

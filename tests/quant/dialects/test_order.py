@@ -1,0 +1,213 @@
+"""The order of a file's block scales: proven, voted for, said; never guessed without a word."""
+
+import re
+
+import pytest
+import torch
+
+from lowbit.quant import dialects, formats
+from lowbit.quant.checkpoint import Checkpoint
+from lowbit.quant.checkpoint.foreign import AmbiguousError, Request
+from lowbit.quant.checkpoint.stored import marker_tensor, stored_layers
+from lowbit.quant.convert_file import convert_file
+from lowbit.quant.inspect_file import inspect_file
+from lowbit.quant.scale_order import EITHER, FLAT, SWIZZLED, TWICE, proven_order, wrong_order
+from tests import foreign
+from tests.quant.dialects.conftest import repacked, same_bits
+from tests.quant.dialects.test_dialects import BLOCKS, OF_MODELOPT
+
+
+def of_either_order(name):
+    """(a weight, its layer with scales swizzled twice).
+
+    With 16 columns of scales, flat and twice show rows and columns alike, the host's order fewer.
+    """
+    weight = foreign.patterned(256, 16 * foreign.GROUPS[name])
+    return weight, foreign.twice(foreign.packed(name, weight))
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_scales_proven_wrong_in_an_order_that_is_not_are_refused_with_both(opened, name):
+    """Else they are read as they are marked, and give noise."""
+    weight, bad = of_either_order(name)
+    marker = {"comfy_quant": marker_tensor(formats.get(name).marker)}
+    for marking in (marker, {}):
+        checkpoint = opened({"m": bad | marking})
+        with pytest.raises(AmbiguousError, match="not swizzled, or swizzled twice") as error:
+            stored_layers(checkpoint)
+        ways = f"`--from modelopt` or `--from {name}`, and `--scales flat` or `--scales twice`"
+        assert ways in str(error.value)
+        (found,) = stored_layers(checkpoint, Request(name, "twice")).values()
+        same_bits(repacked(found, checkpoint), foreign.packed(name, weight))
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_dialect_asked_for_decides_between_two_orders_where_it_knows_one(opened, name):
+    _, bad = of_either_order(name)
+    checkpoint = opened({"m": bad})
+    (found,) = stored_layers(checkpoint, Request("modelopt")).values()
+    assert found.marked_by == "modelopt"
+    with pytest.raises(AmbiguousError, match=f"`--from {name}`, and `--scales flat` or"):
+        stored_layers(checkpoint, Request(name))
+    (found,) = stored_layers(opened({"m": bad}, OF_MODELOPT)).values()
+    assert found.marked_by == "modelopt"
+
+
+def marked(name, parts):
+    return parts | {"comfy_quant": marker_tensor(formats.get(name).marker)}
+
+
+STRUCTURES = ["diagonal", "blocks", "tiles"]
+
+
+@pytest.mark.parametrize("kind", STRUCTURES)
+@pytest.mark.parametrize("name", BLOCKS)
+def test_structure_of_one_weight_contradicts_no_file(opened, caplog, name, kind):
+    """A good file: its other layers show the right order, or nothing."""
+    weight = foreign.with_structure(kind)
+    odd = foreign.packed(name, weight)
+    rows, columns = weight.shape[0], weight.shape[1] // foreign.GROUPS[name]
+    wrong = wrong_order(odd["weight_scale"], rows, columns)
+    assert wrong, "shows nothing"
+    others = {"a": foreign.patterned(), "c": foreign.even()}
+    for other in others.values():
+        layers = {"b": odd, "a": foreign.packed(name, other)}
+        caplog.clear()
+        checkpoint = opened({n: marked(name, parts) for n, parts in layers.items()})
+        found = stored_layers(checkpoint)
+        assert all(layer.reading is None for layer in found.values())
+        (record,) = caplog.records
+        command = rf"scales of b look as if .* `lowbit convert '{checkpoint.path}' DST` with `--sc"
+        assert re.search(command, record.getMessage())
+        assert not inspect_file(checkpoint.path).errors
+    unmarked = opened({"b": odd, "a": foreign.packed(name, others["a"])})
+    if wrong == EITHER:
+        same_bits(repacked(stored_layers(unmarked)["b"], unmarked), odd)
+    else:
+        with pytest.raises(AmbiguousError, match="--scales swizzled"):
+            stored_layers(unmarked)
+
+
+@pytest.mark.parametrize("kind", STRUCTURES)
+@pytest.mark.parametrize("name", BLOCKS)
+def test_file_of_nothing_but_structure_is_refused_with_the_command_that_says_it_is_right(
+    opened, tmp_path, name, kind
+):
+    odd = foreign.packed(name, foreign.with_structure(kind))
+    checkpoint = opened({"blocks.0.ffn.0": marked(name, odd)})
+    right = "`--scales swizzled` if the marking is right"
+    with pytest.raises(AmbiguousError, match=right):
+        stored_layers(checkpoint)
+    convert_file(checkpoint.path, target := tmp_path / "right.safetensors", order="swizzled")
+    (found,) = stored_layers(written := Checkpoint(target)).values()
+    same_bits(repacked(found, written), odd)
+    assert inspect_file(checkpoint.path).errors and not inspect_file(written.path).errors
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_most_layers_decide_on_the_order_of_a_marked_file(opened, caplog, name):
+    good = foreign.packed(name, foreign.patterned())
+    bad = {**foreign.twice(good)}
+    for layers, is_bad in (("gb", False), ("gbb", True), ("ggb", False)):
+        parts = {str(i): marked(name, bad if one == "b" else good) for i, one in enumerate(layers)}
+        checkpoint = opened(parts)
+        if is_bad:
+            with pytest.raises(AmbiguousError, match=f"--from {name} --scales twice"):
+                stored_layers(checkpoint)
+        else:
+            assert all(found.reading is None for found in stored_layers(checkpoint).values())
+        assert ("DST` with `--scales twice`" in caplog.text) != is_bad
+        caplog.clear()
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_unmarked_layers_of_two_orders_are_refused_with_both_commands(opened, name):
+    weight = foreign.patterned()
+    layers = {"a": foreign.packed(name, weight), "b": foreign.modelopt(weight, name)}
+    with pytest.raises(AmbiguousError, match="in different orders: of ") as error:
+        stored_layers(opened(layers))
+    assert "with `--scales flat` or `--scales swizzled`" in str(error.value)
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_marked_layers_whose_paddings_contradict_are_refused_unless_the_file_is_ours(opened, name):
+    good = foreign.packed(name, foreign.even(160, 1024))
+    layers = {"a": marked(name, good), "b": marked(name, foreign.twice(good))}
+    checkpoint = opened(layers)
+    with pytest.raises(AmbiguousError, match="with `--scales swizzled` or `--scales twice`"):
+        stored_layers(checkpoint)
+    assert any(p.code == "scale_order" for p in inspect_file(checkpoint.path).errors)
+    assert not inspect_file(opened(layers, {"_lowbit": "{}"}).path).errors
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_padding_counts_more_than_any_pattern(opened, name):
+    bad = foreign.twice(foreign.packed(name, foreign.patterned()))
+    layers = {str(i): marked(name, bad) for i in range(3)}
+    layers["sized"] = marked(name, foreign.packed(name, foreign.even(160, 1024)))
+    found = stored_layers(opened(layers))
+    assert all(layer.reading is None for layer in found.values())
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_padding_that_is_not_zero_proves_nothing(opened, name):
+    """Of layers of swizzled size nothing else is left, unless a pattern says so."""
+    sized = foreign.packed(name, foreign.even(160, 1024))
+    codes = sized["weight_scale"].view(torch.uint8)
+    sized["weight_scale"] = torch.where(codes == 0, 1, codes).view(sized["weight_scale"].dtype)
+    bad = foreign.twice(foreign.packed(name, foreign.patterned()))
+    layers = {"sized": marked(name, sized)} | {str(i): marked(name, bad) for i in range(3)}
+    with pytest.raises(AmbiguousError, match="--scales twice"):
+        stored_layers(opened(layers))
+
+
+def test_layers_that_are_looked_at_are_of_every_kind(opened):
+    """Ten kinds in each of sixteen blocks: eight evenly spaced ones would all be of one kind."""
+    parts = foreign.packed("nvfp4", foreign.even(128, 64))
+    checkpoint = opened({f"{i:03}": {p: t.clone() for p, t in parts.items()} for i in range(160)})
+    infos = {part: checkpoint[f"000.{part}"] for part in parts}
+    seen = []
+
+    def read(layer, part):
+        seen.append(int(layer))
+        return checkpoint.read(f"{layer}.{part}")
+
+    dialects.find_order((dialects.RawLayer(f"{i:03}", infos) for i in range(160)), read)
+    assert len(seen) == 8 and len({i % 10 for i in seen}) == 8
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_other_layers_of_a_file_in_one_of_two_orders_are_read(opened, name):
+    _, bad = of_either_order(name)
+    rows = foreign.packed("fp8_e4m3_rowwise", foreign.even(64, 256))
+    rows["weight_scale"] = rows["weight_scale"].reshape(-1)
+    checkpoint = opened({"m": bad, "rows": rows})
+    found = stored_layers(checkpoint, Request(order="flat"))
+    assert found["m"].marked_by == "modelopt" and found["rows"].format.name == "fp8_e4m3_rowwise"
+
+
+def test_marked_layer_in_a_wrong_order_is_refused_though_another_format_is_asked_for(opened):
+    bad = foreign.twice(foreign.packed("nvfp4", foreign.patterned()))
+    bad["comfy_quant"] = marker_tensor(formats.get("nvfp4").marker)
+    checkpoint = opened({"m": bad, "n": foreign.packed("int8", foreign.even(64, 256))})
+    with pytest.raises(AmbiguousError, match="--from nvfp4 --scales twice"):
+        stored_layers(checkpoint, Request("int8"))
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_heuristic_never_proves_a_wrong_order(name):
+    """Of five weights with a pattern it proves nearly all, of those without one none."""
+    proven = 0
+    for seed in range(5):
+        weight = foreign.patterned(512, 2048, seed)
+        parts = foreign.packed(name, weight)
+        flat = foreign.flat_scales(name, weight, parts)
+        again = foreign.twice(parts)["weight_scale"]
+        made = {FLAT: flat, SWIZZLED: parts["weight_scale"], TWICE: again}
+        for order, scale in made.items():
+            found, deviations = proven_order(scale.view(flat.dtype), *flat.shape)
+            assert found in (order, None), (seed, order, deviations)
+            proven += found == order
+        plain = foreign.packed(name, foreign.even(512, 2048, seed))["weight_scale"]
+        assert proven_order(plain.view(flat.dtype), *flat.shape)[0] is None
+    assert proven >= 0.9 * 3 * 5
