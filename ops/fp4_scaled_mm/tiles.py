@@ -45,7 +45,10 @@ class Tile:
     def stages(self) -> int:
         """Blocks of 128 columns that are in shared memory."""
         room = SHARED_BYTES - BESIDE_BYTES - self._sums_bytes
-        return min(room // self.stage_bytes, STAGES_MAX)
+        stages = min(room // self.stage_bytes, STAGES_MAX)
+        # A place in the ring is always one warpgroup's: it could not tell apart two fills of a
+        # place of which another one awaits the first.
+        return stages - stages % self.turns
 
     @property
     def shared_bytes(self) -> int:

@@ -232,8 +232,8 @@ def scaled_mm_kernel(
         # returns, that kernel may still write what is read here (rows, scales), and may still read
         # memory that the allocator has since given to c. So nothing is read or written above it,
         # weights neither: a kernel may just have unpacked them. Every program waits, so that this
-        # grid's end implies the end of all before it, for those that follow. Nobody calls
-        # gdc_launch_dependents: programs that come while others run slow the product down.
+        # grid's end implies the end of all before it, for those that follow. The quantizers for it
+        # call no gdc_launch_dependents: programs that come while others run slow the product down.
         tl.extra.cuda.gdc_wait()
     num_m = tl.cdiv(M, BLOCK_M)
     num_n = tl.cdiv(N, BLOCK_N)

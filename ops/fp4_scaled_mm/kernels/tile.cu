@@ -79,6 +79,9 @@ struct Rows {
 
 // A place in the ring of stages.
 typedef Slots<STAGES> Ring;
+// Else the fills of a place would be awaited by one warpgroup and the other in turn, and the second
+// could take the phase before the first fill for that after it.
+static_assert(TURNS == 1 || (PARTS == 1 && GROUPS == 1 && STAGES % TURNS == 0), "turns");
 
 __device__ __forceinline__ int first_row() { return blockIdx.y * ROWS; }
 __device__ __forceinline__ int first_token() { return blockIdx.x * TOKENS; }

@@ -20,7 +20,7 @@ OTHERS = ((16, torch.float16), (16, torch.float32), (32, torch.bfloat16))
 LARGEST = (Tile(1, 256), Tile(2, 256), Tile(3, 192))
 SOME = (*LARGEST, Tile(2, 64))
 SHARED_BY_TWO = (Tile(1, 256, 2), Tile(2, 256, 2), Tile(3, 192, 2), Tile(1, 64, 2))
-IN_TURN = (Tile(1, 256, turns=2), Tile(1, 64, turns=2))
+IN_TURN = tuple(Tile(1, tokens, turns=2) for tokens in (64, 192, 256))
 
 
 @pytest.mark.parametrize(
@@ -55,6 +55,13 @@ def test_shared_memory_and_registers_suffice(tile):
     assert used + 8 * (2 * tile.stages + 1) + 1024 <= SHARED_KIB * 1024
     # The result goes by way of the stages.
     assert tile.stages >= max(tile.groups, 2)
+
+
+@pytest.mark.parametrize("tile", [tile for tile in TILES if tile.turns == 2], ids=str)
+def test_a_place_in_the_ring_is_always_one_warpgroups(tile):
+    """Else one would take the phase before a place's first fill for that after its second."""
+    assert tile.stages % tile.turns == 0
+    assert tile.stages >= 2 * tile.turns
 
 
 def test_parameters_are_laid_out_as_in_the_source():
