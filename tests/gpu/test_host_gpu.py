@@ -12,7 +12,7 @@ import torch
 
 from lowbit.ops.attention.modes import MODES
 from lowbit.quant import formats
-from tests.gpu.cuda_graphs_session import CASES
+from tests.gpu.cuda_graphs_session import CASES, PLAIN
 
 SESSION = Path(__file__).with_name("host_session.py")
 GRAPHS_SESSION = Path(__file__).with_name("cuda_graphs_session.py")
@@ -94,13 +94,15 @@ def test_auto_takes_cudnn_for_few_tokens_on_hopper_alone(seen):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_cuda_graphs_of_the_whole_model_are_recorded_and_compute_the_same(graphed, name):
-    row, (fmt, _, loras) = graphed[name], CASES[name]
+def test_cuda_graphs_of_the_whole_model_are_those_of_16_bits_and_compute_the_same(graphed, name):
+    row, plain, (fmt, _, loras) = graphed[name], graphed[PLAIN], CASES[name]
     assert row["raised"] is None
     # A graph for each set of LoRAs that act together.
     graphs = max(1, len(loras))
-    assert (row["graphs"], row["breaks"], row["skipped"]) == (graphs, {}, 0)
-    assert row["recorded"] >= graphs
+    assert (row["graphs"], row["breaks"]) == (graphs, {})
+    # ComfyUI 0.33 begins Wan's time embedding on the CPU: torch records no graph of that.
+    assert row["skipped"] == graphs * plain["skipped"]
+    assert row["recorded"] >= graphs * min(1, plain["recorded"])
     # Some products may be chosen otherwise while a graph is recorded; what a graph forgets to read
     # is far more.
     max_error = formats.get(fmt).max_error

@@ -421,7 +421,7 @@ class Layers:
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         for weight in self.weights:
             x = linear(x, weight, backend="w4a8")
-            x = x / x.float().square().mean().sqrt().to(x.dtype)
+            x /= x.abs().amax()
         return x
 
 
@@ -442,8 +442,8 @@ def test_scratch_is_bounded_and_goes_with_the_model(tokens):
         torch.cuda.synchronize()
         peak = torch.cuda.max_memory_allocated() - held
     largest = 12288 * 3072
-    # One buffer, and activations: [12288] at most, in 16 bits thrice and 8 once.
-    assert peak <= largest + 8 * tokens * 12288 + (1 << 20)
+    # One buffer, and activations: [12288] at most, in 16 bits twice and 8 once.
+    assert peak <= largest + 5 * tokens * 12288 + (1 << 20)
     del layers, x
     gc.collect()
     torch.cuda.synchronize()
