@@ -26,6 +26,7 @@ SelfTest = Callable[[torch.device], str | None]
 KERNEL = "kernel"
 # `Needs.measured` of what `auto` takes nowhere: it runs when named.
 BY_NAME = ((0, 0), (0, 0))
+UNKNOWN = "does not know"
 
 
 class NoBackendError(RuntimeError):
@@ -177,7 +178,7 @@ def _self_test(test: SelfTest, device: torch.device) -> str | None:
 def unmet(needs: Needs, call: Call) -> str | None:
     """Return why `needs` do not hold for `call`, or None when they do."""
     if call.scheme not in needs.schemes:
-        return f"does not know {call.scheme}"
+        return f"{UNKNOWN} {call.scheme}"
     if needs.devices and call.device.type not in needs.devices:
         return f"needs a device of {sorted(needs.devices)}, got {call.device.type}"
     if needs.package and not _has_package(needs.package):
@@ -271,4 +272,10 @@ def select(op: str, call: Call, name: str = "auto") -> Backend:
         text = f"{backend.name}: {reason}"
         if text not in reasons:
             reasons.append(text)
-    raise NoBackendError(f"{op} {call.scheme}: no backend fits. " + "; ".join(reasons))
+    raise NoBackendError(f"{op} {call.scheme}: no backend fits. " + "; ".join(_said(reasons)))
+
+
+def _said(reasons: list[str]) -> list[str]:
+    """Return reasons, "name: reason", less that a backend's other needs do not know the scheme."""
+    knows = {r.partition(":")[0] for r in reasons if UNKNOWN not in r}
+    return [r for r in reasons if UNKNOWN not in r or r.partition(":")[0] not in knows]
