@@ -2,9 +2,8 @@
 
 For the time of one run of the model, each layer that has a LoRA is replaced in its parent by a view
 of it: another class with the very same attributes, so that weights, hooks, and whatever the host
-notes on a layer are those of the layer. What is added to a whole parameter is added where a module
-reads it, so that the parameter itself stays as it is, and where the host has it. Nothing is left
-behind.
+notes on a layer are those of the layer. A parameter that has a difference is replaced by the sum
+where its module and all copies of that have it. Nothing is left behind.
 """
 
 import contextlib
@@ -183,6 +182,8 @@ class Stack:
     now: tuple[float, ...] = ()
     acting: tuple[bool, ...] = ()
     _views: dict[str, tuple[torch.nn.Module, torch.nn.Module]] = field(default_factory=dict)
+    # Parameters with their differences, by name: in one place for graphs that are run again.
+    _sums: dict[str, torch.nn.Parameter] = field(default_factory=dict)
 
     @contextlib.contextmanager
     def applied(
@@ -203,8 +204,45 @@ class Stack:
                 _replace(undo, parent._modules, leaf, self._view(name, parent.get_submodule(leaf)))
             for name in dict.fromkeys(name for lora in acting for name in lora.differences):
                 added = [lora.differences[name] for lora in acting if name in lora.differences]
-                _change(undo, *_place(root, name), added)
+                self._change(undo, name, *_place(root, name), added)
             yield
+
+    def _change(
+        self,
+        undo: contextlib.ExitStack,
+        name: str,
+        module: torch.nn.Module,
+        leaf: str,
+        added: Sequence[Difference],
+    ) -> None:
+        """Let the parameter `leaf` of a module have differences, until `undo` takes them away.
+
+        By the functions that the host lets its layers' parameters pass, where it has a list of
+        them: it may keep copies of parameters, and takes none from the layer then. Copies of other
+        modules share the dictionary of parameters.
+        """
+        functions = f"{leaf}_function"
+        if hasattr(module, functions):
+            _replace(undo, vars(module), functions, [*getattr(module, functions), *added])
+            return
+        members = module._parameters if leaf in module._parameters else module._buffers
+        plain = members[leaf]
+        # On the device of the run, in float32 to the end: rounded once.
+        value = plain.to(added[0].device, torch.float32)
+        for difference in added:
+            value = difference(value)
+        _replace(undo, members, leaf, self._sum(name, value.to(plain.dtype)))
+
+    def _sum(self, name: str, value: torch.Tensor) -> torch.nn.Parameter:
+        """Return `value` as the parameter that stands for `name` in every run."""
+        known, kind = self._sums.get(name), (value.shape, value.dtype, value.device)
+        # Tensors of inference mode could not be written to outside of it.
+        with torch.inference_mode(False), torch.no_grad():
+            if known is None or (known.shape, known.dtype, known.device) != kind:
+                known = torch.nn.Parameter(torch.empty_like(value), requires_grad=False)
+                self._sums[name] = known
+            known.copy_(value)
+        return known
 
     def _view(self, name: str, plain: torch.nn.Module) -> torch.nn.Module:
         """Return the view of a layer: the same one as long as the layer is."""
@@ -234,42 +272,6 @@ def _replace(undo: contextlib.ExitStack, members: dict, name: str, value: object
     else:
         undo.callback(members.pop, name, None)
     members[name] = value
-
-
-def _change(
-    undo: contextlib.ExitStack, module: torch.nn.Module, leaf: str, added: Sequence[Difference]
-) -> None:
-    """Let a module's parameter have differences, until `undo` takes them away.
-
-    By the functions that the host lets its layers' parameters pass, where it has a list of them:
-    it may keep copies of parameters, and takes none from the layer then. Other modules get a class
-    that lets the parameter pass them whenever it is read: no tensor stands in for it, which would
-    have to follow the parameter's values and to stay in one place for CUDA graphs.
-    """
-    name = f"{leaf}_function"
-    if hasattr(module, name):
-        _replace(undo, vars(module), name, [*getattr(module, name), *added])
-        return
-    _replace(undo, vars(module), name, list(added))
-    undo.callback(object.__setattr__, module, "__class__", type(module))
-    object.__setattr__(module, "__class__", _changing_class(type(module), leaf))
-
-
-@functools.cache
-def _changing_class(kind: type, leaf: str) -> type:
-    """Return a class of modules whose parameter `leaf` is read with its differences."""
-
-    def changed(self) -> torch.Tensor:
-        """Return the parameter on the device of the run, summed in float32 and rounded once."""
-        plain = self._parameters[leaf] if leaf in self._parameters else self._buffers[leaf]
-        added = getattr(self, f"{leaf}_function")
-        value = plain.to(added[0].device, torch.float32)
-        for difference in added:
-            value = difference(value)
-        return value.to(plain.dtype)
-
-    members = {"__slots__": (), leaf: property(changed)}
-    return type(f"{kind.__name__}WithDifferences", (kind,), members)
 
 
 class WithTerms:

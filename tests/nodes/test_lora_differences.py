@@ -143,7 +143,7 @@ def test_compiled_model_reads_all_from_the_same_memory_whatever_the_strength(mod
     assert len(kept.calls) == 4 and kept.moved() == 0
 
 
-def test_bare_parameter_stays_in_its_place_and_its_values_are_followed(model, loras):
+def test_values_of_a_bare_parameter_are_followed_and_given_back(model, loras):
     """ComfyUI's hooks write into parameters between two runs, without a trace on the tensor."""
     block, stack = model[1], Stack(tuple(loras))
     plain, held = block.modulation, model.state_dict()
@@ -152,9 +152,18 @@ def test_bare_parameter_stays_in_its_place_and_its_values_are_followed(model, lo
             plain.data.copy_(torch.full((1, DIM), base))
             with stack.applied(model, (1.0, -0.5)):
                 torch.testing.assert_close(block.modulation, torch.full((1, DIM), base + 0.25))
-                inside = model.state_dict()
             assert block.modulation is plain and (plain == base).all()
-            assert all(inside[n].data_ptr() == v.data_ptr() for n, v in held.items())
+            assert all(model.state_dict()[n].data_ptr() == v.data_ptr() for n, v in held.items())
+
+
+def test_copies_of_a_module_have_its_differences(model, loras):
+    """As our fused blocks: another pack's patch may be bound to the block that they are made of."""
+    block, other = model[1], object.__new__(Block)
+    vars(other).update(vars(block))
+    with Stack(tuple(loras)).applied(model, (1.0, 0.5)):
+        torch.testing.assert_close(other.modulation, block.modulation)
+        inside = other.modulation.clone()
+    torch.testing.assert_close(inside, other.modulation + 0.75)
 
 
 def test_bare_parameter_elsewhere_is_summed_where_the_model_runs(model, loras):
