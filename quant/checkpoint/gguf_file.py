@@ -14,7 +14,7 @@ from functools import cache
 import torch
 
 from .gguf_header import check_header
-from .header import CheckpointError, TensorInfo
+from .header import MAX_DIMENSIONS, CheckpointError, TensorInfo
 from .reader import Checkpoint, read_into
 
 ORIGINAL_SHAPE = "comfy.gguf.orig_shape."
@@ -118,6 +118,9 @@ def _info(path: str, reader, tensor) -> TensorInfo:
     shape = tuple(int(size) for size in reversed(tensor.shape))
     field = reader.get_field(ORIGINAL_SHAPE + tensor.name)
     if field is not None:
+        if len(field.data) > MAX_DIMENSIONS:
+            # Their product could take minutes, and the message be as long as the file.
+            raise ValueError(f"{tensor.name} was never of {len(field.data)} dimensions")
         original = tuple(int(field.parts[i][0]) for i in field.data)
         if any(size < 0 for size in original) or math.prod(original) != math.prod(shape):
             raise ValueError(f"{tensor.name} of {list(shape)} was never {list(original)}")

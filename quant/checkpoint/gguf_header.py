@@ -8,7 +8,7 @@ Source: the GGUF format description, versions 2 and 3.
 import os
 import struct
 
-from .header import CheckpointError
+from .header import MAX_DIMENSIONS, MAX_NAME, CheckpointError
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
@@ -52,12 +52,16 @@ class _Header:
         """Go to its end. Raises as `check_header`."""
         tensors, fields = self._number("Q"), self._number("Q")
         for _ in self._counted(fields):
-            self._text()
+            self._name()
             self._value(self._number("I"), 0)
         for _ in self._counted(tensors):
-            self._text()
+            self._name()
             dimensions = self._number("I")
             self._skip(len(self._counted(dimensions)) * 8 + 4 + 8)
+            if dimensions > MAX_DIMENSIONS:
+                raise ValueError(
+                    f"a tensor of {dimensions} dimensions, at most {MAX_DIMENSIONS} are read"
+                )
 
     def _value(self, kind: int, depth: int) -> None:
         if kind in SIZES:
@@ -92,8 +96,16 @@ class _Header:
             )
         return range(count)
 
-    def _text(self) -> None:
-        self._skip(self._number("Q"))
+    def _name(self) -> None:
+        length = self._text()
+        if length > MAX_NAME:
+            raise ValueError(f"a name of {length} bytes, at most {MAX_NAME} are read")
+
+    def _text(self) -> int:
+        """Go over a text and return its length in bytes."""
+        length = self._number("Q")
+        self._skip(length)
+        return length
 
     def _number(self, code: str) -> int:
         size = struct.calcsize(f"<{code}")

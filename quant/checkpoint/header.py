@@ -26,6 +26,14 @@ MAX_DEPTH = 64
 BRACKETS = re.compile(r"[\[\]{}]")
 # Strings, and items of lists and objects. A tensor takes fourteen; models have some ten thousand.
 MAX_VALUES = 1 << 22
+# Of a tensor's shape. Weights have five at most; a product of a million takes minutes.
+MAX_DIMENSIONS = 8
+# Characters of a tensor's name, which messages show. The longest of a model has some hundred.
+MAX_NAME = 1024
+# Of dtypes in messages.
+SHOWN = 40
+# Offsets and sizes are numbers of 64 bits.
+MAX_NUMBER = (1 << 64) - 1
 # torch counts elements and bytes in 64 bits, zero dimensions as ones.
 MAX_BYTES = torch.iinfo(torch.int64).max
 
@@ -102,10 +110,13 @@ def _too_much(text: str) -> str | None:
     if strings + sum(map(text.count, ",[{")) > MAX_VALUES:
         return f"it holds more than {MAX_VALUES} values"
     depth = 0
-    for bracket in BRACKETS.findall(text):
-        depth += 1 if bracket in "[{" else -1
+    for bracket in BRACKETS.finditer(text):
+        depth += 1 if bracket[0] in "[{" else -1
         if depth > MAX_DEPTH:
             return f"nested more than {MAX_DEPTH} deep"
+        if depth < 0:
+            # No JSON: its parser stops here, or before, however many follow.
+            return None
     return None
 
 
@@ -136,20 +147,18 @@ def _parse(path: str, size: int, file) -> tuple[dict[str, TensorInfo], dict[str,
         metadata = header.pop(METADATA, None) or {}
         if not all(isinstance(text, str) for text in metadata.values()):
             raise ValueError("metadata that is not text")
-        entries = sorted(header.items(), key=lambda item: item[1]["data_offsets"])
     except CheckpointError:
         raise
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (ValueError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path}: the safetensors header is malformed: {error}") from error
     base = LENGTH_BYTES + length
-    tensors = {}
+    infos = {name: _info(path, name, entry, base) for name, entry in header.items()}
+    tensors = dict(sorted(infos.items(), key=lambda item: (item[1].start, item[1].end)))
     expected = 0
-    for name, entry in entries:
-        info = _info(path, name, entry, base)
+    for name, info in tensors.items():
         if info.start - base != expected:
             raise CheckpointError(f"{path}: tensor {name} overlaps another or leaves a hole")
         expected = info.end - base
-        tensors[name] = info
     if base + expected != size:
         raise CheckpointError(
             f"{path}: truncated or padded: the tensors end at byte {base + expected}, the file has "
@@ -166,25 +175,47 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _info(path: str, name: str, entry: Mapping, base: int) -> TensorInfo:
+    """Return where a tensor lies; `base`: the byte at which offsets begin.
+
+    Types and numbers of values are checked before anything is counted or shown: a product takes
+    no time, and the CheckpointErrors stay short, whatever the file holds.
+    """
+    if len(name) > MAX_NAME:
+        raise CheckpointError(
+            f"{path}: a tensor's name is malformed: it has {len(name)} characters, at most "
+            f"{MAX_NAME} are read: {name[:SHOWN]}…"
+        )
+    where = f"{path}: tensor {name}"
     try:
-        code, shape = entry["dtype"], tuple(entry["shape"])
-        start, end = entry["data_offsets"]
-        elements = math.prod(shape)
-        integers = all(type(v) is int and v >= 0 for v in (*shape, start, end))
-    except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{path}: tensor {name} has a malformed header: {error}") from error
+        code, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    except (KeyError, TypeError) as error:
+        raise CheckpointError(f"{where} has a malformed header: {error}") from error
     if not isinstance(code, str) or code not in DTYPES:
-        raise CheckpointError(f"{path}: tensor {name} has the unsupported dtype {code}")
-    if not integers or end - start != elements * DTYPES[code].itemsize:
+        raise CheckpointError(f"{where} has the unsupported dtype {code!r:.{SHOWN}}")
+    if not (_are_numbers(shape, MAX_DIMENSIONS) and _are_numbers(offsets, 2) and len(offsets) == 2):
         raise CheckpointError(
-            f"{path}: tensor {name} has {code} {list(shape)} but offsets {start} to {end}"
+            f"{where} has a malformed header: a shape is a list of at most {MAX_DIMENSIONS} whole "
+            "numbers, data_offsets one of two, each of 64 bits"
         )
-    if math.prod(max(size, 1) for size in shape) > MAX_BYTES // DTYPES[code].itemsize:
+    start, end = offsets
+    itemsize = DTYPES[code].itemsize
+    if end - start != math.prod(shape) * itemsize:
+        raise CheckpointError(f"{where} has {code} {shape} but offsets {start} to {end}")
+    if math.prod(max(size, 1) for size in shape) > MAX_BYTES // itemsize:
         raise CheckpointError(
-            f"{path}: tensor {name} has {code} {list(shape)}, more than torch can count; the file "
-            "is malformed, fetch it again"
+            f"{where} has {code} {shape}, more than torch can count; the file is malformed, fetch "
+            "it again"
         )
-    return TensorInfo(path, DTYPES[code], shape, base + start, base + end)
+    return TensorInfo(path, DTYPES[code], tuple(shape), base + start, base + end)
+
+
+def _are_numbers(values: Any, most: int) -> bool:
+    """Return whether `values` is a list of at most `most` whole numbers of 64 bits."""
+    return (
+        isinstance(values, list)
+        and len(values) <= most
+        and all(type(value) is int and 0 <= value <= MAX_NUMBER for value in values)
+    )
 
 
 def encode_header(

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from ..checkpoint import Checkpoint, CheckpointError
-from ..checkpoint.header import TensorInfo, parse_json
+from ..checkpoint.header import parse_json
 from ..families import Family
 from .names import PREFIXES, Kind, Names, Refused, split
 
@@ -73,8 +73,7 @@ def parse(
     family: knows other names for them. aliases: more names, as files have them -> places.
     parts: names of what the model has fused or reordered in one layer -> that layer.
     Raises LoraError for kinds that are no sum (DoRA, LoHa, LoKr, …), for parts of fused layers, for
-    halves of a pair, for two tensors in one place, and where nothing fits the model. Pairs of rank
-    0, whose sum is zero, are left out and logged; a file of nothing else is a LoraError.
+    halves of a pair, for two tensors in one place, and where nothing fits the model.
     """
     names = Names(places, family, aliases or {}, parts or {})
     found: dict[Kind, dict[str, str]] = {kind: {} for kind in Kind}
@@ -102,29 +101,13 @@ def parse(
     down, up = found[Kind.DOWN], found[Kind.UP]
     if half := sorted(down.keys() ^ up.keys()):
         raise LoraError(f"{checkpoint.path}: {half[0]} has one matrix of the two of a LoRA")
-    pairs = {
-        place: (name, up[place]) for place, name in down.items() if _has_rank(checkpoint[name])
-    }
+    pairs = {place: (name, up[place]) for place, name in down.items()}
     diffs, biases = found[Kind.DIFF], found[Kind.BIAS]
-    if empty := [name for place, name in down.items() if place not in pairs]:
-        if not (pairs or diffs or biases):
-            raise LoraError(
-                f"{checkpoint.path}: {empty[0]} is of rank 0, and nothing else in it changes this "
-                "model; fetch the file again"
-            )
-        left = f"{empty[0]} and {len(empty) - 1} more" if len(empty) > 1 else empty[0]
-        logger.info(
-            "LowBit: %s: of rank 0, which adds nothing, left out: %s", checkpoint.path, left
-        )
     if not (pairs or diffs or biases):
         shown = ", ".join((unknown or list(checkpoint))[:SHOWN])
         raise LoraError(f"{checkpoint.path}: nothing in it fits this model; it holds {shown}, …")
     alpha = _adapter_alpha(checkpoint)
     return Parsed(pairs, found[Kind.ALPHA], diffs, biases, tuple(unknown), alpha)
-
-
-def _has_rank(down: TensorInfo) -> bool:
-    return down.shape[:1] != (0,)
 
 
 def _adapter_alpha(checkpoint: Checkpoint) -> float | None:
@@ -166,36 +149,69 @@ def fitting(
     """Return (what of `parsed` has the shapes of the model, the parameters that the rest is of).
 
     shapes: of the model's parameters, by name. A file for another variant of a model, such as one
-    of text to video for one of image to video, may differ from it in a few layers.
-    Raises LoraError where nothing fits.
+    of text to video for one of image to video, may differ from it in a few layers. Pairs of rank 0
+    that fit, whose sum is zero, are in neither, and logged.
+    Raises LoraError where nothing fits, for rank 0 that does not, and for rank 0 alone.
     """
 
     def weight(place: str) -> str:
         return place if place in shapes else f"{place}.weight"
 
-    def is_pair(place: str, down_name: str, up_name: str) -> bool:
-        down, up = checkpoint[down_name].shape, checkpoint[up_name].shape
-        shape = shapes[weight(place)]
-        if not (down and up and shape):
-            return False
-        same = math.prod(down[1:]) == math.prod(shape[1:])
-        return same and up[0] == shape[0] and math.prod(up) == shape[0] * down[0]
+    def is_pair(place: str, names: tuple[str, str]) -> bool:
+        return _is_pair(*(checkpoint[name].shape for name in names), shapes[weight(place)])
 
     def is_difference(parameter: str, name: str) -> bool:
         return tuple(checkpoint[name].shape) == shapes.get(parameter)
 
-    pairs = {place: names for place, names in parsed.pairs.items() if is_pair(place, *names)}
+    ranks = {place: _ranks(checkpoint, names) for place, names in parsed.pairs.items()}
+    ranked = {place: names for place, names in parsed.pairs.items() if 0 not in ranks[place]}
+    pairs = {place: names for place, names in ranked.items() if is_pair(place, names)}
     diffs = {p: name for p, name in parsed.diffs.items() if is_difference(weight(p), name)}
     biases = {p: name for p, name in parsed.biases.items() if is_difference(f"{p}.bias", name)}
-    left = [weight(place) for place in parsed.pairs if place not in pairs]
+    left = [weight(place) for place in ranked if place not in pairs]
     left += [weight(place) for place in parsed.diffs if place not in diffs]
     left += [f"{place}.bias" for place in parsed.biases if place not in biases]
-    if not (pairs or diffs or biases):
+    if left and not (pairs or diffs or biases):
         raise LoraError(
             f"{checkpoint.path}: of another model: nothing in it has this one's shapes; "
             f"{left[0]} is {list(shapes.get(left[0], ()))} here"
         )
+    empty = {place: names for place, names in parsed.pairs.items() if place not in ranked}
+    for place, names in empty.items():
+        if ranks[place] != (0, 0) or not is_pair(place, names):
+            down, up = (f"{name} {list(checkpoint[name].shape)}" for name in names)
+            raise LoraError(
+                f"{checkpoint.path}: malformed: {down} and {up}, of rank 0, are no pair for "
+                f"{weight(place)} {list(shapes[weight(place)])}; fetch the file again"
+            )
+    if empty:
+        _leave_out(checkpoint, [down for down, _ in empty.values()], bool(pairs or diffs or biases))
     return replace(parsed, pairs=pairs, diffs=diffs, biases=biases), tuple(left)
+
+
+def _ranks(checkpoint: Checkpoint, names: tuple[str, str]) -> tuple[int | None, int | None]:
+    """Return the ranks of a pair by down [R, …] and by up [N, R, …]; None without the dimension."""
+    down, up = (checkpoint[name].shape for name in names)
+    return (down[0] if down else None, up[1] if len(up) > 1 else None)
+
+
+def _is_pair(down: tuple[int, ...], up: tuple[int, ...], shape: tuple[int, ...]) -> bool:
+    """Return whether the product of two matrices has the shape of a weight."""
+    if not (down and up and shape):
+        return False
+    same = math.prod(down[1:]) == math.prod(shape[1:])
+    return same and up[0] == shape[0] and math.prod(up) == shape[0] * down[0]
+
+
+def _leave_out(checkpoint: Checkpoint, empty: list[str], has_more: bool) -> None:
+    """Log the pairs of rank 0, by their first matrix; LoraError if the file has nothing more."""
+    if not has_more:
+        raise LoraError(
+            f"{checkpoint.path}: {empty[0]} is of rank 0, and nothing else in it changes this "
+            "model; fetch the file again"
+        )
+    left = f"{empty[0]} and {len(empty) - 1} more" if len(empty) > 1 else empty[0]
+    logger.info("LowBit: %s: of rank 0, which adds nothing, left out: %s", checkpoint.path, left)
 
 
 def read(

@@ -151,18 +151,30 @@ HOSTILE = {
     "many values": ({"value": a_list(BYTE, 10**6, bytes(10**6))}, "holds more than 131072 values"),
     "many strings": ({"value": a_list(STRING, 10**6, text(b"") * 10**6)}, "holds more than"),
     "many dimensions": ({"dimensions": (1 << 32) - 1}, "tells of 4294967295 values"),
+    "more dimensions": ({"dimensions": 9, "sizes": [1 << 62] * 9}, "a tensor of 9 dimensions"),
     "a long key": ({"key": text(b"k", 1 << 62)}, "goes on for 4611686018427387904 bytes"),
+    "a key to read": ({"key": text(b"k" * 10**6)}, "a name of 1000000 bytes"),
+    "a tensor's name": ({"name": b"m" * 10**6}, "a name of 1000000 bytes"),
     "an unknown type": ({"kind": 99, "value": b""}, "unknown type 99"),
     "many fields": ({"fields": 1 << 60}, "tells of 1152921504606846976 values"),
     "many tensors": ({"tensors": 1 << 60}, "tells of 1152921504606846976 values"),
 }
 
 
-def header_of(tensors=1, fields=1, key=None, kind=LIST, value=EMPTY, dimensions=1) -> bytes:
+def header_of(
+    tensors=1,
+    fields=1,
+    key=None,
+    kind=LIST,
+    value=EMPTY,
+    name=b"m.weight",
+    dimensions=1,
+    sizes=(32,),
+) -> bytes:
     """A GGUF file with one list in its header, and one tensor of 32 numbers."""
     data = b"GGUF" + struct.pack("<IQQ", 3, tensors, fields)
     data += (key or text(b"some.key")) + struct.pack("<I", kind) + value
-    data += text(b"m.weight") + struct.pack("<IQIQ", dimensions, 32, 0, 0)
+    data += text(name) + struct.pack(f"<I{len(sizes)}QIQ", dimensions, *sizes, 0, 0)
     return data + bytes(-len(data) % 32 + 32 * 4)
 
 
@@ -175,8 +187,9 @@ def test_header_built_to_hurt_is_refused_before_gguf_reads_it(tmp_path, monkeypa
     parts, message = HOSTILE[what]
     path = tmp_path / "m.gguf"
     path.write_bytes(header_of(**parts))
-    with pytest.raises(CheckpointError, match=f"m.gguf: .*{message}"):
+    with pytest.raises(CheckpointError, match=f"m.gguf: .*{message}") as error:
         open_checkpoint(path)
+    assert len(str(error.value)) < len(str(path)) + 400
 
 
 @pytest.mark.parametrize("value", [a_list(STRING, 2, text(b"a") + text(b"bc")), a_list(BYTE, 0)])
@@ -215,6 +228,26 @@ def test_shape_that_the_blocks_do_not_fill_is_refused(tmp_path, monkeypatch):
     writer.close()
     with pytest.raises(CheckpointError, match=r"was never \[3, 5\]"):
         open_checkpoint(tmp_path / "m.gguf")
+
+
+@pytest.mark.parametrize(
+    "sizes", [[1 << 62] * 20_000, [0] + [1 << 62] * 20_000, [1] * 8 + [32]], ids=len
+)
+def test_true_shape_of_many_dimensions_is_refused_before_it_is_counted(tmp_path, sizes):
+    path = tmp_path / "m.gguf"
+    value = a_list(10, len(sizes), struct.pack(f"<{len(sizes)}Q", *sizes))
+    path.write_bytes(header_of(key=text(b"comfy.gguf.orig_shape.m.weight"), value=value))
+    message = f"m.weight was never of {len(sizes)} dimensions"
+    with pytest.raises(CheckpointError, match=message) as error:
+        open_checkpoint(path)
+    assert len(str(error.value)) < len(str(path)) + 400
+
+
+def test_true_shape_of_as_many_dimensions_as_allowed_is_read(tmp_path):
+    path = tmp_path / "m.gguf"
+    value = a_list(4, 8, struct.pack("<8I", *[1] * 7, 32))
+    path.write_bytes(header_of(key=text(b"comfy.gguf.orig_shape.m.weight"), value=value))
+    assert open_checkpoint(path)["m.weight"].shape == (1,) * 7 + (32,)
 
 
 def test_missing_package_is_named(tmp_path, monkeypatch):

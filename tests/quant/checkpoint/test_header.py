@@ -1,6 +1,8 @@
 import json
 import re
 import struct
+import time
+import tracemalloc
 
 import pytest
 import torch
@@ -12,7 +14,9 @@ from lowbit.quant.checkpoint.header import (
     DTYPES,
     LENGTH_BYTES,
     MAX_DEPTH,
+    MAX_DIMENSIONS,
     MAX_HEADER_BYTES,
+    MAX_NAME,
     MAX_VALUES,
     encode_header,
     parse_json,
@@ -145,6 +149,64 @@ def test_dimensions_that_torch_cannot_count_are_refused(raw_file, shape):
 def test_dimensions_that_torch_can_count_are_read(raw_file):
     tensors, _ = read_header(raw_file({"a": entry(0, 0, shape=[2**60, 0])}))
     assert torch.empty(tensors["a"].shape).shape == (2**60, 0)
+
+
+def test_shape_of_as_many_dimensions_as_allowed_is_read(raw_file):
+    tensors, _ = read_header(raw_file({"a": entry(0, 4, shape=[1] * MAX_DIMENSIONS)}, bytes(4)))
+    assert tensors["a"].shape == (1,) * MAX_DIMENSIONS
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        # The product of these, or only that of their first two, takes minutes or all memory.
+        entry(0, 0, shape=["ab", 1 << 60]),
+        entry(0, 0, shape=[[1], 1 << 60]),
+        entry(0, 0, shape=[0] + [10**18] * 300_000),
+        entry(0, 0, shape=[999_999_999] * 300_000),
+        entry(0, 0, shape=[int("9" * 4200)] * 1000),
+        entry(0, 4, shape=[1] * (MAX_DIMENSIONS + 1)),
+        # Their message would be as long as they are.
+        entry(0, 8, shape=["2" * 100_000]),
+        entry(0, 8, "F" * 100_000),
+        entry(0, 8, ["F32"] * 100_000),
+        entry(0, int("9" * 4200)),
+        entry(int("9" * 4200), 8),
+        entry(0, 8, shape=[int("9" * 4200)] * 2),
+        entry(0, 8) | {"data_offsets": [0] * 100_000},
+        entry(0, (1 << 64) - 1, shape=[(1 << 64) - 1] * MAX_DIMENSIONS),
+    ],
+    ids=lambda bad: str(bad)[:50],
+)
+def test_tensor_built_to_hurt_is_refused_at_once_and_in_few_words(raw_file, bad):
+    path = raw_file({"bad": bad}, bytes(8))
+    start = time.perf_counter()
+    with pytest.raises(CheckpointError, match="tensor bad has ") as error:
+        read_header(path)
+    assert time.perf_counter() - start < 2
+    assert len(str(error.value)) < len(path) + 400
+
+
+def test_name_that_would_fill_every_message_is_refused(raw_file):
+    tensors, _ = read_header(raw_file({"n" * MAX_NAME: entry(0, 8)}, bytes(8)))
+    assert list(tensors) == ["n" * MAX_NAME]
+    path = raw_file({"n" * 10**6: entry(0, 8)}, bytes(8))
+    with pytest.raises(CheckpointError, match="it has 1000000 characters") as error:
+        read_header(path)
+    assert len(str(error.value)) < len(path) + 400
+
+
+@pytest.mark.parametrize("text", ["{}" + "]" * 10**7, '{"a": [' + "]}" * (5 * 10**6)])
+def test_closing_brackets_without_end_take_no_memory(text):
+    """They are no JSON from the first one on, and are not looked at."""
+    tracemalloc.start()
+    start = time.perf_counter()
+    with pytest.raises(CheckpointError, match=r"^a file is malformed, no JSON"):
+        parse_json(text, "a file")
+    seconds, (_, peak) = time.perf_counter() - start, tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    # Copies of the text without its strings.
+    assert peak < 4 * len(text) and seconds < 1
 
 
 @pytest.mark.parametrize("opening", ["[", '{"a":'])

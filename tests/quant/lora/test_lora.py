@@ -178,20 +178,52 @@ def of_ranks(ranks):
 
 
 def test_rank_0_adds_nothing_and_is_left_out(tmp_path, caplog):
-    tensors = of_ranks({"blocks.0.ffn.0": 0, "blocks.11.ffn.2": 4})
+    tensors = of_ranks({"blocks.0.ffn.0": 0, "patch_embedding": 0, "blocks.11.ffn.2": 4})
     tensors["blocks.0.ffn.0.diff_b"] = torch.ones(64)
+    checkpoint, parsed = parse(tmp_path / "lora.safetensors", tensors)
     with caplog.at_level(logging.INFO):
-        checkpoint, parsed = parse(tmp_path / "lora.safetensors", tensors)
+        parsed, left = lora.fitting(checkpoint, parsed, PARAMETERS)
     assert "rank 0, which adds nothing, left out: blocks.0.ffn.0.lora_down.weight" in caplog.text
-    parsed, left = lora.fitting(checkpoint, parsed, PARAMETERS)
     assert [place for place, _ in lora.read(checkpoint, parsed, PARAMETERS)] == ["blocks.11.ffn.2"]
     assert set(parsed.biases) == {"blocks.0.ffn.0"} and left == ()
 
 
 def test_file_of_nothing_but_rank_0_is_refused(tmp_path):
     tensors = of_ranks({"blocks.0.ffn.0": 0, "blocks.11.ffn.2": 0})
+    checkpoint, parsed = parse(tmp_path / "lora.safetensors", tensors)
     with pytest.raises(lora.LoraError, match=r"blocks\.0\.ffn\.0\.lora_down\.weight is of rank 0"):
-        parse(tmp_path / "lora.safetensors", tensors)
+        lora.fitting(checkpoint, parsed, PARAMETERS)
+
+
+@pytest.mark.parametrize(
+    ("down", "up"),
+    [
+        ((0, 16), (64, 4)),
+        ((4, 16), (64, 0)),
+        ((0, 16), (64, 4, 0)),
+        ((0, 17), (64, 0)),
+        ((0, 16), (63, 0)),
+        ((0, 16), (64,)),
+        ((0,), (64, 0)),
+        ((), (64, 0)),
+    ],
+)
+@pytest.mark.parametrize("more", [{"blocks.11.ffn.2": 4}, {}])
+def test_rank_0_of_no_pair_for_the_layer_is_refused(tmp_path, down, up, more):
+    tensors = of_ranks(more)
+    for end, shape in zip(KOHYA, (down, up), strict=True):
+        tensors[f"blocks.0.ffn.0.{end}"] = torch.ones(shape)
+    checkpoint, parsed = parse(tmp_path / "lora.safetensors", tensors)
+    with pytest.raises(lora.LoraError, match=r"malformed: .*no pair for blocks\.0\.ffn\.0\.weight"):
+        lora.fitting(checkpoint, parsed, PARAMETERS)
+
+
+def test_rank_0_in_a_file_of_another_model_is_not_what_is_told(tmp_path):
+    tensors = of_ranks({"blocks.0.ffn.0": 0, "blocks.11.ffn.2": 4})
+    checkpoint, parsed = parse(tmp_path / "lora.safetensors", tensors)
+    larger = {name: tuple(2 * size for size in shape) for name, shape in PARAMETERS.items()}
+    with pytest.raises(lora.LoraError, match=r"of another model: .*; blocks\.11\.ffn\.2\.weight"):
+        lora.fitting(checkpoint, parsed, larger)
 
 
 def test_alpha_of_diffusers_header_counts(tmp_path):
