@@ -75,15 +75,23 @@ def find_foreign(
     across = {layer.lies_across for layer in raw.values()} - {None, BOTH}
     # Of a square weight only the others tell what scales in one line are of.
     lying = across.pop() if len(across) == 1 else None
+    orders = {n: dialects.ORDERS[request.order] for n in raw if _is_asked(raw[n], request)}
+    found = []
     for marked in (True, False):
-        group = [layer for layer in raw.values() if bool(layer.marker) == marked]
-        order = _order(checkpoint, parts, group, request, result, marked)
-        for layer in group:
-            reading = _read(checkpoint, replace(layer, order=order, lying=lying), request)
-            if reading:
-                result.readings[layer.name] = reading
+        rest = (x for x in raw.values() if bool(x.marker) == marked and x.name not in orders)
+        found += _find_orders(checkpoint, parts, rest, marked)
+    orders |= {name: one.order for one in found for name in one.layers}
+    for layer in raw.values():
+        known = replace(layer, order=orders.get(layer.name), lying=lying)
+        if reading := _read(checkpoint, known, request):
+            result.readings[layer.name] = reading
     if request.source and not result.readings:
         raise CheckpointError(f"{checkpoint.path}: no layer of it is as {request.source} writes it")
+    for one in found:
+        if one.order:
+            result.notes.append(f"block scales are {one.order}: {one.how}")
+        if one.against:
+            logger.warning("LowBit: %s", _doubt(checkpoint.path, one))
     return result
 
 
@@ -91,30 +99,36 @@ def _is_candidate(info: TensorInfo | None) -> bool:
     return info is not None and len(info.shape) == 2 and info.dtype in FP8 | INTEGERS
 
 
-def _order(checkpoint, parts, group, request: Request, result: Foreign, marked: bool) -> str | None:
-    if request.order:
-        return dialects.ORDERS[request.order]
+def _is_asked(layer: RawLayer, request: Request) -> bool:
+    """Return whether the order that the user names is that of this layer's block scales."""
+    if not request.order or not request.source:
+        return bool(request.order)
+    # Other formats of the file may lie otherwise.
+    ways = (replace(layer, order=order) for order in dialects.ORDERS.values())
+    return any(dialects.readings(way, request.source) for way in ways)
+
+
+def _find_orders(
+    checkpoint: Checkpoint,
+    parts: Mapping[str, Mapping[str, str]],
+    group: Iterable[RawLayer],
+    marked: bool,
+) -> list[dialects.Found]:
     if marked and RECORD_KEY in checkpoint.metadata:
         # This pack wrote it, in an order that was known, or asked for.
-        return None
+        return []
     expected = SWIZZLED if marked else FLAT if names_modelopt(checkpoint) else None
 
     def read(layer: str, part: str) -> torch.Tensor:
         return checkpoint.read(parts[layer][part])
 
     try:
-        found = dialects.find_order(group, read, expected)
+        return dialects.find_orders(group, read, expected)
     except dialects.OrderError as error:
         command = _convert_with(checkpoint.path, error.orders)
         raise AmbiguousError(f"{checkpoint.path}: {error}. Say it: {command}") from error
     except CheckpointError as error:
         raise CheckpointError(f"{checkpoint.path}: {error}") from error
-    if found.order:
-        result.notes.append(f"block scales are {found.order}: {found.how}")
-    # A marking that is wrong is refused.
-    if found.against and (found.order in (None, SWIZZLED) or not marked):
-        logger.warning("LowBit: %s", _doubt(checkpoint.path, found))
-    return found.order
 
 
 def _doubt(path: str, found: dialects.Found) -> str:
