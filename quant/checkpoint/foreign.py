@@ -9,6 +9,7 @@ import logging
 import math
 import os
 import shlex
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import Any
 
 import torch
 
-from .. import dialects, formats
+from .. import dialects, families, formats
 from ..dialects import BOTH, RawLayer, Reading
 from ..record import RECORD_KEY
 from ..scale_order import EITHER, FLAT, SWIZZLED, TWICE
@@ -72,9 +73,7 @@ def find_foreign(
         if _is_candidate(checkpoint.get(named.get("weight")))
     }
     result = Foreign()
-    across = {layer.lies_across for layer in raw.values()} - {None, BOTH}
-    # Of a square weight only the others tell what scales in one line are of.
-    lying = across.pop() if len(across) == 1 else None
+    lying = _lying(raw.values())
     orders = {n: dialects.ORDERS[request.order] for n in raw if _is_asked(raw[n], request)}
     found = []
     for marked in (True, False):
@@ -82,7 +81,8 @@ def find_foreign(
         found += _find_orders(checkpoint, parts, rest, marked)
     orders |= {name: one.order for one in found for name in one.layers}
     for layer in raw.values():
-        known = replace(layer, order=orders.get(layer.name), lying=lying)
+        order, of = orders.get(layer.name), lying.get(_likeness(layer))
+        known = replace(layer, order=order, lying=of)
         if reading := _read(checkpoint, known, request):
             result.readings[layer.name] = reading
     if request.source and not result.readings:
@@ -97,6 +97,24 @@ def find_foreign(
 
 def _is_candidate(info: TensorInfo | None) -> bool:
     return info is not None and len(info.shape) == 2 and info.dtype in FP8 | INTEGERS
+
+
+def _likeness(layer: RawLayer) -> tuple[str, torch.dtype]:
+    """Return what layers have in common that one program wrote in one way: model and payload."""
+    prefix = next(prefix for prefix in families.PREFIXES if layer.name.startswith(prefix))
+    return prefix, layer.parts["weight"].dtype
+
+
+def _lying(layers: Iterable[RawLayer]) -> dict[tuple[str, torch.dtype], str]:
+    """Return of what scales in one line are where others show it, which a square weight does not.
+
+    By `_likeness`; layers that contradict each other show nothing.
+    """
+    shown = defaultdict(set)
+    for layer in layers:
+        if layer.scales_are_of not in (None, BOTH):
+            shown[_likeness(layer)].add(layer.scales_are_of)
+    return {like: one for like, (one, *more) in shown.items() if not more}
 
 
 def _is_asked(layer: RawLayer, request: Request) -> bool:
