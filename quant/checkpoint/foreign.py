@@ -5,6 +5,7 @@ names it, and so is what none has.
 """
 
 import contextlib
+import itertools
 import logging
 import math
 import os
@@ -41,7 +42,10 @@ class AmbiguousError(CheckpointError):
 
 @dataclass(frozen=True)
 class Request:
-    """What the user says of a file. source: a dialect; order: of its block scales, by `ORDERS`."""
+    """What the user says of a file. source: a dialect; order: of block scales, a key of `ORDERS`.
+
+    With both, the order is that of the layers which the dialect can have written.
+    """
 
     source: str | None = None
     order: str | None = None
@@ -74,12 +78,14 @@ def find_foreign(
     }
     result = Foreign()
     lying = _lying(raw.values())
-    orders = {n: dialects.ORDERS[request.order] for n in raw if _is_asked(raw[n], request)}
+    order = dialects.ORDERS[request.order] if request.order else None
+    asked = {name for name, layer in raw.items() if _is_asked(layer, request)}
     found = []
-    for marked in (True, False):
-        rest = (x for x in raw.values() if bool(x.marker) == marked and x.name not in orders)
-        found += _find_orders(checkpoint, parts, rest, marked)
-    orders |= {name: one.order for one in found for name in one.layers}
+    for kind in itertools.product((True, False), repeat=2):
+        group = [x for n, x in raw.items() if (bool(x.marker), n in asked) == kind]
+        marked, is_asked = kind
+        found += _find_orders(checkpoint, parts, group, marked, order if is_asked else None)
+    orders = {name: one.order for one in found for name in one.layers}
     for layer in raw.values():
         order, of = orders.get(layer.name), lying.get(_likeness(layer))
         known = replace(layer, order=order, lying=of)
@@ -119,7 +125,7 @@ def _lying(layers: Iterable[RawLayer]) -> dict[tuple[str, torch.dtype], str]:
 
 def _is_asked(layer: RawLayer, request: Request) -> bool:
     """Return whether the order that the user names is that of this layer's block scales."""
-    if not request.order or not request.source:
+    if not request.order or not request.source or not layer.has_block_scales:
         return bool(request.order)
     # Other formats of the file may lie otherwise.
     ways = (replace(layer, order=order) for order in dialects.ORDERS.values())
@@ -131,8 +137,9 @@ def _find_orders(
     parts: Mapping[str, Mapping[str, str]],
     group: Iterable[RawLayer],
     marked: bool,
+    asked: str | None,
 ) -> list[dialects.Found]:
-    if marked and RECORD_KEY in checkpoint.metadata:
+    if marked and not asked and RECORD_KEY in checkpoint.metadata:
         # This pack wrote it, in an order that was known, or asked for.
         return []
     expected = SWIZZLED if marked else FLAT if names_modelopt(checkpoint) else None
@@ -141,7 +148,7 @@ def _find_orders(
         return checkpoint.read(parts[layer][part])
 
     try:
-        return dialects.find_orders(group, read, expected)
+        return dialects.find_orders(group, read, expected, asked)
     except dialects.OrderError as error:
         command = _convert_with(checkpoint.path, error.orders)
         raise AmbiguousError(f"{checkpoint.path}: {error}. Say it: {command}") from error

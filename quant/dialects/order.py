@@ -67,12 +67,14 @@ def find_orders(
     layers: Iterable[RawLayer],
     read: Callable[[str, str], torch.Tensor],
     expected: str | None = None,
+    asked: str | None = None,
 ) -> list[Found]:
     """Return the order of the block scales of `layers`, which are of one file, for each format.
 
     read: (layer, part) → tensor. expected: SWIZZLED where the layers are marked in the host's
-    words, FLAT where the metadata name ModelOpt. Sizes and padding of one layer decide; then the
-    pattern of rows and columns in the scales of most that show one; then what is expected.
+    words, FLAT where the metadata name ModelOpt. asked: what the user says, which stands whatever
+    they show. Else sizes and padding of one layer decide; then the pattern of rows and columns in
+    the scales of most that show one; then what is expected.
     Raises CheckpointError when the sizes contradict each other, OrderError when the rest does.
     """
     kinds: dict[tuple, list[RawLayer]] = {}
@@ -85,12 +87,13 @@ def find_orders(
     lone = len(cast) > 1 and sum(_speaks(vote, expected) is False for vote in cast) == 1
     found = []
     for kind, alike in kinds.items():
-        order = _proven(votes[kind]) or _elected(votes[kind], expected, lone)
+        order = asked or _proven(votes[kind]) or _elected(votes[kind], expected, lone)
         shown = {v.layer: v.order for v in votes[kind] if v.order}
         names = tuple(layer.name for layer in alike)
-        found.append(Found(names, order, _how(votes[kind], order), shown))
+        how = "as was said" if asked else _how(votes[kind], order)
+        found.append(Found(names, order, how, shown))
     orders = {one.order for one in found if one.votes}
-    if expected != SWIZZLED and len(orders) == 1:
+    if not asked and expected != SWIZZLED and len(orders) == 1:
         # What is not marked and shows nothing lies as the rest of its file.
         how = "as in the file's other layers"
         found = [f if f.votes else Found(f.layers, *orders, how) for f in found]

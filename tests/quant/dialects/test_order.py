@@ -136,7 +136,7 @@ def test_layers_that_show_nothing_speak_for_no_marking(opened, caplog, name):
 
 
 @pytest.mark.parametrize(("name", "other"), [BLOCKS, BLOCKS[::-1]])
-def test_layers_of_another_format_speak_for_no_marking(opened, name, other):
+def test_layers_of_another_format_speak_for_no_marking(opened, caplog, name, other):
     """And what is then asked for holds for the format that it names."""
     good, right = (foreign.packed(x, foreign.patterned()) for x in (name, other))
     layers = {str(i): marked(name, foreign.twice(good)) for i in range(3)}
@@ -145,9 +145,23 @@ def test_layers_of_another_format_speak_for_no_marking(opened, name, other):
         stored_layers(checkpoint)
     errors = [p for p in inspect_file(checkpoint.path).errors if p.code == "scale_order"]
     assert errors and not any("other" in layer for p in errors for layer in p.layers)
+    caplog.clear()
     found = stored_layers(checkpoint, Request(name, "twice"))
     same_bits(repacked(found["0"], checkpoint), good)
     same_bits(repacked(found["other0"], checkpoint), right)
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_order_that_is_asked_for_stands_and_is_doubted_where_layers_show_another(
+    opened, caplog, name
+):
+    good = foreign.packed(name, foreign.patterned())
+    checkpoint = opened({str(i): marked(name, good) for i in range(3)})
+    found = stored_layers(checkpoint, Request("modelopt", "flat"))
+    assert {layer.marked_by for layer in found.values()} == {"modelopt"}
+    words = r"scales of 0 and of 2 more layers look as if swizzled, .* read as not swizzled"
+    assert re.search(words, caplog.text)
 
 
 def test_one_layer_of_its_format_with_structure_contradicts_no_file(opened, caplog):
