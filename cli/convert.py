@@ -26,7 +26,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--scales",
         choices=("flat", "swizzled", "twice"),
-        help="in which order block scales lie in SRC, if the file does not show it",
+        help="in which order block scales lie in SRC, if the file does not show it; with "
+        "--from, of the layers that it names alone",
     )
     parser.add_argument(
         "--format",

@@ -22,7 +22,7 @@ from .checkpoint.stored import (
     parts_by_layer,
     read_marker,
 )
-from .dialects import RawLayer, find_order
+from .dialects import RawLayer, find_orders
 from .formats import Format
 from .inspect_problems import HOST, PACK, Finding
 from .record import RECORD_KEY
@@ -254,19 +254,20 @@ def _check_scale_order(checkpoint: Checkpoint, layers: list[Layer]) -> Iterator[
     ours = RECORD_KEY in checkpoint.metadata
     try:
         # Another number of scales is found by their shape.
-        found = find_order((one for one in raw if _is_as_large_as_swizzled(one)), read, SWIZZLED)
+        found = find_orders((one for one in raw if _is_as_large_as_swizzled(one)), read, SWIZZLED)
     except CheckpointError as error:
         yield Finding("scale_order_doubtful" if ours else "scale_order", "", str(error))
         return
-    bad = found.order not in (None, SWIZZLED) and not ours
-    for name, order in found.votes.items():
-        if order == SWIZZLED:
-            continue
-        if bad:
-            wanted = f"{by_name[name].format.name} wants it swizzled once"
-            yield Finding("scale_order", name, f"weight_scale is {order}, {wanted}")
-        else:
-            yield Finding("scale_order_doubtful", name, f"weight_scale looks as if {order}")
+    for one in found:
+        bad = one.order not in (None, SWIZZLED) and not ours
+        for name, order in one.votes.items():
+            if order == SWIZZLED:
+                continue
+            if bad:
+                wanted = f"{by_name[name].format.name} wants it swizzled once"
+                yield Finding("scale_order", name, f"weight_scale is {order}, {wanted}")
+            else:
+                yield Finding("scale_order_doubtful", name, f"weight_scale looks as if {order}")
 
 
 def _is_as_large_as_swizzled(layer: RawLayer) -> bool:

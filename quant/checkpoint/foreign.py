@@ -5,10 +5,12 @@ names it, and so is what none has.
 """
 
 import contextlib
+import itertools
 import logging
 import math
 import os
 import shlex
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -16,7 +18,7 @@ from typing import Any
 
 import torch
 
-from .. import dialects, formats
+from .. import dialects, families, formats
 from ..dialects import BOTH, RawLayer, Reading
 from ..record import RECORD_KEY
 from ..scale_order import EITHER, FLAT, SWIZZLED, TWICE
@@ -40,7 +42,10 @@ class AmbiguousError(CheckpointError):
 
 @dataclass(frozen=True)
 class Request:
-    """What the user says of a file. source: a dialect; order: of its block scales, by `ORDERS`."""
+    """What the user says of a file. source: a dialect; order: of block scales, a key of `ORDERS`.
+
+    With both, the order is that of the layers which the dialect can have written.
+    """
 
     source: str | None = None
     order: str | None = None
@@ -72,18 +77,27 @@ def find_foreign(
         if _is_candidate(checkpoint.get(named.get("weight")))
     }
     result = Foreign()
-    across = {layer.lies_across for layer in raw.values()} - {None, BOTH}
-    # Of a square weight only the others tell what scales in one line are of.
-    lying = across.pop() if len(across) == 1 else None
-    for marked in (True, False):
-        group = [layer for layer in raw.values() if bool(layer.marker) == marked]
-        order = _order(checkpoint, parts, group, request, result, marked)
-        for layer in group:
-            reading = _read(checkpoint, replace(layer, order=order, lying=lying), request)
-            if reading:
-                result.readings[layer.name] = reading
+    lying = _lying(raw.values())
+    order = dialects.ORDERS[request.order] if request.order else None
+    asked = {name for name, layer in raw.items() if _is_asked(layer, request)}
+    found = []
+    for kind in itertools.product((True, False), repeat=2):
+        group = [x for n, x in raw.items() if (bool(x.marker), n in asked) == kind]
+        marked, is_asked = kind
+        found += _find_orders(checkpoint, parts, group, marked, order if is_asked else None)
+    orders = {name: one.order for one in found for name in one.layers}
+    for layer in raw.values():
+        order, of = orders.get(layer.name), lying.get(_likeness(layer))
+        known = replace(layer, order=order, lying=of)
+        if reading := _read(checkpoint, known, request):
+            result.readings[layer.name] = reading
     if request.source and not result.readings:
         raise CheckpointError(f"{checkpoint.path}: no layer of it is as {request.source} writes it")
+    for one in found:
+        if one.order:
+            result.notes.append(f"block scales are {one.order}: {one.how}")
+        if one.against:
+            logger.warning("LowBit: %s", _doubt(checkpoint.path, one))
     return result
 
 
@@ -91,30 +105,55 @@ def _is_candidate(info: TensorInfo | None) -> bool:
     return info is not None and len(info.shape) == 2 and info.dtype in FP8 | INTEGERS
 
 
-def _order(checkpoint, parts, group, request: Request, result: Foreign, marked: bool) -> str | None:
-    if request.order:
-        return dialects.ORDERS[request.order]
-    if marked and RECORD_KEY in checkpoint.metadata:
+def _likeness(layer: RawLayer) -> tuple[str, torch.dtype]:
+    """Return what layers have in common that one program wrote in one way: model and payload."""
+    prefix = next(prefix for prefix in families.PREFIXES if layer.name.startswith(prefix))
+    return prefix, layer.parts["weight"].dtype
+
+
+def _lying(layers: Iterable[RawLayer]) -> dict[tuple[str, torch.dtype], str]:
+    """Return of what scales in one line are where others show it, which a square weight does not.
+
+    By `_likeness`; layers that contradict each other show nothing.
+    """
+    shown = defaultdict(set)
+    for layer in layers:
+        if layer.scales_are_of not in (None, BOTH):
+            shown[_likeness(layer)].add(layer.scales_are_of)
+    return {like: one for like, (one, *more) in shown.items() if not more}
+
+
+def _is_asked(layer: RawLayer, request: Request) -> bool:
+    """Return whether the order that the user names is that of this layer's block scales."""
+    if not request.order or not request.source or not layer.has_block_scales:
+        return bool(request.order)
+    # Other formats of the file may lie otherwise.
+    ways = (replace(layer, order=order) for order in dialects.ORDERS.values())
+    return any(dialects.readings(way, request.source) for way in ways)
+
+
+def _find_orders(
+    checkpoint: Checkpoint,
+    parts: Mapping[str, Mapping[str, str]],
+    group: Iterable[RawLayer],
+    marked: bool,
+    asked: str | None,
+) -> list[dialects.Found]:
+    if marked and not asked and RECORD_KEY in checkpoint.metadata:
         # This pack wrote it, in an order that was known, or asked for.
-        return None
+        return []
     expected = SWIZZLED if marked else FLAT if names_modelopt(checkpoint) else None
 
     def read(layer: str, part: str) -> torch.Tensor:
         return checkpoint.read(parts[layer][part])
 
     try:
-        found = dialects.find_order(group, read, expected)
+        return dialects.find_orders(group, read, expected, asked)
     except dialects.OrderError as error:
         command = _convert_with(checkpoint.path, error.orders)
         raise AmbiguousError(f"{checkpoint.path}: {error}. Say it: {command}") from error
     except CheckpointError as error:
         raise CheckpointError(f"{checkpoint.path}: {error}") from error
-    if found.order:
-        result.notes.append(f"block scales are {found.order}: {found.how}")
-    # A marking that is wrong is refused.
-    if found.against and (found.order in (None, SWIZZLED) or not marked):
-        logger.warning("LowBit: %s", _doubt(checkpoint.path, found))
-    return found.order
 
 
 def _doubt(path: str, found: dialects.Found) -> str:

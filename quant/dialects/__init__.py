@@ -9,7 +9,7 @@ import pkgutil
 from types import ModuleType
 
 from .base import BOTH, RawLayer, Reading
-from .order import ORDERS, Found, OrderError, find_order
+from .order import ORDERS, Found, OrderError, find_orders
 
 __all__ = [
     "BOTH",
@@ -18,7 +18,7 @@ __all__ = [
     "OrderError",
     "RawLayer",
     "Reading",
-    "find_order",
+    "find_orders",
     "names",
     "readings",
 ]

@@ -9,7 +9,7 @@ import torch
 from comfy_kitchen.float_utils import from_blocked, swap_nibbles, to_blocked
 
 from ..checkpoint.header import CheckpointError, TensorInfo
-from ..formats import Format
+from ..formats import Format, flat_marker
 from ..formats._blocks import COLUMNS, ROWS, round_up
 from ..scale_order import FLAT, SWIZZLED, TWICE
 
@@ -34,7 +34,7 @@ class RawLayer:
 
     parts: name within the layer, legacy names in the host's words → where it lies. marker: its
     `comfy_quant`, empty without one. order: of the block scales of the whole file, as `scale_order`
-    names it; None: not known. lying: of what scales [1, N] are in the whole file, ROWS_OF_WEIGHT or
+    names it; None: not known. lying: of what scales are in the layers like it, ROWS_OF_WEIGHT or
     COLUMNS_OF_WEIGHT; None: not known.
     """
 
@@ -59,31 +59,40 @@ class RawLayer:
         return n, stored * (2 if self.is_packed and self.has_block_scales else 1)
 
     @property
-    def lies_across(self) -> str | None:
-        """Of what its scales are if they are [1, N] or [1, K], and not of tiles.
+    def scales_are_of(self) -> str | None:
+        """Of what its scales are by their shape if each is of a row or column, and not of tiles.
 
-        BOTH where the weight is square; None where they are not so.
+        BOTH where they are in one line and the weight is square; None where they are not so.
         """
         scale = self.parts.get("weight_scale")
-        if scale is None or len(self.parts["weight"].shape) != 2 or self.has_block_scales:
+        if scale is None or self.has_block_scales:
             return None
         if str(self.marker.get("format")).endswith(BLOCKWISE):
             return None
         n, k = self.parts["weight"].shape
+        if n > 1 and scale.shape in ((n, 1), (n, 1, 1)):
+            return ROWS_OF_WEIGHT
         found = {
             of
             for of, count in ((ROWS_OF_WEIGHT, n), (COLUMNS_OF_WEIGHT, k))
-            if count > 1 and scale.shape in ((1, count), (1, count, 1))
+            if count > 1 and scale.shape in ((count,), (1, count), (1, count, 1))
         }
         return BOTH if len(found) > 1 else next(iter(found), None)
 
     @property
     def across(self) -> str | None:
-        """As `lies_across`, of a square weight by its marking, or what the file shows of others."""
-        own = self.lies_across
+        """As `scales_are_of` for scales [1, N] or [1, K] alone, None for others.
+
+        Of a square weight what its marking says, or what the layers like it show.
+        """
+        own = self.scales_are_of
+        if own is None or self.parts["weight_scale"].shape[0] != 1:
+            return None
         if own != BOTH:
             return own
         rowwise = str(self.marker.get("format")).endswith(ROWWISE)
+        # A rotated weight has one scale per row whatever else its marking says.
+        rowwise = rowwise or bool(flat_marker(self.marker).get("convrot"))
         return ROWS_OF_WEIGHT if rowwise else self.lying or BOTH
 
     @property

@@ -1,13 +1,13 @@
-"""In which order the block scales of a file lie: one order for the whole file.
+"""In which order the block scales of a file lie: one order for the layers of a format.
 
 Numbers of scales, and padding, prove it. A pattern of rows and columns only speaks for it: tiles, a
 diagonal or blocks of a weight, as they lie in the right order, are rows in another one. So layers
-vote, and what the file says of itself counts more than a few of them.
+vote, those that show one, and what the file says of itself stands unless most speak against it.
 """
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -33,12 +33,14 @@ class OrderError(CheckpointError):
 
 @dataclass(frozen=True)
 class Found:
-    """An order, None where the file does not show it, and how it is known.
+    """The order of the layers of one format, None where they do not show it, and how it is known.
 
-    order: `EITHER` where the file shows only that the scales are not as the host has them. votes:
-    layer → the order that its scales speak for, of those that were looked at and show one.
+    layers: which those are. order: `EITHER` where they show only that their scales are not as the
+    host has them. votes: layer → the order that its scales speak for, of those that were looked at
+    and show one.
     """
 
+    layers: tuple[str, ...]
     order: str | None
     how: str = ""
     votes: Mapping[str, str] = field(default_factory=dict)
@@ -61,20 +63,46 @@ class Vote:
     how: str
 
 
-def find_order(
+def find_orders(
     layers: Iterable[RawLayer],
     read: Callable[[str, str], torch.Tensor],
     expected: str | None = None,
-) -> Found:
-    """Return the order of the block scales of `layers`, which are of one file.
+    asked: str | None = None,
+) -> list[Found]:
+    """Return the order of the block scales of `layers`, which are of one file, for each format.
 
     read: (layer, part) → tensor. expected: SWIZZLED where the layers are marked in the host's
-    words, FLAT where the metadata name ModelOpt. Sizes and padding of one layer decide; then the
-    pattern of rows and columns in the scales of most that are looked at; then what is expected.
+    words, FLAT where the metadata name ModelOpt. asked: what the user says, which stands whatever
+    they show. Else sizes and padding of one layer decide; then the pattern of rows and columns in
+    the scales of most that show one; then what is expected.
     Raises CheckpointError when the sizes contradict each other, OrderError when the rest does.
     """
-    scaled = [layer for layer in layers if layer.orders()]
-    by_size = {o: layer for layer in scaled if len(o := frozenset(layer.orders())) == 1}
+    kinds: dict[tuple, list[RawLayer]] = {}
+    for layer in layers:
+        if layer.orders():
+            kinds.setdefault((layer.marker.get("format"), layer.is_packed), []).append(layer)
+    votes = {kind: _votes(alike, read) for kind, alike in kinds.items()}
+    cast = [vote for one in votes.values() for vote in one]
+    # One layer alone among others is more likely a weight with structure.
+    lone = len(cast) > 1 and sum(_speaks(vote, expected) is False for vote in cast) == 1
+    found = []
+    for kind, alike in kinds.items():
+        order = asked or _proven(votes[kind]) or _elected(votes[kind], expected, lone)
+        shown = {v.layer: v.order for v in votes[kind] if v.order}
+        names = tuple(layer.name for layer in alike)
+        how = "as was said" if asked else _how(votes[kind], order)
+        found.append(Found(names, order, how, shown))
+    orders = {one.order for one in found if one.votes}
+    if not asked and expected != SWIZZLED and len(orders) == 1:
+        # What is not marked and shows nothing lies as the rest of its file.
+        how = "as in the file's other layers"
+        found = [f if f.votes else Found(f.layers, *orders, how) for f in found]
+    return found
+
+
+def _votes(alike: list[RawLayer], read: Callable[[str, str], torch.Tensor]) -> list[Vote]:
+    """Return what those layers of one format say that are looked at."""
+    by_size = {o: layer for layer in alike if len(o := frozenset(layer.orders())) == 1}
     if len(by_size) > 1:
         a, b = (layer.name for layer in list(by_size.values())[:2])
         raise CheckpointError(
@@ -83,22 +111,12 @@ def find_order(
         )
     for orders, layer in by_size.items():
         if orders == {FLAT}:
-            return Found(FLAT, f"{layer.name} has as many as without padding")
-    seen = {layer.name: layer for layer in [*by_size.values(), *_samples(scaled)]}
-    votes = [_vote(layer, read) for layer in seen.values()]
-    order = _proven(votes) or _elected(votes, expected)
-    return Found(order, _how(votes, order), {v.layer: v.order for v in votes if v.order})
-
-
-def _samples(layers: Iterable[RawLayer]) -> Iterator[RawLayer]:
-    kinds: dict[tuple, list[RawLayer]] = {}
-    for layer in layers:
-        kinds.setdefault((layer.marker.get("format"), layer.is_packed), []).append(layer)
-    for alike in kinds.values():
-        step = max(len(alike) // SAMPLES, 1)
-        # Each from another place of its stretch, so that they are not all one layer of a block.
-        places = {i * len(alike) // SAMPLES + i % step for i in range(SAMPLES)}
-        yield from (alike[place] for place in sorted(places))
+            return [Vote(layer.name, FLAT, True, f"{layer.name} has as many as without padding")]
+    step = max(len(alike) // SAMPLES, 1)
+    # Each from another place of its stretch, so that they are not all one layer of a block.
+    places = {i * len(alike) // SAMPLES + i % step for i in range(SAMPLES)}
+    seen = [*by_size.values(), *(alike[place] for place in sorted(places))]
+    return [_vote(layer, read) for layer in {layer.name: layer for layer in seen}.values()]
 
 
 def _vote(layer: RawLayer, read: Callable[[str, str], torch.Tensor]) -> Vote:
@@ -122,20 +140,27 @@ def _proven(votes: list[Vote]) -> str | None:
     return next(iter(proven), None)
 
 
-def _elected(votes: list[Vote], expected: str | None) -> str | None:
-    """Return the order that most layers speak for, or what is expected unless most contradict it.
+def _speaks(vote: Vote, expected: str | None) -> bool | None:
+    """Return whether a layer speaks for what is expected or against it; None: neither."""
+    if vote.order is None or expected is None:
+        return None
+    return vote.order == expected or (vote.order == EITHER and expected == FLAT)
 
-    None where none shows any, unless the metadata name one. Raises OrderError where nothing is
-    expected, or not by most, and neither side is clearly larger.
+
+def _elected(votes: list[Vote], expected: str | None, lone: bool) -> str | None:
+    """Return what is expected unless more speak against it than for it, else what most speak for.
+
+    lone: whether one layer of the file alone speaks against it, which does not count. None where
+    none shows any order, unless the metadata name one. Raises OrderError where nothing is expected,
+    or not by most, and neither side is clearly larger.
     """
     count = Counter(v.order for v in votes if v.order)
-    right, wrong = count[SWIZZLED], count.total() - count[SWIZZLED]
-    if expected == SWIZZLED and 2 * wrong <= len(votes):
-        return SWIZZLED if right else None
-    if expected == FLAT and 2 * (right + count[TWICE]) <= len(votes):
-        return FLAT if votes else None
+    sides = Counter(_speaks(v, expected) for v in votes)
+    if expected and (lone or sides[False] <= sides[True]):
+        return expected if sides[True] or expected == FLAT else None
     if not count:
         return None
+    right, wrong = count[SWIZZLED], count.total() - count[SWIZZLED]
     definite = sorted(count.keys() - {EITHER, SWIZZLED})
     if right and definite and max(right, wrong) < CLEARER * min(right, wrong):
         raise _contradiction({v.order: v for v in votes if v.order}.values())

@@ -265,6 +265,46 @@ def test_scales_in_one_line_beside_a_square_weight_are_told_by_other_layers(open
             found["blocks.0.self_attn.q"].check(checkpoint)
 
 
+@pytest.mark.parametrize("shape", [(128,), (128, 1), (1, 128)])
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+def test_scales_of_rows_in_any_shape_tell_of_those_in_one_line(opened, dtype, shape):
+    square = foreign.patterned(64, 64)
+    telling = in_a_line(foreign.patterned(128, 64), "rows", dtype)
+    telling["weight_scale"] = telling["weight_scale"].reshape(shape)
+    checkpoint = opened({"a": in_a_line(square, "rows", dtype), "b": telling})
+    found = stored_layers(checkpoint)["a"]
+    error = compare.relative_error(found.dequantize(checkpoint), square)
+    assert error < 2 * formats.get("fp8_e4m3_rowwise").max_error
+
+
+@pytest.mark.parametrize("beside", ["text_encoders.llm.ffn", "model.diffusion_model.ffn"])
+def test_scales_of_another_model_or_payload_tell_nothing(opened, beside):
+    """Only layers that are alike were written in one way."""
+    of_model = beside.startswith("model.")
+    other = torch.int8 if of_model else torch.float8_e4m3fn
+    attention = in_a_line(foreign.patterned(64, 64), "rows", torch.float8_e4m3fn)
+    layers = {
+        "model.diffusion_model.attn": attention,
+        beside: in_a_line(foreign.patterned(128, 64), "columns", other),
+    }
+    with pytest.raises(AmbiguousError, match=r"attn: .* of a row or of a column"):
+        stored_layers(opened(layers))
+    row = in_a_line(foreign.patterned(128, 64), "rows", torch.float8_e4m3fn)
+    found = stored_layers(opened(layers | {"model.diffusion_model.out": row}))
+    assert found["model.diffusion_model.attn"].format.name == "fp8_e4m3_rowwise"
+
+
+def test_rotated_square_weight_has_scales_of_rows(opened):
+    """By what its format is, in whatever shape they lie."""
+    parts = foreign.packed("int8_convrot", foreign.patterned(256, 256))
+    marker = {"comfy_quant": marker_tensor(formats.get("int8_convrot").marker)}
+    line = {**parts, "weight_scale": parts["weight_scale"].reshape(1, -1)}
+    checkpoint = opened({"m": line | marker})
+    (found,) = stored_layers(checkpoint).values()
+    assert found.format.name == "int8_convrot"
+    same_bits(repacked(found, checkpoint), parts)
+
+
 @pytest.mark.parametrize("shape", [(64,), (64, 1), (1, 64)])
 @pytest.mark.parametrize("marking", [None, "float8_e5m2", "float8_e5m2_rowwise"])
 def test_e5m2_scale_per_row_is_read_by_its_values(opened, tmp_path, shape, marking):

@@ -121,6 +121,89 @@ def test_most_layers_decide_on_the_order_of_a_marked_file(opened, caplog, name):
 
 
 @pytest.mark.parametrize("name", BLOCKS)
+def test_layers_that_show_nothing_speak_for_no_marking(opened, caplog, name):
+    """Two that speak against it are refused, however many are silent; one of them is not."""
+    silent = marked(name, foreign.packed(name, foreign.even()))
+    bad = marked(name, foreign.twice(foreign.packed(name, foreign.patterned())))
+    layers = {str(i): silent for i in range(6)}
+    checkpoint = opened(layers | {"a": bad})
+    assert all(found.reading is None for found in stored_layers(checkpoint).values())
+    assert "scales of a look as if" in caplog.text
+    checkpoint = opened(layers | {"a": bad, "b": bad})
+    with pytest.raises(AmbiguousError, match=f"--from {name} --scales twice.*--scales swizzled"):
+        stored_layers(checkpoint)
+    assert any(p.code == "scale_order" for p in inspect_file(checkpoint.path).errors)
+
+
+@pytest.mark.parametrize(("name", "other"), [BLOCKS, BLOCKS[::-1]])
+def test_layers_of_another_format_speak_for_no_marking(opened, caplog, name, other):
+    """And what is then asked for holds for the format that it names."""
+    good, right = (foreign.packed(x, foreign.patterned()) for x in (name, other))
+    layers = {str(i): marked(name, foreign.twice(good)) for i in range(3)}
+    checkpoint = opened(layers | {f"other{i}": marked(other, right) for i in range(8)})
+    with pytest.raises(AmbiguousError, match=f"--from {name} --scales twice"):
+        stored_layers(checkpoint)
+    errors = [p for p in inspect_file(checkpoint.path).errors if p.code == "scale_order"]
+    assert errors and not any("other" in layer for p in errors for layer in p.layers)
+    caplog.clear()
+    found = stored_layers(checkpoint, Request(name, "twice"))
+    same_bits(repacked(found["0"], checkpoint), good)
+    same_bits(repacked(found["other0"], checkpoint), right)
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_order_that_is_asked_for_stands_and_is_doubted_where_layers_show_another(
+    opened, caplog, name
+):
+    good = foreign.packed(name, foreign.patterned())
+    checkpoint = opened({str(i): marked(name, good) for i in range(3)})
+    found = stored_layers(checkpoint, Request("modelopt", "flat"))
+    assert {layer.marked_by for layer in found.values()} == {"modelopt"}
+    words = r"scales of 0 and of 2 more layers look as if swizzled, .* read as not swizzled"
+    assert re.search(words, caplog.text)
+
+
+def test_one_layer_of_its_format_with_structure_contradicts_no_file(opened, caplog):
+    odd = marked("nvfp4", foreign.packed("nvfp4", foreign.with_structure("tiles")))
+    right = marked("mxfp8", foreign.packed("mxfp8", foreign.patterned()))
+    found = stored_layers(opened({"odd": odd, "a": right, "b": right}))
+    assert all(layer.reading is None for layer in found.values())
+    assert "scales of odd look as if" in caplog.text
+
+
+def test_metadata_of_modelopt_stand_until_two_layers_speak_against_them(opened, caplog):
+    silent = foreign.packed("nvfp4", foreign.even())
+    swizzled = foreign.packed("nvfp4", foreign.patterned())
+    layers = {str(i): silent for i in range(3)} | {"a": swizzled}
+    (dialect,) = {x.marked_by for x in stored_layers(opened(layers, OF_MODELOPT)).values()}
+    assert dialect == "modelopt" and "scales of a look as if swizzled" in caplog.text
+    caplog.clear()
+    checkpoint = opened(layers | {"b": swizzled}, OF_MODELOPT)
+    found = stored_layers(checkpoint)
+    assert {layer.marked_by for layer in found.values()} == {"nvfp4"} and not caplog.records
+    same_bits(repacked(found["a"], checkpoint), swizzled)
+
+
+def test_unmarked_format_that_shows_nothing_lies_as_the_rest_of_its_file(opened):
+    layers = {
+        "a": foreign.modelopt(foreign.patterned(), "nvfp4"),
+        "b": foreign.modelopt(foreign.even(), "mxfp8"),
+    }
+    found = stored_layers(opened(layers))
+    assert {layer.marked_by for layer in found.values()} == {"modelopt"}
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_file_that_is_refused_is_not_said_to_be_read(opened, caplog, name):
+    weight, bad = of_either_order(name)
+    layers = {str(i): bad for i in range(3)} | {"right": foreign.packed(name, weight)}
+    with pytest.raises(AmbiguousError, match="not swizzled, or swizzled twice"):
+        stored_layers(opened(layers))
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("name", BLOCKS)
 def test_unmarked_layers_of_two_orders_are_refused_with_both_commands(opened, name):
     weight = foreign.patterned()
     layers = {"a": foreign.packed(name, weight), "b": foreign.modelopt(weight, name)}
@@ -172,7 +255,7 @@ def test_layers_that_are_looked_at_are_of_every_kind(opened):
         seen.append(int(layer))
         return checkpoint.read(f"{layer}.{part}")
 
-    dialects.find_order((dialects.RawLayer(f"{i:03}", infos) for i in range(160)), read)
+    dialects.find_orders((dialects.RawLayer(f"{i:03}", infos) for i in range(160)), read)
     assert len(seen) == 8 and len({i % 10 for i in seen}) == 8
 
 
