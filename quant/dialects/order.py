@@ -93,8 +93,9 @@ def find_orders(
         how = "as was said" if asked else _how(votes[kind], order)
         found.append(Found(names, order, how, shown))
     orders = {one.order for one in found if one.votes}
-    if not asked and expected != SWIZZLED and len(orders) == 1:
-        # What is not marked and shows nothing lies as the rest of its file.
+    agrees = expected != SWIZZLED or orders == {SWIZZLED}
+    if not asked and agrees and len(orders) == 1:
+        # What shows nothing lies as the rest of its file, unless its marking says otherwise.
         how = "as in the file's other layers"
         found = [f if f.votes else Found(f.layers, *orders, how) for f in found]
     return found
