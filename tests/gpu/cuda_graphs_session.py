@@ -94,8 +94,11 @@ def case(make, plain, sample, backend: str) -> dict:
     }
 
 
-def cases(path: Path, file: Path, sample, backend: str) -> dict:
-    """Return `case` of PLAIN and all CASES, with the checkpoint `path` and the LoRA `file`."""
+def cases(path: Path, stock_path: Path, file: Path, sample, backend: str) -> dict:
+    """Return `case` of PLAIN and all CASES.
+
+    path, stock_path: of the checkpoint in BF16 and of the host's own model; file: of the LoRA.
+    """
     import comfy.sd
     import torch
     import torch._dynamo as dynamo
@@ -114,7 +117,7 @@ def cases(path: Path, file: Path, sample, backend: str) -> dict:
 
     rows = {}
     with torch.inference_mode():
-        stock = comfy.sd.load_diffusion_model(str(path))
+        stock = comfy.sd.load_diffusion_model(str(stock_path))
         sample(stock)
         rows[PLAIN] = case(lambda: stock, stock, sample, backend)
         for title, (name, *rest) in CASES.items():
@@ -132,11 +135,17 @@ def session(mode: str, base: str, backend: str = "cudagraphs") -> dict:
     import host_session
 
     host_session.start(mode, base)
+    import torch
+
     checkpoints = host_session.load("checkpoints", HERE.parent / "checkpoints.py")
-    path = checkpoints.write_wan(Path(base) / "wan.safetensors", dim=DIM, ffn=4096, layers=LAYERS)
+    sizes = {"dim": DIM, "ffn": 4096, "layers": LAYERS}
+    path = checkpoints.write_wan(Path(base) / "wan.safetensors", **sizes)
+    # In the dtype that the host computes in: ComfyUI 0.33's dynamic VRAM fails to compile its own
+    # BF16 weights ("mat1 and mat2 must have the same dtype, but got Half and BFloat16").
+    stock = checkpoints.write_wan(Path(base) / "stock.safetensors", **sizes, dtype=torch.float16)
     matrices = checkpoints.write_lora(Path(base) / "matrices.safetensors", path)
     file = write_lora(Path(base) / "lora.safetensors", matrices)
-    return cases(path, file, host_session.sample, backend)
+    return cases(path, stock, file, host_session.sample, backend)
 
 
 if __name__ == "__main__":
