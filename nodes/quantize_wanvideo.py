@@ -1,7 +1,15 @@
 """The node that quantizes a model of WanVideoWrapper."""
 
 from . import wanvideo_weights
-from .inputs import CATEGORY, format_input, keep_input, keep_patterns, recipe_input
+from .inputs import (
+    AUTO,
+    CATEGORY,
+    arithmetic_input,
+    format_input,
+    keep_input,
+    keep_patterns,
+    recipe_input,
+)
 
 
 class LowBitQuantizeWanVideo:
@@ -28,11 +36,13 @@ class LowBitQuantizeWanVideo:
                 "format": format_input("int8_convrot"),
                 "recipe": recipe_input(),
                 "keep": keep_input(),
-            }
+            },
+            "optional": {"arithmetic": arithmetic_input()},
         }
 
-    def quantize(self, model, format, recipe, keep):
-        return (wanvideo_weights.quantize(model, format, recipe, keep_patterns(keep)),)
+    def quantize(self, model, format, recipe, keep, arithmetic=AUTO):
+        keep = keep_patterns(keep)
+        return (wanvideo_weights.quantize(model, format, recipe, keep, arithmetic),)
 
 
 NODE = LowBitQuantizeWanVideo

@@ -11,10 +11,13 @@ from collections.abc import Iterator, Mapping
 import torch
 from comfy_kitchen.tensor import QuantizedTensor
 
-from ..quant import families, formats, fusion, recipe
+from ..ops.linear.arithmetic import AUTO, with_arithmetic
+from ..ops.linear.four_bit import GROUPS
+from ..quant import arithmetic, families, formats, fusion, recipe
 from ..quant.checkpoint.stored import FP8_DTYPES, StoredLayer, logical_shapes, stored_layers
 from ..quant.memory import quantize_within_memory
 from . import host, wanvideo_model
+from .host.linear import log_arithmetic, naming
 from .host.memory import make_room
 from .inputs import AS_STORED
 from .wanvideo_linear import SideBranches, stand_in
@@ -46,13 +49,15 @@ class Tensors(dict):
         return self[name]
 
 
-def quantize(patcher, format_name: str, recipe_name: str = recipe.AUTO, keep=()):
+def quantize(patcher, format_name: str, recipe_name: str = recipe.AUTO, keep=(), wish: str = AUTO):
     """Return a clone of a WANVIDEOMODEL with quantized layers; `patcher` stays as it is.
 
-    Raises ValueError for unknown names, where nothing would be quantized, for GGUF models, and what
-    `wanvideo_model.check` raises.
+    wish: in which arithmetic 4 bits are multiplied. Raises ValueError for unknown names, where
+    nothing would be quantized, for GGUF models, and what `wanvideo_model.check` raises;
+    NoBackendError when the wish cannot run on the model's device.
     """
     wanvideo_model.check(patcher)
+    arithmetic.check(format_name, wish, patcher.load_device)
     if patcher.model.pipeline.get("gguf_reader") is not None:
         raise ValueError(
             "WanVideo: the weights of a GGUF file are quantized already. "
@@ -70,6 +75,8 @@ def quantize(patcher, format_name: str, recipe_name: str = recipe.AUTO, keep=())
     ours = {}
     for name, module in layers.items():
         weight = _weight(tensors, stored.get(name), name, chosen[name], patcher, tick)
+        with naming(name):
+            weight = _to_be_multiplied(weight, wish, patcher.load_device)
         bias = tensors.get(f"{name}.bias")
         bias = None if bias is None else bias.to(home, dtype)
         new = stand_in(custom_linear, weight, bias, dtype)
@@ -84,6 +91,9 @@ def quantize(patcher, format_name: str, recipe_name: str = recipe.AUTO, keep=())
     _tell_sampler(clone.model, transformer)
     counts = Counter(formats.of(module.weight).name for module in ours.values())
     logger.info("LowBit quantized WanVideo: %s of %d layers", dict(counts), len(layers))
+    multiplied = {name: module for name, module in ours.items() if not module.full_precision}
+    if multiplied or wish != AUTO:
+        log_arithmetic(patcher, multiplied, wish)
     return clone
 
 
@@ -167,6 +177,17 @@ def _weight(tensors, stored: StoredLayer | None, name, choice, patcher, tick) ->
     except formats.NotFiniteError as problem:
         raise formats.NotFiniteError(f"layer {name}: {problem}") from problem
     return new.to(device=home).to(dtype=dtype)
+
+
+def _to_be_multiplied(weight: torch.Tensor, wish: str, device: torch.device) -> torch.Tensor:
+    """Return a weight with the wish for its arithmetic, if it has 4 bits.
+
+    wish: AUTO leaves the one that an earlier node gave it. device: where the layer will run.
+    """
+    is_quantized = isinstance(weight, QuantizedTensor)
+    if wish == AUTO or not is_quantized or weight.layout_cls.scheme not in GROUPS:
+        return weight
+    return with_arithmetic(weight, wish, device)
 
 
 def _fill(transformer, tensors: Tensors, dtype: torch.dtype, home: torch.device) -> None:

@@ -110,9 +110,9 @@ def select(graph, lora, merge, strength=1.0):
     return graph.add("WanVideoLoraSelect", lora=lora, strength=strength, **options)
 
 
-def quantize(graph, model, format_name, recipe="auto", keep=""):
-    options = {"format": format_name, "recipe": recipe, "keep": keep}
-    return graph.add("LowBitQuantizeWanVideo", model=model, **options)
+def quantize(graph, model, format_name, recipe="auto", keep="", **options):
+    inputs = {"format": format_name, "recipe": recipe, "keep": keep, **options}
+    return graph.add("LowBitQuantizeWanVideo", model=model, **inputs)
 
 
 def attention(graph, model, mode, **options):
@@ -331,10 +331,18 @@ def test_order_of_the_nodes_does_not_matter(sample):
             lambda g: quantize(g, load(g, quantization="fp8_e4m3fn_fast"), "int8"),
             "Choose one without _fast",
         ),
+        (
+            lambda g: quantize(g, load(g), "nvfp4", arithmetic="w4a8"),
+            "w4a8: needs a device of",
+        ),
+        (
+            lambda g: quantize(g, load(g), "int8", arithmetic="w4a8"),
+            "w4a8 is for nvfp4, mxfp4, not for int8",
+        ),
         (lambda g: attention(g, load(g), "sageattn"), "sageattn: needs a device of"),
         (lambda g: attention(g, load(g), "auto", blocks="first"), "neither a block nor a range"),
     ],
-    ids=["as_stored", "keep", "fast", "sage", "blocks"],
+    ids=["as_stored", "keep", "fast", "w4a8", "w4a8_of_int8", "sage", "blocks"],
 )
 def test_what_cannot_run_is_refused_with_the_reason(comfy, build, message):
     graph = graphs.Graph()

@@ -2,6 +2,7 @@
 
 from lowbit.nodes.load_diffusion_model import LowBitLoadDiffusionModel
 from lowbit.nodes.quantize_model import LowBitQuantizeModel
+from lowbit.nodes.quantize_wanvideo import LowBitQuantizeWanVideo
 from lowbit.quant import formats
 
 
@@ -15,7 +16,7 @@ def test_loader_offers_it_first_and_the_quantizer_does_not():
 
 
 def test_arithmetic_may_be_missing_in_older_workflows():
-    for node in (LowBitLoadDiffusionModel, LowBitQuantizeModel):
+    for node in (LowBitLoadDiffusionModel, LowBitQuantizeModel, LowBitQuantizeWanVideo):
         options, settings = node.INPUT_TYPES()["optional"]["arithmetic"]
         assert options == [
             *("auto", "w4a16", "w4a8", "native"),

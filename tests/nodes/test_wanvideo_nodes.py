@@ -15,6 +15,8 @@ from lowbit.nodes.wanvideo_attention import LowBitWanVideoAttention
 from lowbit.ops.attention import router
 from lowbit.ops.attention.guard import GUARDS
 from lowbit.ops.linear import sharing
+from lowbit.ops.linear.arithmetic import ARITHMETICS, arithmetic_of
+from lowbit.ops.registry import NoBackendError
 from lowbit.quant import formats, recipe
 from lowbit.quant.checkpoint.stored import marker_tensor
 from tests.nodes import wanvideo_pack as pack
@@ -67,9 +69,13 @@ def test_rotation_reaches_the_router(inputs, monkeypatch):
 
 
 def test_inputs_are_those_that_workflows_hold():
-    quantize = LowBitQuantizeWanVideo.INPUT_TYPES()["required"]
+    given = LowBitQuantizeWanVideo.INPUT_TYPES()
+    # Older workflows lack it.
+    assert {n: kind for n, (kind, _) in given["optional"].items()} == {
+        "arithmetic": list(ARITHMETICS)
+    }
     choices = ["as_stored", *formats.names()]
-    assert [(n, kind) for n, (kind, _) in quantize.items()] == [
+    assert [(n, kind) for n, (kind, _) in given["required"].items()] == [
         ("model", "WANVIDEOMODEL"),
         ("format", choices),
         ("recipe", list(recipe.names())),
@@ -170,6 +176,86 @@ def test_quantized_twice_is_the_later(inputs):
     assert formats.of(weight).name == "fp8_e4m3"
     error = formats.get("int8").max_error + formats.get("fp8_e4m3").max_error
     assert difference(run(made, inputs), run(patcher, inputs)) < error
+
+
+@pytest.fixture
+def anywhere(monkeypatch):
+    """Every arithmetic can run, as on a GPU."""
+    for where, name in (
+        (wanvideo_weights.arithmetic, "check"),
+        (wanvideo_weights, "log_arithmetic"),
+    ):
+        monkeypatch.setattr(where, name, lambda *arguments: None)
+
+
+def weights(patcher) -> dict[str, QuantizedTensor]:
+    """Return the quantized weights of a model, by the layer's name."""
+    modules = patcher.model.diffusion_model.named_modules()
+    found = {name: getattr(module, "weight", None) for name, module in modules}
+    return {name: w for name, w in found.items() if isinstance(w, QuantizedTensor)}
+
+
+def wishes(patcher) -> set[str]:
+    return {arithmetic_of(weight) for weight in weights(patcher).values()}
+
+
+def test_wish_reaches_every_layer_of_4_bits_and_changes_no_bits(anywhere):
+    node, values = LowBitQuantizeWanVideo(), (pack.make(), "nvfp4", "none", "")
+    (plain,), (made,) = node.quantize(*values), node.quantize(*values, arithmetic="w4a16")
+    assert (wishes(plain), wishes(made)) == ({"auto"}, {"w4a16"})
+    for name, weight in weights(plain).items():
+        assert torch.equal(weight.dequantize(), weights(made)[name].dequantize()), name
+    made.model.diffusion_model.to("meta")
+    assert wishes(made) == {"w4a16"}
+
+
+def test_least_error_is_answered_for_each_layer(anywhere):
+    made = wanvideo_weights.quantize(pack.make(), "mxfp4", "none", wish="w4a8_exact")
+    assert wishes(made) <= {"w4a8_fp8", "w4a8_int8"}
+
+
+def test_later_node_keeps_the_wish_or_says_another(anywhere):
+    made = wanvideo_weights.quantize(pack.make(), "nvfp4", "none", wish="w4a16")
+    assert wishes(wanvideo_weights.quantize(made, "nvfp4", "none")) == {"w4a16"}
+    assert wishes(wanvideo_weights.quantize(made, "nvfp4", "none", wish="w4a8")) == {"w4a8"}
+    assert wishes(made) == {"w4a16"}
+
+
+@pytest.mark.parametrize(
+    ("name", "wish", "error", "message"),
+    [
+        ("nvfp4", "w4a8", NoBackendError, "w4a8: needs a device of"),
+        ("mxfp4", "native", NoBackendError, "w4a4: needs a device of"),
+        ("int8", "w4a8", ValueError, "w4a8 is for nvfp4, mxfp4, not for int8"),
+        ("nvfp4", "fast", ValueError, "arithmetic is 'fast'"),
+    ],
+)
+def test_arithmetic_that_cannot_be_is_refused_as_by_quantize_model(name, wish, error, message):
+    with pytest.raises(error, match=message):
+        wanvideo_weights.quantize(pack.make(), name, wish=wish)
+
+
+@pytest.mark.parametrize(
+    ("stored", "error", "message"),
+    [
+        ("int8", ValueError, "arithmetic w4a8: the model has no layers of nvfp4, mxfp4"),
+        ("nvfp4", NoBackendError, "w4a8: needs a device of"),
+    ],
+)
+def test_arithmetic_that_stored_layers_cannot_have_is_refused(stored, error, message):
+    patcher, fmt = pack.make(), formats.get(stored)
+    state = patcher.model["sd"]
+    parts = fmt.pack(fmt.quantize(state.pop(f"{Q}.weight")))
+    parts["comfy_quant"] = marker_tensor(fmt.marker)
+    state |= {f"{Q}.{part}": tensor for part, tensor in parts.items()}
+    with pytest.raises(error, match=message):
+        wanvideo_weights.quantize(patcher, "as_stored", wish="w4a8")
+
+
+def test_log_says_which_arithmetic_runs(caplog):
+    caplog.set_level("INFO")
+    wanvideo_weights.quantize(pack.make(), "mxfp4")
+    assert "of mxfp4 weights, emulated: dequantized" in caplog.text
 
 
 def test_only_what_moves_with_its_block_is_quantized():
