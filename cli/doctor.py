@@ -40,17 +40,19 @@ def _print(found) -> None:
     )
     print(f"formats on {found.device}:")
     output.table((f.format, f.backend, f.runs) for f in found.formats)
+    print("4-bit weights, by the arithmetic that a model is loaded or quantized with:")
+    output.table(_grouped(found.formats, "arithmetics"))
     print("backends that do not fit:")
-    reasons: dict[tuple[str, str], list[str]] = {}
-    for support in found.formats:
-        for backend, reason in support.unfit.items():
-            reasons.setdefault((backend, reason), []).append(support.format)
-    if not reasons:
-        print("  none")
-        return
-    output.table(
-        (backend, ", ".join(names), reason) for (backend, reason), names in reasons.items()
-    )
+    output.table(_grouped(found.formats, "unfit") or [("none",)])
+
+
+def _grouped(formats, field: str) -> list[tuple[str, str, str]]:
+    """Return rows (name, formats, text) of a field name → text; formats told the same share one."""
+    rows: dict[tuple[str, str], list[str]] = {}
+    for support in formats:
+        for told in getattr(support, field).items():
+            rows.setdefault(told, []).append(support.format)
+    return [(name, ", ".join(names), text) for (name, text), names in rows.items()]
 
 
 def _build(cuda: str | None) -> str:

@@ -14,8 +14,8 @@ from comfy_kitchen.tensor import QuantizedTensor
 
 from ..ops import registry
 from ..ops.linear import OP
-from ..ops.linear.arithmetic import AUTO, backend_named, backend_of, check_name
-from ..ops.linear.four_bit import GROUPS
+from ..ops.linear.arithmetic import AUTO, EXACT, backend_named, backend_of, check_name
+from ..ops.linear.four_bit import GROUPS, has_fp8
 from . import formats
 
 REFERENCE = "reference"
@@ -49,6 +49,8 @@ BY_SCHEME = {
 }
 # Which `auto` takes beside W4A8.
 FEW_TOKENS = ", few tokens W4A16"
+# What the wish for the least error may give.
+LEAST_ERROR = "W4A8 on FP8 or INT8 tensor cores, whichever errs less for the layer"
 DEQUANTIZED = "dequantized, multiplied in the input's dtype"
 
 
@@ -75,6 +77,13 @@ def of(backend: str, call: registry.Call, wished: bool = False) -> Arithmetic:
     if call.scheme == INT4_SCHEME and capability[0] not in INT4_MAJORS:
         return Arithmetic("W4A4 on INT8 tensor cores, in 4-bit numbers", False)
     return Arithmetic(BY_SCHEME[call.scheme], False)
+
+
+def of_wish(wish: str, call: registry.Call) -> Arithmetic:
+    """Return how `call`, of 4-bit weights, is computed in one of ARITHMETICS that can run."""
+    if wish == EXACT and has_fp8(call.device):
+        return Arithmetic(LEAST_ERROR, False)
+    return of(backend_named(wish, call.scheme), call, True)
 
 
 def check(format_name: str, wish: str, device: torch.device) -> None:

@@ -15,6 +15,8 @@ import torch
 from ..ops import cache_folder, registry, tuning, tuning_file
 from ..ops.fp4_mm import OP as FOUR_BIT
 from ..ops.linear import OP
+from ..ops.linear.arithmetic import ARITHMETICS, AUTO, backend_named
+from ..ops.linear.four_bit import GROUPS
 from ..ops.scaled_mm import OP as PRODUCT
 from . import arithmetic, formats
 
@@ -56,13 +58,18 @@ class Host:
 
 @dataclass(frozen=True)
 class FormatSupport:
-    """How a format runs here, in words. unfit: backend → why it does not fit."""
+    """How a format runs here, in words. unfit: backend → why it does not fit.
+
+    arithmetics: one that may be asked for → how the format then runs, or why it cannot; empty where
+    there is no choice.
+    """
 
     format: str
     backend: str
     runs: str
     emulated: bool
     unfit: dict[str, str]
+    arithmetics: dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -177,4 +184,14 @@ def _support(fmt: formats.Format, device: torch.device) -> FormatSupport:
                 unfit[backend.name] = reason
     chosen = registry.select(OP, call).name
     runs, emulated = arithmetic.of(chosen, call)
-    return FormatSupport(fmt.name, chosen, runs, emulated, unfit)
+    return FormatSupport(fmt.name, chosen, runs, emulated, unfit, _arithmetics(call, unfit))
+
+
+def _arithmetics(call: registry.Call, unfit: dict[str, str]) -> dict[str, str]:
+    told = {}
+    for wish in ARITHMETICS if call.scheme in GROUPS else ():
+        if wish != AUTO:
+            reason = unfit.get(backend_named(wish, call.scheme))
+            runs = f"refused: {reason}" if reason else arithmetic.of_wish(wish, call).words
+            told[wish] = runs
+    return told

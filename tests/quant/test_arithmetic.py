@@ -66,6 +66,22 @@ def test_arithmetic_is_named_for_what_it_really_does(gpu, backend, scheme, capab
     assert gpu(capability)(backend, scheme) == (words, False)
 
 
+@pytest.mark.parametrize(
+    ("wish", "capability", "words"),
+    [
+        ("w4a16", (9, 0), "W4A16 on bf16 tensor cores"),
+        ("w4a8", (9, 0), "W4A8 on FP8 tensor cores"),
+        ("w4a8_exact", (9, 0), arithmetic.LEAST_ERROR),
+        ("w4a8_exact", (8, 0), "W4A8 on INT8 tensor cores"),
+        ("native", (10, 0), "W4A4 on FP4 tensor cores"),
+    ],
+)
+def test_wish_is_named_for_what_it_really_does(gpu, wish, capability, words):
+    gpu(capability)
+    call = registry.Call("nvfp4", torch.device("cuda", 0), 256, 256)
+    assert arithmetic.of_wish(wish, call) == (words, False)
+
+
 def test_kitchen_without_kernels_is_emulation(gpu, monkeypatch):
     monkeypatch.setattr(arithmetic, "_kitchen_has_kernels", lambda: False)
     assert gpu((9, 0))("kitchen", "int8_row").emulated

@@ -1,7 +1,12 @@
+import re
+
 import pytest
 import torch
 
-from lowbit.quant import doctor, formats
+from lowbit.ops import registry
+from lowbit.ops.linear.arithmetic import ARITHMETICS
+from lowbit.ops.linear.four_bit import GROUPS
+from lowbit.quant import arithmetic, doctor, formats
 
 
 def test_every_format_tells_its_backend_and_why_others_do_not_fit():
@@ -17,6 +22,31 @@ def test_nothing_runs_on_tensor_cores_without_a_gpu():
     found = doctor.diagnose()
     assert found.device == "cpu" and not found.gpus
     assert all(f.emulated and "tensor cores" not in f.runs for f in found.formats)
+
+
+def test_formats_of_4_bits_tell_of_every_arithmetic_whether_it_runs():
+    for support in doctor.diagnose().formats:
+        scheme = formats.get(support.format).layout.scheme
+        assert list(support.arithmetics) == list(ARITHMETICS[1:] if scheme in GROUPS else ())
+
+
+def test_arithmetic_is_refused_where_quantizing_refuses_it(monkeypatch):
+    monkeypatch.setattr(registry, "capability", lambda device: (8, 6))
+    monkeypatch.setattr(registry, "_has_package", lambda name: True)
+    monkeypatch.setattr(registry, "_wrong_version", lambda needs: None)
+    # A device that no other test asks for: choices are remembered.
+    device = torch.device("cuda", 8)
+    told = doctor._support(formats.get("nvfp4"), device).arithmetics
+    assert told["w4a8"] == told["w4a8_exact"] == "W4A8 on INT8 tensor cores"
+    for wish, text in told.items():
+        reason = text.removeprefix("refused: ")
+        if reason == text:
+            arithmetic.check("nvfp4", wish, device)
+        else:
+            with pytest.raises(registry.NoBackendError, match=re.escape(reason)):
+                arithmetic.check("nvfp4", wish, device)
+    refused = {wish for wish, text in told.items() if text.startswith("refused: ")}
+    assert refused == {"native", "w4a8_fp8"}
 
 
 def test_missing_package_has_no_version():
