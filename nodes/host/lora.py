@@ -191,7 +191,7 @@ class _Source:
         yield from lora.read(self.checkpoint, self.parsed, self.shapes)
         for place in self.lone:
             n, *inputs = self.shapes[f"{place}.weight"]
-            bias = self.checkpoint.read(self.parsed.biases[place])
+            bias = lora.read_finite(self.checkpoint, self.parsed.biases[place])
             yield place, lora.Layer(torch.zeros(0, *inputs), torch.zeros(n, 0), 1.0, bias)
 
     def differences(self) -> dict[str, torch.Tensor]:
@@ -217,7 +217,7 @@ class _Source:
         return found
 
     def _read(self, names: dict[str, str]) -> dict[str, torch.Tensor]:
-        return {parameter: self.checkpoint.read(name) for parameter, name in names.items()}
+        return {p: lora.read_finite(self.checkpoint, name) for p, name in names.items()}
 
 
 def _is_uncalled(module) -> bool:

@@ -137,6 +137,18 @@ def test_for_a_part_of_the_sampling_nothing_is_left_to_the_host(patcher, tmp_pat
     assert layer.down.shape == (0, DIM) and layer.up.shape == (DIM, 0)
 
 
+@pytest.mark.parametrize("name", ["norm.diff", "norm.diff_b", "modulation.diff", "head.diff_b"])
+@pytest.mark.parametrize("is_part", [False, True])
+def test_difference_that_is_not_finite_is_refused(patcher, tmp_path, name, is_part):
+    root = patcher.model.diffusion_model
+    root.norm, root.modulation = nn.LayerNorm(DIM), nn.Parameter(torch.zeros(DIM))
+    path = tmp_path / "lora.safetensors"
+    save_file({f"diffusion_model.{name}": torch.full((DIM,), torch.nan)}, path)
+    source = host_lora._Source(patcher, str(path), is_part)
+    with pytest.raises(LoraError, match=rf"lora\.safetensors: diffusion_model\.{name} holds NaN"):
+        _ = list(source.layers()), source.differences(), source.patches()
+
+
 def test_what_a_dropped_model_had_is_not_kept():
     """The host copies the list of wrappers to a clone that gets a model of its own."""
     loras = (of_one_layer(1.0),)
