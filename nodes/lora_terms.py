@@ -7,6 +7,7 @@ where its module and all copies of that have it. Nothing is left behind.
 """
 
 import contextlib
+import copy
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -41,6 +42,10 @@ class Matrix(torch.nn.Module):
         # It would keep memory that the weight has left.
         self.scaled = None
         return self
+
+    def __deepcopy__(self, memo: dict) -> "Matrix":
+        # Without the host's notes, which are of the memory that this one lies in.
+        return Matrix(self.weight.detach().clone())
 
     def on(self, x: torch.Tensor) -> torch.Tensor:
         """Return the matrix on the device of x and, unless quantized, in its dtype.
@@ -81,6 +86,11 @@ class Term(torch.nn.Module):
         self.rows, self.key = rows, key
         self._strength: float | None = None
         self._factor = self._shift = None
+
+    def __deepcopy__(self, memo: dict) -> "Term":
+        # Terms that share their first matrix are copied with one memo, and share its copy.
+        down, up, key = copy.deepcopy((self.down, self.up, self.key), memo)
+        return Term(down, up, self.scales, self.constants, self.rows, key)
 
     def prepare(self, strength: float, device: torch.device) -> None:
         """Let the term act with this strength on `device`.
@@ -129,6 +139,9 @@ class Difference(torch.nn.Module):
         self._strength: float | None = None
         self._factor: torch.Tensor | None = None
 
+    def __deepcopy__(self, memo: dict) -> "Difference":
+        return Difference(self.value.weight.detach().clone())
+
     def prepare(self, strength: float, device: torch.device) -> None:
         """Let it act with this strength on `device`; another one is written into the same tensor.
 
@@ -157,22 +170,33 @@ class Difference(torch.nn.Module):
         return summed.to(parameter.dtype)
 
 
-@dataclass(eq=False)
-class Lora:
+class Lora(torch.nn.Module):
     """One LoRA of a model: terms by layer, strength, and the part of the sampling it is meant for.
 
-    differences: of whole parameters, by name.
+    differences: of whole parameters, by name. A module, as which the host manages their memory.
     """
 
-    terms: Mapping[str, Term]
-    strength: float
-    steps: tuple[float, float]
-    differences: Mapping[str, Difference] = field(default_factory=dict)
+    def __init__(
+        self,
+        terms: Mapping[str, Term],
+        strength: float,
+        steps: tuple[float, float],
+        differences: Mapping[str, Difference] | None = None,
+    ):
+        super().__init__()
+        self.terms, self.differences = dict(terms), dict(differences or {})
+        self.strength, self.steps = strength, steps
+        # By no names: those of layers have dots, which a module's may not.
+        self._parts = torch.nn.ModuleList([*self.terms.values(), *self.differences.values()])
+
+    def __deepcopy__(self, memo: dict) -> "Lora":
+        terms, differences = copy.deepcopy((self.terms, self.differences), memo)
+        return Lora(terms, self.strength, self.steps, differences)
 
 
 @dataclass(eq=False)
 class Stack:
-    """All LoRAs of a model, in the order of their nodes.
+    """All LoRAs of a model, in the order of their nodes: of one model alone.
 
     now: the strength of each in the run at hand; those of strength 0 have no part in it. acting:
     whether each has, which is all that compiled layers read of it.

@@ -5,8 +5,10 @@ what it has no room for is copied as it is needed. A wrapper around each run of 
 lets its layers add their terms (`lora_terms.py`).
 """
 
+import copy
 import dataclasses
 import logging
+import weakref
 from collections.abc import Collection, Iterator
 
 import torch
@@ -66,16 +68,17 @@ def set_lora(patcher, path: str, strength: float, steps: tuple[float, float]):
     differences = {name: Difference(value) for name, value in source.differences().items()}
     clone = patcher.clone()
     _add_patches(clone, source, strength)
-    _add_model(clone, torch.nn.ModuleList([*terms.values(), *differences.values()]))
+    _add_lora(clone, Lora(terms, strength, steps, differences))
     known = clone.get_attachment(KEY) or ()
     clone.set_attachments(KEY, (*known, Applied(path, strength, steps)))
-    stack = clone.get_wrappers(_wrapper_type(), KEY)
-    loras = stack[0].__self__.stack.loras if stack else ()
     clone.remove_wrappers_with_key(_wrapper_type(), KEY)
-    added = Lora(terms, strength, steps, differences)
-    runner = Runner(Stack((*loras, added)))
-    clone.add_wrapper_with_key(_wrapper_type(), KEY, runner.run)
+    clone.add_wrapper_with_key(_wrapper_type(), KEY, Runner(_loras(clone)).run)
     return clone
+
+
+def _loras(patcher) -> tuple[Lora, ...]:
+    """Return the LoRAs of a model, in the order of their nodes."""
+    return tuple(each.model for each in patcher.get_additional_models_with_key(KEY))
 
 
 def _wrapper_type() -> str:
@@ -86,9 +89,18 @@ def _wrapper_type() -> str:
 
 @dataclasses.dataclass(eq=False)
 class Runner:
-    """Runs a model with the LoRAs of a stack, each within its steps."""
+    """Runs models with their LoRAs, each within its steps.
 
-    stack: Stack
+    The host has one for all clones of a patcher. Some have a model of their own, for torch.compile
+    or on another GPU; those on several GPUs run side by side, with copies of the LoRAs.
+    loras: of a model that runs without its patcher.
+    """
+
+    loras: tuple[Lora, ...]
+    # By model, and gone with it: they hold its layers.
+    _stacks: weakref.WeakKeyDictionary = dataclasses.field(
+        default_factory=weakref.WeakKeyDictionary
+    )
 
     def run(
         self,
@@ -104,11 +116,20 @@ class Runner:
         """Run the model once; the arguments are those of the host's `BaseModel.apply_model`."""
         options = transformer_options or {}
         model, sigmas = executor.class_obj, options.get("sigmas")
-        loras = self.stack.loras
-        meant = [is_within(one.steps, model.model_sampling, sigmas) for one in loras]
-        now = [one.strength * within for one, within in zip(loras, meant, strict=True)]
-        with self.stack.applied(model.diffusion_model, now, x.device):
+        stack = self._stack(model)
+        meant = [is_within(one.steps, model.model_sampling, sigmas) for one in stack.loras]
+        now = [one.strength * within for one, within in zip(stack.loras, meant, strict=True)]
+        with stack.applied(model.diffusion_model, now, x.device):
             return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
+
+    def _stack(self, model) -> Stack:
+        """Return the stack of a model: the same one as long as its LoRAs are."""
+        patcher = model.current_patcher
+        loras = self.loras if patcher is None else _loras(patcher)
+        known = self._stacks.get(model)
+        if known is None or known.loras != loras:
+            known = self._stacks[model] = Stack(loras)
+        return known
 
 
 class _Source:
@@ -170,7 +191,7 @@ class _Source:
         yield from lora.read(self.checkpoint, self.parsed, self.shapes)
         for place in self.lone:
             n, *inputs = self.shapes[f"{place}.weight"]
-            bias = self.checkpoint.read(self.parsed.biases[place])
+            bias = lora.read_finite(self.checkpoint, self.parsed.biases[place])
             yield place, lora.Layer(torch.zeros(0, *inputs), torch.zeros(n, 0), 1.0, bias)
 
     def differences(self) -> dict[str, torch.Tensor]:
@@ -196,7 +217,7 @@ class _Source:
         return found
 
     def _read(self, names: dict[str, str]) -> dict[str, torch.Tensor]:
-        return {parameter: self.checkpoint.read(name) for parameter, name in names.items()}
+        return {p: lora.read_finite(self.checkpoint, name) for p, name in names.items()}
 
 
 def _is_uncalled(module) -> bool:
@@ -325,14 +346,24 @@ def _add_patches(clone, source: _Source, strength: float) -> None:
         clone.add_patches(patches, strength)
 
 
-def _add_model(clone, model: torch.nn.Module) -> None:
+def _add_lora(clone, one: Lora) -> None:
     """Let the host manage the memory of a LoRA beside that of the model."""
     import comfy.model_patcher
 
-    devices = {"load_device": clone.load_device, "offload_device": clone.offload_device}
-    patcher = comfy.model_patcher.CoreModelPatcher(model, **devices)
+    devices = (clone.load_device, clone.offload_device)
+    patcher = comfy.model_patcher.CoreModelPatcher(one, *devices)
+    # How the host makes another one, for a model on another GPU.
+    patcher.cached_patcher_init = (_copied, (one, *devices))
     known = clone.get_additional_models_with_key(KEY)
     clone.set_additional_models(KEY, [*known, patcher])
+
+
+def _copied(one: Lora, load_device, offload_device, disable_dynamic=False):
+    """Return a patcher of a copy of a LoRA."""
+    import comfy.model_patcher as patchers
+
+    kind = patchers.ModelPatcher if disable_dynamic else patchers.CoreModelPatcher
+    return kind(copy.deepcopy(one).to(offload_device), load_device, offload_device)
 
 
 def merged(patcher):

@@ -103,11 +103,25 @@ def _headers(path: str) -> dict[str, TensorInfo]:
         raise CheckpointError(f"{path}: {error.strerror or error}") from error
     except (ValueError, TypeError, KeyError, IndexError, OverflowError, MemoryError) as error:
         raise CheckpointError(f"{path}: not a GGUF file, or truncated: {error}") from error
-    size = os.path.getsize(path)
-    for name, info in found.items():
+    _check_places(path, found, int(reader.data_offset))
+    return found
+
+
+def _check_places(path: str, found: dict[str, TensorInfo], start: int) -> None:
+    """Raise CheckpointError for tensors beyond the file, on one another or before `start`.
+
+    start: where the header ends. Gaps, by which tensors are aligned, and empty tensors are right.
+    """
+    size, free = os.path.getsize(path), start
+    for name, info in sorted(found.items(), key=lambda item: (item[1].start, item[1].end)):
         if info.end > size:
             raise CheckpointError(f"{path}: truncated: {name} ends at byte {info.end} of {size}")
-    return found
+        if info.start < free:
+            raise CheckpointError(
+                f"{path}: malformed: {name} begins at byte {info.start}, "
+                f"what lies before it ends at {free}; fetch the file again"
+            )
+        free = info.end
 
 
 def _info(path: str, reader, tensor) -> TensorInfo:

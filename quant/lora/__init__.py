@@ -14,9 +14,9 @@ import torch
 from ..checkpoint import Checkpoint, CheckpointError
 from ..checkpoint.header import parse_json
 from ..families import Family
-from .names import PREFIXES, Kind, Names, Refused, split
+from .names import PREFIXES, Kind, Names, Refused, scaled_by, split
 
-__all__ = ["Layer", "LoraError", "Parsed", "fitting", "parse", "read"]
+__all__ = ["Layer", "LoraError", "Parsed", "fitting", "parse", "read", "read_finite"]
 
 logger = logging.getLogger(__name__)
 
@@ -73,7 +73,8 @@ def parse(
     family: knows other names for them. aliases: more names, as files have them -> places.
     parts: names of what the model has fused or reordered in one layer -> that layer.
     Raises LoraError for kinds that are no sum (DoRA, LoHa, LoKr, …), for parts of fused layers, for
-    halves of a pair, for two tensors in one place, and where nothing fits the model.
+    halves of a pair, for two tensors in one place, for tensors that have scales, and where nothing
+    fits the model.
     """
     names = Names(places, family, aliases or {}, parts or {})
     found: dict[Kind, dict[str, str]] = {kind: {} for kind in Kind}
@@ -103,11 +104,22 @@ def parse(
         raise LoraError(f"{checkpoint.path}: {half[0]} has one matrix of the two of a LoRA")
     pairs = {place: (name, up[place]) for place, name in down.items()}
     diffs, biases = found[Kind.DIFF], found[Kind.BIAS]
+    _refuse_scales(checkpoint, unknown, {*down.values(), *up.values(), *diffs.values()})
     if not (pairs or diffs or biases):
         shown = ", ".join((unknown or list(checkpoint))[:SHOWN])
         raise LoraError(f"{checkpoint.path}: nothing in it fits this model; it holds {shown}, …")
     alpha = _adapter_alpha(checkpoint)
     return Parsed(pairs, found[Kind.ALPHA], diffs, biases, tuple(unknown), alpha)
+
+
+def _refuse_scales(checkpoint: Checkpoint, unknown: list[str], used: set[str]) -> None:
+    """Raise LoraError where a tensor of the file is a scale of one that is used."""
+    for name in unknown:
+        for matrix in used.intersection(scaled_by(name)):
+            raise LoraError(
+                f"{checkpoint.path}: {name} is a scale of {matrix}; a LoRA is read without "
+                "scales alone: fetch it in 16 bits"
+            )
 
 
 def _adapter_alpha(checkpoint: Checkpoint) -> float | None:
@@ -151,7 +163,8 @@ def fitting(
     shapes: of the model's parameters, by name. A file for another variant of a model, such as one
     of text to video for one of image to video, may differ from it in a few layers. Pairs of rank 0
     that fit, whose sum is zero, are in neither, and logged.
-    Raises LoraError where nothing fits, for rank 0 that does not, and for rank 0 alone.
+    Raises LoraError where nothing fits, for rank 0 that does not, for rank 0 alone, and for what
+    fits but is not of floats.
     """
 
     def weight(place: str) -> str:
@@ -186,7 +199,19 @@ def fitting(
             )
     if empty:
         _leave_out(checkpoint, [down for down, _ in empty.values()], bool(pairs or diffs or biases))
+    matrices = (name for names in pairs.values() for name in names)
+    _refuse_integers(checkpoint, (*matrices, *diffs.values(), *biases.values()))
     return replace(parsed, pairs=pairs, diffs=diffs, biases=biases), tuple(left)
+
+
+def _refuse_integers(checkpoint: Checkpoint, names: Collection[str]) -> None:
+    for name in names:
+        dtype = checkpoint[name].dtype
+        if not dtype.is_floating_point:
+            raise LoraError(
+                f"{checkpoint.path}: {name} is of {dtype}; a LoRA is read of floats alone: "
+                "fetch it in 16 bits"
+            )
 
 
 def _ranks(checkpoint: Checkpoint, names: tuple[str, str]) -> tuple[int | None, int | None]:
@@ -220,10 +245,10 @@ def read(
     """Yield (layer, its LoRA) of every pair, biases with them.
 
     parsed: as `fitting` returned it. shapes: of the model's parameters, by name.
-    Raises LoraError for an alpha that is not one finite number.
+    Raises LoraError for an alpha that is not one finite number, and for tensors with NaN or Inf.
     """
     for place, (down_name, up_name) in parsed.pairs.items():
-        down, up = checkpoint.read(down_name), checkpoint.read(up_name)
+        down, up = read_finite(checkpoint, down_name), read_finite(checkpoint, up_name)
         rank, (n, *inputs) = down.shape[0], shapes[f"{place}.weight"]
         alpha = parsed.alpha
         if place in parsed.alphas:
@@ -235,9 +260,19 @@ def read(
                 down.reshape(rank, *inputs),
                 up.reshape(n, rank),
                 1.0 if alpha is None else alpha / rank,
-                None if bias is None else checkpoint.read(bias),
+                None if bias is None else read_finite(checkpoint, bias),
             ),
         )
+
+
+def read_finite(checkpoint: Checkpoint, name: str) -> torch.Tensor:
+    """Return a tensor of floats. Raises LoraError where it holds NaN or Inf, in float32."""
+    value = checkpoint.read(name)
+    # NaN is both of them where there is one. Asking each number takes several times as long.
+    ends = torch.aminmax(value.float()) if value.numel() else ()
+    if not all(map(math.isfinite, ends)):
+        raise LoraError(f"{checkpoint.path}: {name} holds NaN or Inf; fetch the file again")
+    return value
 
 
 def _alpha(checkpoint: Checkpoint, name: str) -> float:

@@ -53,6 +53,8 @@ OTHERS = (
     ("LoRA that replaces weights", r"\.set_weight"),
 )
 REFUSED = tuple((what, re.compile(rf".+(?:{ends})")) for what, ends in OTHERS)
+# Beside a tensor that somebody has quantized, or scaled to the range of FP8.
+SCALE = re.compile(r"(.+)\.(?:scale_weight|weight_scale\w*|(?:weight\.)?scale)")
 # Before names with dots, any number of them one after the other.
 PREFIXES = ("base_model.model.", "diffusion_model.", "transformer.", "model.", "unet.", "pipe.dit.")
 # Before names whose dots are underscores; the longest first.
@@ -74,6 +76,12 @@ def split(name: str) -> tuple[str, Kind | None]:
         if found := pattern.fullmatch(name):
             return found[1], kind
     return name, None
+
+
+def scaled_by(name: str) -> tuple[str, ...]:
+    """Return the names that the tensor may have which `name` is a scale of; none if it is none."""
+    found = SCALE.fullmatch(name)
+    return (found[1], f"{found[1]}.weight") if found else ()
 
 
 class Names:

@@ -1,5 +1,6 @@
 """Layers with LoRAs while a model runs: what they add, what is left behind, without ComfyUI."""
 
+import copy
 import itertools
 
 import pytest
@@ -215,6 +216,33 @@ def test_strength_is_written_in_place_and_follows_a_matrix_that_was_moved(model,
     assert one.down.scaled is None
     with stack.applied(model, (0.5,)):
         torch.testing.assert_close(model[0].ffn[0](x), outs[0.5])
+
+
+@pytest.mark.parametrize("make", MAKERS)
+def test_copy_of_a_lora_has_memory_of_its_own_and_shares_what_the_first_shares(model, make):
+    """For a model on another GPU: the host moves its matrices, another thread its strengths."""
+    one = make(DIM, DIM, 0)
+    one.key, one.rows = object(), (0, one.scales.numel())
+    other = Term(one.down, Matrix(one.up.weight), one.scales, one.constants, one.rows, one.key)
+    difference = {"1.modulation": Difference(torch.full((1, DIM), 0.5))}
+    first = Lora({"0.ffn.0": one, "1.ffn.0": other}, 1.0, (0.0, 0.5), difference)
+    one.down.noted_by_the_host, x = 1, torch.randn(5, DIM)
+    with torch.inference_mode(), Stack((first,)).applied(model, (0.5,)):
+        want = model(x)
+    second = copy.deepcopy(first)
+    down, again = (second.terms[name].down for name in ("0.ffn.0", "1.ffn.0"))
+    assert down is again and down is not one.down and not hasattr(down, "noted_by_the_host")
+    assert len({term.key for term in (one, *second.terms.values())}) == 2
+    assert (second.strength, second.steps) == (first.strength, first.steps)
+    stored = ([getattr(p, "_qdata", p) for p in each.parameters()] for each in (first, second))
+    places = ({t.data_ptr() for t in tensors} for tensors in stored)
+    assert set.isdisjoint(*places)
+    with torch.inference_mode():
+        with Stack((second,)).applied(model, (0.5,)):
+            assert torch.equal(model(x), want)
+        held = one._factor.clone()
+        with Stack((second,)).applied(model, (-1.0,)):
+            assert not torch.equal(model(x), want) and torch.equal(one._factor, held)
 
 
 @pytest.mark.parametrize("inner", [False, True], ids=["root", "block"])

@@ -250,6 +250,52 @@ def test_true_shape_of_as_many_dimensions_as_allowed_is_read(tmp_path):
     assert open_checkpoint(path)["m.weight"].shape == (1,) * 7 + (32,)
 
 
+def laid_out(*tensors: tuple[int, int], data_bytes: int) -> bytes:
+    """A GGUF file of tensors of numbers, each with (how many, where in the data)."""
+    data = b"GGUF" + struct.pack("<IQQ", 3, len(tensors), 0)
+    for i, (size, offset) in enumerate(tensors):
+        data += text(b"m%d.weight" % i) + struct.pack("<IQIQ", 1, size, 0, offset)
+    return data + bytes(-len(data) % 32 + data_bytes)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "name"),
+    [
+        ([(32, 0)] * 1000, "m1.weight"),
+        ([(32, 0), (32, 96)], "m1.weight"),
+        ([(32, 64), (32, 0)], "m0.weight"),
+        ([(8, 32), (32, 0)], "m0.weight"),
+        # Counted from the data, it wraps round to the header.
+        ([(32, (1 << 64) - 64), (32, 64)], "m0.weight"),
+    ],
+    ids=["all in one place", "by a block", "in another order", "within", "the header"],
+)
+def test_tensors_that_overlap_each_other_or_the_header_are_refused(tmp_path, tensors, name):
+    path = tmp_path / "m.gguf"
+    path.write_bytes(laid_out(*tensors, data_bytes=256))
+    with pytest.raises(CheckpointError, match=rf"m\.gguf: malformed: {name} begins at byte"):
+        open_checkpoint(path)
+
+
+@pytest.mark.parametrize(
+    "tensors",
+    [
+        [(32, 0), (0, 128), (0, 128), (32, 128)],
+        [(0, 0), (32, 0), (0, 128)],
+        [(32, 128), (16, 0)],
+        [(16, 32), (32, 128)],
+    ],
+    ids=["empty ones", "empty ones at the ends", "in another order", "gaps"],
+)
+def test_tensors_may_be_empty_in_any_order_and_apart(tmp_path, tensors):
+    path = tmp_path / "m.gguf"
+    path.write_bytes(laid_out(*tensors, data_bytes=256))
+    checkpoint = open_checkpoint(path)
+    assert {name: checkpoint.read(name).numel() for name in checkpoint} == {
+        f"m{i}.weight": size for i, (size, _) in enumerate(tensors)
+    }
+
+
 def test_missing_package_is_named(tmp_path, monkeypatch):
     path = written(tmp_path)
     monkeypatch.setattr(gguf_file.importlib.util, "find_spec", lambda name: None)

@@ -177,6 +177,85 @@ def of_ranks(ranks):
     }
 
 
+def with_differences() -> dict[str, torch.Tensor]:
+    """A LoRA file's tensors: a pair, a bias and a difference."""
+    return {
+        **of_ranks({"blocks.0.ffn.0": 4}),
+        "blocks.0.ffn.0.diff_b": torch.ones(64),
+        "blocks.0.modulation.diff": torch.ones(1, 6, 16),
+        "blocks.0.ffn.0.alpha": torch.tensor(4),
+    }
+
+
+OF_FLOATS = [name for name in with_differences() if not name.endswith("alpha")]
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.bool, torch.int64])
+@pytest.mark.parametrize("name", OF_FLOATS)
+def test_numbers_that_are_no_floats_are_refused(tmp_path, name, dtype):
+    """As of a LoRA that somebody has quantized, whose scales nobody knows."""
+    tensors = with_differences()
+    tensors[name] = tensors[name].to(dtype)
+    checkpoint, parsed = parse(tmp_path / "lora.safetensors", tensors)
+    with pytest.raises(lora.LoraError, match=f"{name} is of {dtype}"):
+        lora.fitting(checkpoint, parsed, PARAMETERS)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float8_e4m3fn])
+def test_all_floats_are_read(tmp_path, dtype):
+    tensors = {name: value.to(dtype) for name, value in with_differences().items()}
+    checkpoint, parsed = parse(tmp_path / "lora.safetensors", tensors)
+    parsed, _ = lora.fitting(checkpoint, parsed, PARAMETERS)
+    ((_, layer),) = lora.read(checkpoint, parsed, PARAMETERS)
+    assert torch.equal(layer.down, tensors["blocks.0.ffn.0.lora_down.weight"])
+
+
+@pytest.mark.parametrize("end", ["scale_weight", "weight_scale", "weight_scale_2", "scale"])
+@pytest.mark.parametrize("ends", [KOHYA, PEFT, ("lora_A", "lora_B")])
+def test_scales_of_matrices_are_refused(tmp_path, ends, end):
+    tensors = {
+        f"blocks.0.ffn.0.{e}": value.to(torch.float8_e4m3fn)
+        for e, value in zip(ends, pair("blocks.0.ffn.0"), strict=True)
+    }
+    tensors[f"blocks.0.ffn.0.{ends[1].removesuffix('.weight')}.{end}"] = torch.ones(())
+    with pytest.raises(lora.LoraError, match=rf"{end} is a scale of .*{ends[1]}; .*in 16 bits"):
+        parse(tmp_path / "lora.safetensors", tensors)
+
+
+def test_scales_of_what_fits_no_layer_are_left_out_with_it(tmp_path):
+    tensors = of_ranks({"blocks.0.ffn.0": 4})
+    more = [f"elsewhere.0.lora_down.{end}" for end in ("weight", "scale_weight")]
+    more += ["blocks.0.ffn.0.scale_weight"]
+    _, parsed = parse(
+        tmp_path / "lora.safetensors", {**tensors, **{name: torch.ones(1) for name in more}}
+    )
+    assert set(parsed.unknown) == set(more)
+
+
+@pytest.mark.parametrize(
+    ("value", "dtype"),
+    [
+        (torch.nan, torch.float32),
+        (torch.inf, torch.bfloat16),
+        (-torch.inf, torch.float16),
+        (torch.nan, torch.float8_e4m3fn),
+        (torch.inf, torch.float8_e5m2),
+        # Finite as it is stored, not as it is computed with.
+        (1e300, torch.float64),
+    ],
+)
+@pytest.mark.parametrize("name", [name for name in OF_FLOATS if "modulation" not in name])
+def test_numbers_that_are_not_finite_are_refused(tmp_path, name, value, dtype):
+    tensors = with_differences()
+    tensors[name] = tensors[name].double()
+    tensors[name].view(-1)[-1] = value
+    tensors[name] = tensors[name].to(dtype)
+    checkpoint, parsed = parse(tmp_path / "lora.safetensors", tensors)
+    parsed, _ = lora.fitting(checkpoint, parsed, PARAMETERS)
+    with pytest.raises(lora.LoraError, match=rf"lora\.safetensors: {name} holds NaN or Inf"):
+        dict(lora.read(checkpoint, parsed, PARAMETERS))
+
+
 def test_rank_0_adds_nothing_and_is_left_out(tmp_path, caplog):
     tensors = of_ranks({"blocks.0.ffn.0": 0, "patch_embedding": 0, "blocks.11.ffn.2": 4})
     tensors["blocks.0.ffn.0.diff_b"] = torch.ones(64)
