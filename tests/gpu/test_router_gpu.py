@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lowbit.ops import registry
-from lowbit.ops.attention import guard, router, ways
+from lowbit.ops.attention import auto, guard, router, ways
 from lowbit.ops.attention.guard import EVERY_CALL, FIRST_CALL
 from lowbit.ops.attention.modes import MODES
 from lowbit.ops.attention.table import AUTO
@@ -57,7 +57,7 @@ def test_way_is_near_float64_and_leaves_its_inputs(way, shape, dtype):
     before = [x.clone() for x in (q, k, v)]
     want = ways.sdpa(q.double(), k.double(), v.double(), None, False, 0.05)
     got = runs(way, q, k, v, scale=0.05, guard=FIRST_CALL)
-    assert runner.relative_error(got, want) <= MAX_ERROR[router.bits(way)]
+    assert runner.relative_error(got, want) <= MAX_ERROR[ways.bits(way)]
     assert got.transpose(1, 2).is_contiguous()
     assert all(torch.equal(x, y) for x, y in zip((q, k, v), before, strict=True))
 
@@ -68,7 +68,7 @@ def test_way_that_takes_masks_honours_them(way):
     mask[..., 900:] = False
     want = ways.sdpa(q.double(), k.double(), v.double(), mask, False, None)
     got = runs(way, q, k, v, mask=mask, guard=FIRST_CALL)
-    assert runner.relative_error(got, want) <= MAX_ERROR[router.bits(way)]
+    assert runner.relative_error(got, want) <= MAX_ERROR[ways.bits(way)]
 
 
 @pytest.mark.parametrize("d", [64, 128])
@@ -140,11 +140,11 @@ def test_guard_lets_a_cuda_graph_be_recorded(way):
 def test_row_of_auto_is_not_slower_than_torchs_own_choice(index, d, idle_gpu):
     """And than the rows after it that take the same calls."""
     row, device = AUTO[index], torch.device("cuda", 0)
-    if not router._fits(index, device, d, None):
+    if not auto.fits(row, device, d, None):
         pytest.skip(f"no row for {registry.capability(device)}, heads of {d}")
     tokens = max(row.tokens_min, TOKENS)
     tensors = inputs(h=24, length=tokens, keys=tokens, d=d)
-    later = {r.way for i, r in enumerate(AUTO) if i > index and router._fits(i, device, d, None)}
+    later = {r.way for i, r in enumerate(AUTO) if i > index and auto.fits(r, device, d, None)}
     names = [row.way, router.SDPA, *later]
     # Without pauses, as in sampling: power is part of what limits.
     timings = runner.measure_sustained({n: lambda n=n: router.route(*tensors, n) for n in names})
