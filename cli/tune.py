@@ -1,11 +1,11 @@
 """measure what is fastest on this GPU, and remember it
 
 Times attention by every way of 8 bits or more that runs here. Then our kernels' tiles and whole
-linear layers, for the layers of Wan and Qwen-Image, of a checkpoint, or of given shapes, in INT8, FP8
-and 4 bits. A tile whose result differs from the reference's cannot win, nor can a way of attention
-that errs by more than 0.045. What beats the built-in choice by more than the noise is kept in
-tuning.json in the user's folder of caches, or in the folder LOWBIT_CACHE, for this kind of GPU and
-these versions.
+linear layers, for the layers of Wan and Qwen-Image, of a checkpoint, or of given shapes, in INT8,
+FP8 and 4 bits. A tile whose result differs from the reference's cannot win, nor can a way of
+attention that errs by more than 0.045. What beats the built-in choice by more than the noise is
+kept in tuning.json in the user's folder of caches, or in the folder LOWBIT_CACHE, for this kind of
+GPU and these versions.
 Exit code 1 when a result was wrong.
 """
 

@@ -248,7 +248,7 @@ class Override:
         return reason is None
 
     def _way(self, call: Call) -> str:
-        options = {"bits_min": self._bits_min(call)}
+        options = {"bits_min": self._bits_min(call), "rotate": self.rotate}
         return router.choose(call.q, call.k, call.v, self.mode, call.mask, **options)
 
     def _bits_min(self, call: Call) -> int:

@@ -6,7 +6,7 @@ its choice the ways that beat torch's own, the fastest first.
 """
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -18,7 +18,7 @@ from . import KEYS, scheme, ways
 from . import OP as ATTENTION
 from .check import DTYPES
 from .table import AUTO, Row
-from .ways import LOWBIT, MASKED, OP, PLAIN, SDPA, bits
+from .ways import LOWBIT, MASKED, OP, PLAIN, SDPA, bits, prepares
 
 # The schemes of entries, by what hides keys.
 SCHEMES = {None: "unmasked", KEYS: "keys"}
@@ -58,17 +58,26 @@ class Ranked:
 
 @tuning.cached
 def starts(
-    device: torch.device, head_size: int, kind: str | None, bits_min: int = 0
+    device: torch.device,
+    head_size: int,
+    kind: str | None,
+    bits_min: int = 0,
+    rotate: bool = False,
 ) -> tuple[Start, ...]:
     """Return what `auto` takes for bf16 and fp16: the first whose tokens a call has, else SDPA.
 
-    kind: what hides keys, of `attention`'s KINDS. bits_min: the least bits of a way.
+    kind: what hides keys, of `attention`'s KINDS. bits_min: the least bits of a way. rotate: none
+    of 8 bits that does not rotate q and k.
     """
-    tuned = _tuned(device, head_size, kind, bits_min)
-    return (*tuned, *_built_in(device, head_size, kind, bits_min))
+
+    def may(way: str) -> bool:
+        return bits(way) >= bits_min and (not rotate or prepares(way) or bits(way) == bits(SDPA))
+
+    tuned = _tuned(device, head_size, kind, may)
+    return (*tuned, *_built_in(device, head_size, kind, may))
 
 
-def _tuned(device, head_size, kind, bits_min) -> Iterator[Start]:
+def _tuned(device, head_size, kind, may: Callable[[str], bool]) -> Iterator[Start]:
     """Yield what was stored, the most tokens first."""
     gpu = tuning.gpu(device)
     if gpu is None or kind not in SCHEMES:
@@ -80,7 +89,7 @@ def _tuned(device, head_size, kind, bits_min) -> Iterator[Start]:
         able = (
             ranked.way
             for ranked in rows[m]
-            if bits(ranked.way) >= bits_min
+            if may(ranked.way)
             and ranked.version == package_version(ranked.way)
             # Both dtypes that `auto` takes have the same needs.
             and ways.unmet(ranked.way, ways.named(DTYPES[0]) + hides, device, head_size) is None
@@ -92,10 +101,9 @@ def _is(name: str, k: int, kind: str | None, head_size: int) -> bool:
     return name == SCHEMES[kind] and k == head_size
 
 
-def _built_in(device, head_size, kind, bits_min) -> Iterator[Start]:
+def _built_in(device, head_size, kind, may: Callable[[str], bool]) -> Iterator[Start]:
     for row in AUTO:
-        takes = bits(row.way) >= bits_min and kind in row.kinds
-        if takes and fits(row, device, head_size, kind):
+        if may(row.way) and kind in row.kinds and fits(row, device, head_size, kind):
             yield Start(row.tokens_min, row.way, BUILT_IN)
 
 

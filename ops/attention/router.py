@@ -53,8 +53,8 @@ def route(
     `auto` takes what `auto.py` has for the call, else torch's own attention. On a CPU a `lowbit_*`
     mode runs the exact reference of `attention`, on float32 rounded to bfloat16. prologue: what is
     done to q and k first; for ways that `prepares` says. rotate: as `attention` has it, in the
-    `lowbit_*` ways; `auto` may take another one, in 16 bits, which has no need of it. guard: one of
-    GUARDS; `guard.run` says what each does. There are no gradients, but for `sdpa`.
+    `lowbit_*` ways; `auto` takes no other of 8 bits then; those of 16 have no need of it. guard: one
+    of GUARDS; `guard.run` says what each does. There are no gradients, but for `sdpa`.
     Raises ValueError for an unknown mode or guard, and for a named mode that cannot rotate;
     NoBackendError with the reason where the named mode cannot run the call.
     """
@@ -62,7 +62,7 @@ def route(
         raise ValueError(f"{OP}: unknown guard {guard!r}; known are {', '.join(GUARDS)}")
     if rotate:
         check_rotation(mode)
-    way = choose(q, k, v, mode, mask, causal)
+    way = choose(q, k, v, mode, mask, causal, rotate=rotate)
     reason = refusal(way, q, k, v, mask, causal)
     if reason:
         raise NoBackendError(f"{OP}: {reason}")
@@ -98,17 +98,28 @@ def check_rotation(mode: str) -> None:
         )
 
 
-def choose(q, k, v, mode: str, mask=None, causal: bool = False, bits_min: int = 0) -> str:
+def choose(
+    q,
+    k,
+    v,
+    mode: str,
+    mask=None,
+    causal: bool = False,
+    bits_min: int = 0,
+    rotate: bool = False,
+) -> str:
     """Return the name of the way that `mode` means for a call: itself, but for `auto`.
 
-    bits_min: the least bits of what `auto` takes. Raises what `known` raises.
+    bits_min: the least bits of what `auto` takes. rotate: it takes nothing of 8 bits that does not
+    rotate. Raises what `known` raises.
     """
     mode = known(mode)
     if mode != "auto":
         return mode
     if q.dtype in DTYPES and _alike(q, k, v):
         tokens, kind = min(q.shape[2], k.shape[2]), kind_of(mask, causal)
-        for tokens_min, way, grouped_too in _starts(q.device, _head_size(q), kind, bits_min):
+        found = _starts(q.device, _head_size(q), kind, bits_min, rotate)
+        for tokens_min, way, grouped_too in found:
             if tokens >= tokens_min and (grouped_too or q.shape[1] == k.shape[1]):
                 return way
     return SDPA
@@ -154,10 +165,10 @@ def _head_size(q: torch.Tensor) -> int:
 # A constant of the graph: torch.compile can trace neither the imports nor the self-tests.
 @torch.compiler.assume_constant_result
 def _starts(
-    device: torch.device, head_size: int, kind: str | None, bits_min: int
+    device: torch.device, head_size: int, kind: str | None, bits_min: int, rotate: bool
 ) -> tuple[tuple[int, str, bool], ...]:
     """Return what `auto` takes: least tokens, way, and whether it is for grouped heads too."""
-    found = auto.starts(device, head_size, kind, bits_min)
+    found = auto.starts(device, head_size, kind, bits_min, rotate)
     return tuple((start.tokens_min, start.way, start.grouped_too) for start in found)
 
 

@@ -52,7 +52,7 @@ def call(length: int, keys: int | None = None, h: int = 1, kv: int = 1, d: int =
 
 
 def chosen(length: int, mask=None, **given) -> str:
-    options = {name: given.pop(name) for name in ("bits_min", "causal") if name in given}
+    options = {name: given.pop(name) for name in ("bits_min", "causal", "rotate") if name in given}
     return router.choose(*call(length, **given), "auto", mask, **options)
 
 
@@ -82,6 +82,13 @@ def test_where_8_bits_are_not_wanted_the_next_of_16_is_taken():
     save(entry(64, SAGE, FP8, CUDNN), entry(512, SAGE, FP8))
     assert [chosen(n, bits_min=16) for n in (64, 512)] == ["cudnn", "sdpa"]
     assert [chosen(n) for n in (64, 512)] == ["sageattn", "sageattn"]
+
+
+def test_where_q_and_k_are_to_be_rotated_what_does_not_is_passed_over():
+    save(entry(64, SAGE, FP8, CUDNN), entry(512, SAGE, CUDNN, FP8), entry(1024, SAGE))
+    assert [chosen(n, rotate=True) for n in (64, 512, 1024)] == ["lowbit_fp8", "cudnn", "sdpa"]
+    q = torch.zeros(1, 64, 128, dtype=torch.bfloat16)
+    assert Override("auto", rotate=True)._way(read_call(q, q, q, heads=1)) == "lowbit_fp8"
 
 
 def test_mask_of_keys_has_rows_of_its_own():
