@@ -53,8 +53,8 @@ def route(
     `auto` takes what `auto.py` has for the call, else torch's own attention. On a CPU a `lowbit_*`
     mode runs the exact reference of `attention`, on float32 rounded to bfloat16. prologue: what is
     done to q and k first; for ways that `prepares` says. rotate: as `attention` has it, in the
-    `lowbit_*` ways; `auto` takes no other of 8 bits then; those of 16 have no need of it. guard: one
-    of GUARDS; `guard.run` says what each does. There are no gradients, but for `sdpa`.
+    `lowbit_*` ways; `auto` takes no other of 8 bits then; those of 16 have no need of it. guard:
+    one of GUARDS; `guard.run` says what each does. There are no gradients, but for `sdpa`.
     Raises ValueError for an unknown mode or guard, and for a named mode that cannot rotate;
     NoBackendError with the reason where the named mode cannot run the call.
     """
