@@ -5,6 +5,7 @@ included. Norm and rotary embedding are not, which `lowbit_*` ways do beside it.
 """
 
 import functools
+import math
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -22,6 +23,8 @@ from .products import OUT, SEED, attempt
 HEAD_SIZE = 128
 # As many heads as give a GPU enough to do, and as a model has: 24 of Qwen-Image at most.
 HEADS_MIN, HEADS_MAX, ROWS = 8, 24, 1 << 17
+# Tensors as large as q that must have room: four, their copies, and what ways make of them.
+TENSORS = 16
 # Keys that a mask hides, as the end of a text before an image's tokens.
 HIDDEN = slice(32, 96)
 # Heads, and queries of each, that are compared, against all of their keys.
@@ -38,9 +41,15 @@ def able(device: torch.device) -> dict[str, str | None]:
     return {n: router.missing(n, device) for n in names if ways.bits(n) >= BITS_MIN}
 
 
-def heads_of(queries: int) -> int:
-    """Return with how many heads so many queries are measured."""
-    return max(HEADS_MIN, min(HEADS_MAX, ROWS // queries))
+def heads_of(queries: int, free_bytes: float = math.inf) -> int:
+    """Return with how many heads so many queries are measured: fewer where memory is short."""
+    heads = max(HEADS_MIN, min(HEADS_MAX, ROWS // queries))
+    fitting = free_bytes / (TENSORS * queries * HEAD_SIZE * OUT.itemsize)
+    return heads if fitting >= heads else max(1, int(fitting))
+
+
+def _free_bytes(device: torch.device) -> float:
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else math.inf
 
 
 class Contest:
@@ -50,7 +59,7 @@ class Contest:
     """
 
     def __init__(self, scheme: str, problem: Attention, device: torch.device):
-        heads = heads_of(problem.queries)
+        heads = heads_of(max(problem.queries, problem.keys), _free_bytes(device))
         generator = torch.Generator(device).manual_seed(SEED)
 
         def normal(length: int) -> torch.Tensor:

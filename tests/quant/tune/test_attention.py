@@ -283,6 +283,9 @@ def test_heads_fill_a_gpu_and_are_as_many_as_models_have(monkeypatch):
     monkeypatch.undo()
     heads = [attention.heads_of(problem.queries) for problem in problems.of_attention()]
     assert heads == [16, 16, 24, 24, 16, 8, 8]
+    # 8 GiB suffice for all; with half a GiB long ones have fewer heads, and one at least.
+    for free, longest in ((8 << 30, 8), (1 << 29, 4), (1 << 20, 1)):
+        assert attention.heads_of(32768, free) == longest
 
 
 def test_expected_is_attention_in_float64_with_and_without_the_mask():
