@@ -275,8 +275,11 @@ def pretend(monkeypatch):
         monkeypatch.setattr(registry, "_self_test", lambda test, device: None)
         monkeypatch.setattr(tuning, "gpu", lambda device: GPU)
         monkeypatch.setattr(module, "GpuTimer", lambda device: None)
+        tuning.forget()
 
-    return gpu
+    yield gpu
+    monkeypatch.undo()
+    tuning.forget()
 
 
 @pytest.mark.parametrize(
