@@ -9,7 +9,8 @@ from collections.abc import Hashable, Sequence
 
 import torch
 
-from .cuda.kernel import CudaKernel, Loaded
+from .cuda.kernel import CudaKernel
+from .cuda.nvrtc import Kernel
 from .registry import capability
 
 # The first Triton that tests compile the kernels with; 3.4 does not compile the scaled product.
@@ -95,7 +96,7 @@ def _start(compiled, programs: int, arguments: Sequence) -> None:
     As Triton's own `run` does it (triton/runtime/jit.py, alike in 3.5 to 3.9), but for hooks, such
     as those of its profiler: where nobody has any, none are called.
     """
-    if isinstance(compiled, Loaded):
+    if isinstance(compiled, Kernel):
         compiled.start(programs, arguments)
         return
     driver, runtime = _triton()

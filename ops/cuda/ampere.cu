@@ -47,6 +47,16 @@ __device__ __forceinline__ uint4 load(const void* p) {
     return v;
 }
 
+// 16 bytes from global to shared memory, meanwhile; no thread has them before it has waited.
+__device__ __forceinline__ void copy_async(void* to, const void* from) {
+    const u32 at = static_cast<u32>(__cvta_generic_to_shared(to));
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(at), "l"(from) : "memory");
+}
+// Until all that this thread copies is there, for this thread.
+__device__ __forceinline__ void await_copies() {
+    asm volatile("cp.async.wait_all;" ::: "memory");
+}
+
 // ---- products of a warp: d += A · B, A [16, 16] or [16, 8], B [16, 8] or [8, 8]
 
 template <int DTYPE>

@@ -38,5 +38,6 @@ register(
         quantizes=True,
         fuses=True,
         projects=True,
+        launches=True,
     )
 )

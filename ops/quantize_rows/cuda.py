@@ -29,7 +29,8 @@ WARP = 32
 # Of a multiprocessor: registers, blocks; of a block: barriers for teams, threads.
 REGISTERS, MOST_BLOCKS, MOST_TEAMS, MOST_THREADS = 65536, 32, 15, 1024
 # Groups of 256 columns of a warp -> registers of a thread: measured on an H200, where those of a
-# bf16 row fit without a modulation of their own, and the next row too where they are SHARED.
+# bf16 row fit without a modulation of their own. Where it is SHARED, rows that are rotated take
+# fewer, but more teams were slower.
 DIRECT = {1: 48, 2: 48, 3: 56, 4: 64, 5: 80, 6: 72}
 SHARED = {1: 80, 2: 80, 3: 80, 4: 80, 5: 96, 6: 128, 7: 128}
 MOST_REGISTERS = 168
@@ -38,8 +39,15 @@ DIRECT_WORDS, SHARED_WORDS = 8, 4
 # Rows for each multiprocessor from which on a modulation is joined in shared memory: with 32 that
 # was measured to be 12% faster, with 8 a team would have one row.
 SHARED_ROWS = 16
+# That a thread has of a group.
+COLUMNS = 8
 # Two factors in float32 for a column.
 JOINED_BYTES = 8
+# Of a block, beside these: what warps of a team tell each other, at most, and the driver's.
+EXCHANGED_BYTES = 4096
+# Rows of a team up to which two blocks with half of the teams each are faster, where rows are
+# rotated: one works while the other begins.
+FEW_ROWS = 4
 
 
 class Cut(NamedTuple):
@@ -55,12 +63,26 @@ class Cut(NamedTuple):
         return self.warps * self.teams * WARP
 
 
-def cut_of(groups: int, shared: bool, words: int) -> Cut:
+# Groups of a row that is not rotated -> what was measured to be faster, with a shared modulation,
+# than what `cut_of` finds.
+PLAIN_SHARED = {12: Cut(4, 3, 4, 2)}
+
+
+def cut_of(groups: int, shared: bool, words: int, rotated: bool = True, rows: int = 0) -> Cut:
     """Return the cut for rows of so many groups of 256 columns.
 
     words: registers that hold what was read for 8 columns, of x and, where it is not shared, of
-    the modulation.
+    the modulation. rows: for each multiprocessor, 0 for many.
     """
+    if shared and not rotated and words == SHARED_WORDS and groups in PLAIN_SHARED:
+        return PLAIN_SHARED[groups]
+    cut = _most_in_flight(groups, shared, words)
+    if shared and rotated and 0 < rows <= FEW_ROWS * cut.teams and cut.teams % 2 == 0:
+        return cut._replace(teams=cut.teams // 2, resident=2 * cut.resident)
+    return cut
+
+
+def _most_in_flight(groups: int, shared: bool, words: int) -> Cut:
     cuts = [cut for b in (SHARED if shared else DIRECT) if (cut := _cut(groups, b, shared, words))]
     # Most rows in flight for each group that a team has room for, then most for a warp.
     return max(cuts, key=lambda c: (c.teams * c.resident / (c.warps * c.blocks), c.blocks))
@@ -77,6 +99,11 @@ def _cut(groups: int, blocks: int, shared: bool, words: int) -> Cut | None:
     if not shared:
         return Cut(warps, blocks, 1, min(most, MOST_BLOCKS))
     return Cut(warps, blocks, min(most, MOST_TEAMS), 1)
+
+
+def shared_bytes(cut: Cut, k: int, x: torch.dtype) -> int:
+    """Return the shared memory of a block: the joined modulation, and a row ahead of each team."""
+    return JOINED_BYTES * k + cut.threads * cut.blocks * COLUMNS * x.itemsize
 
 
 def words_of(x: torch.dtype, modulation: tuple[torch.Tensor | None, ...], shared: bool) -> int:
@@ -127,7 +154,14 @@ def _run(x, dtype, rotated, input_scale, interleaved, *steps) -> tuple[torch.Ten
     tokens = math.gcd(tokens_scale, tokens_shift)
     processors = _processors(x.device)
     shared = any(t is not None for t in modulation) and tokens >= SHARED_ROWS * processors
-    cut = cut_of(k // ROTATION, shared, words_of(x.dtype, modulation, shared))
+
+    def cut_for(shared: bool) -> Cut:
+        words = words_of(x.dtype, modulation, shared)
+        return cut_of(k // ROTATION, shared, words, rotated, -(-m // processors))
+
+    cut = cut_for(shared)
+    if shared and shared_bytes(cut, k, x.dtype) + EXCHANGED_BYTES > _room(x.device):
+        shared, cut = False, cut_for(False)
     parts = max(1, processors * cut.resident * tokens // m) if shared else m
     magic_scale, bits_scale = _magic(tokens_scale)
     magic_shift, bits_shift = _magic(tokens_shift)
@@ -140,7 +174,7 @@ def _run(x, dtype, rotated, input_scale, interleaved, *steps) -> tuple[torch.Ten
     static = input_scale is not None
     options = {
         "threads": cut.threads,
-        "shared_bytes": JOINED_BYTES * k if shared else 0,
+        "shared_bytes": shared_bytes(cut, k, x.dtype) if shared else 0,
         "defined": defined(x.dtype, dtype, rotated, static, p, cut, k, shared, interleaved),
     }
     launch(KERNEL, parts * (m // tokens) if shared else m, arguments, options, None, x.device)
@@ -199,6 +233,12 @@ def _magic(tokens: int) -> tuple[int, int]:
 @functools.cache
 def _processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@functools.cache
+def _room(device: torch.device) -> int:
+    """Return the bytes of shared memory that a block may have."""
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
 
 
 def _missing(device: torch.device) -> str | None:

@@ -12,8 +12,10 @@ import torch
 from ..cuda import nvrtc
 from ..cuda.hopper import HOPPER, OPTIONS, missing
 from ..cuda.hopper import source as cuda_source
+from ..cuda.kernel import CudaKernel
 from ..cuda.tensor_map import TensorMap, encoded, no_map, tensor_map
 from ..registry import Backend, Needs, register
+from ..replay import empty, launch
 from . import OP
 from .check import MADE_RANKS, MAX_RANKS, Down
 
@@ -41,6 +43,9 @@ POINTERS = (
     *("scale_a", "scale_b", "bias", "gate", "out", "h", "ready", "taken"),
     *("scale_down", "shift"),
 )
+# Of these, what there is without a low-rank term, and the rest.
+GIVEN = 5
+NO_TERM = [None] * (len(POINTERS) - GIVEN)
 
 
 class Params(ctypes.Structure):
@@ -145,12 +150,47 @@ class Variant(NamedTuple):
         }
 
 
+class _Loaded(nvrtc.Kernel):
+    """The kernel of one variant, on the current device."""
+
+    def start(self, programs: int, arguments: Sequence) -> None:
+        """Run so many blocks on the current stream, without a low-rank term.
+
+        arguments: the first tensors of `Params`; a, b and the residual; the numbers of `Params`.
+        """
+        tensors, (a, b, residual) = arguments[:GIVEN], arguments[GIVEN : GIVEN + 3]
+        pointers = [None if x is None else x.data_ptr() for x in tensors]
+        params = Params(*pointers, *NO_TERM, *arguments[GIVEN + 3 :])
+        no_term = (_nothing(),) * 3
+        maps = (*_factors(a, b), *no_term, _nothing() if residual is None else _rows(residual))
+        self.run(programs, params, maps, a.device.index)
+
+    def run(self, blocks: int, params: Params, maps: Sequence[TensorMap], device: int) -> None:
+        """Run so many blocks on the current stream of `device`, the current one."""
+        stream = torch._C._cuda_getCurrentRawStream(device)
+        self.launch((blocks, 1, 1), THREADS, (params, *maps), stream, early=True)
+
+
 @functools.cache
-def _kernel(device: int, variant: Variant) -> nvrtc.Kernel:
+def _kernel(device: int, variant: Variant) -> _Loaded:
     """Return the kernel for `device`, which is the current one."""
     code = nvrtc.machine_code(source(), options(**variant.defined()))
     shared = shared_bytes(variant.stages, variant.down, variant.vectors)
-    return nvrtc.Kernel(code, "scaled_mm", shared)
+    return _Loaded(code, "scaled_mm", shared)
+
+
+class _Product(CudaKernel):
+    """The kernel as `ops.launch` takes it, which `_Loaded.start` then runs."""
+
+    def __init__(self):
+        self.fn = self
+
+    def load(self, device: torch.device, variant: Variant) -> _Loaded:
+        """Compile and load a variant for `device`, the current one."""
+        return _kernel(device.index, variant)
+
+
+PRODUCT = _Product()
 
 
 @functools.cache
@@ -171,6 +211,11 @@ def _aligned(x: torch.Tensor) -> torch.Tensor:
     unit, count = ALIGNMENT // size, x.shape[-1]
     copy = x.new_empty((*x.shape[:-1], -(-count // unit) * unit))[..., :count]
     return copy.copy_(x)
+
+
+def _vector(x: torch.Tensor) -> torch.Tensor:
+    """Return x of any shape as it is, or a copy, where its elements do not lie as a vector's."""
+    return x if x.is_contiguous() and not x.data_ptr() % ALIGNMENT else _aligned(x.reshape(-1))
 
 
 def _matrix(x: torch.Tensor) -> torch.Tensor:
@@ -195,6 +240,15 @@ def permuted(shape: Sequence[int], strides: Sequence[int]) -> tuple[tuple, tuple
     return sizes, (COLUMNS * apart, 2 * apart, 8 * apart, apart, step)
 
 
+def _rows(x: torch.Tensor) -> TensorMap:
+    """Return the map by which a tile's rows of x come."""
+    return _map(x, TILE_M)
+
+
+def _factors(a: torch.Tensor, b: torch.Tensor) -> tuple[TensorMap, TensorMap]:
+    return _rows(a), _permuted(b)
+
+
 def _permuted(x: torch.Tensor) -> TensorMap:
     """Return the map by which 256 rows of x come as `permuted` has them."""
     box = (TILE_N // COLUMNS, 4, 4, 2, STEP // x.element_size())
@@ -205,17 +259,28 @@ def _permuted(x: torch.Tensor) -> TensorMap:
 class _Term:
     """A low-rank term as the kernel takes it, with what has to stay alive until the launch.
 
-    h: given, or to be written to; u: both in 16 bits. down: where h is made within.
+    h: given, or to be written to; u: both in 16 bits. down, ready: where h is made within; ready
+    has a flag for each row tile, and the number of tiles that were taken.
     """
 
     h: torch.Tensor
     u: torch.Tensor
     down: Down | None = None
+    ready: torch.Tensor | None = None
 
     @property
     def maps(self) -> tuple[TensorMap, TensorMap, TensorMap]:
         down = _nothing() if self.down is None else _map(self.down.stored, MADE_RANKS)
-        return _map(self.h, TILE_M), _permuted(self.u), down
+        return *_factors(self.h, self.u), down
+
+    @property
+    def pointers(self) -> list[int | None]:
+        """Those of `Params` from h on."""
+        if self.down is None:
+            return NO_TERM
+        flags, (_, scale, shift) = self.ready, self.down
+        tensors = self.h, flags, flags[-1:], scale, shift
+        return [None if x is None else x.data_ptr() for x in tensors]
 
 
 def _term(low_rank, m: int) -> _Term:
@@ -227,9 +292,10 @@ def _term(low_rank, m: int) -> _Term:
             f"scaled_mm: hopper takes {most} ranks, not {u.shape[1]}; name another backend, or none"
         )
     if isinstance(h, Down):
-        rows = -(-m // TILE_M) * TILE_M
-        made = torch.empty((rows, MADE_RANKS), dtype=u.dtype, device=u.device)
-        return _Term(made, _matrix(u), h._replace(stored=_matrix(h.stored)))
+        tiles, device = row_tiles(m), u.device
+        made = torch.empty((tiles * TILE_M, MADE_RANKS), dtype=u.dtype, device=device)
+        ready = torch.zeros(tiles + 1, dtype=torch.int32, device=device)
+        return _Term(made, _matrix(u), h._replace(stored=_matrix(h.stored)), ready)
     return _Term(_matrix(h), _matrix(u))
 
 
@@ -262,10 +328,10 @@ def run(
         with torch.cuda.device(a.device):
             rest = (bias, zero_point, column_sum, activation, gate, residual, out_dtype, low_rank)
             return run(a, b, scale_a, scale_b, *rest)
-    m, n = a.shape[0], b.shape[0]
-    out = torch.empty((m, n), dtype=out_dtype, device=a.device)
+    (m, k), n = a.shape, b.shape[0]
+    out = empty((m, n), out_dtype, a.device)
     term = None if low_rank is None else _term(low_rank, m)
-    a, b, scale_b = _matrix(a), _matrix(b), _aligned(scale_b.reshape(-1))
+    a, b, scale_b = _matrix(a), _matrix(b), _vector(scale_b)
     bias, gate, residual = (x if x is None else _aligned(x) for x in (bias, gate, residual))
     variant = Variant(
         *(a.dtype, b.dtype, out_dtype, scale_a.numel() > 1, scale_b.numel() > 1),
@@ -273,41 +339,24 @@ def run(
         *(None if term is None else term.u.dtype, term is not None and term.down is not None),
         activation is not None,
     )
-    maps = (
-        *(_map(a, TILE_M), _permuted(b)),
-        *((_nothing(),) * 3 if term is None else term.maps),
-        _nothing() if residual is None else _map(residual, TILE_M),
-    )
-    _launch(variant, maps, (scale_a, scale_b, bias, gate, out), term, (m, n, a.shape[1]))
-    return out
-
-
-def _launch(
-    variant: Variant, maps, tensors, term: _Term | None, size: tuple[int, int, int]
-) -> None:
-    """Start the kernel; tensors: those of `Params` from scale_a to out. size: M, N, K."""
-    (m, n, k), device, gate = size, tensors[0].device, tensors[3]
-    rows, processors = row_tiles(m), _processors(device)
-    pointers = [None if x is None else x.data_ptr() for x in tensors]
-    if variant.down:
-        # Flags, and the number of tiles that were taken.
-        ready = torch.zeros(rows + 1, dtype=torch.int32, device=device)
-        down, flags = term.down, ready.data_ptr()
-        pointers += [term.h.data_ptr(), flags, flags + rows * ready.element_size()]
-        pointers += [down.scale.data_ptr(), None if down.shift is None else down.shift.data_ptr()]
-    else:
-        pointers += [None] * 5
-    count = rows * -(-n // TILE_N)
-    params = Params(
-        *pointers,
+    tensors, processors = (scale_a, scale_b, bias, gate, out), _processors(a.device)
+    tiles = row_tiles(m) * -(-n // TILE_N)
+    numbers = (
         0 if gate is None else gate.stride(0),
-        *(m, n, -(-k // STEP), 0 if term is None else term.u.shape[1], count),
+        *(m, n, -(-k // STEP), 0 if term is None else term.u.shape[1], tiles),
         0 if gate is None else m // gate.shape[0],
         -(-processors // GROUP) * GROUP,
     )
-    kernel, blocks = _kernel(device.index, variant), min(count, processors)
-    stream = torch.cuda.current_stream(device).cuda_stream
-    kernel.launch((blocks, 1, 1), THREADS, (params, *maps), stream, early=True)
+    blocks = min(tiles, processors)
+    if term is None:
+        arguments = (*tensors, a, b, residual, *numbers)
+        launch(PRODUCT, blocks, arguments, {"variant": variant}, None, a.device)
+        return out
+    maps = (*_factors(a, b), *term.maps, _nothing() if residual is None else _rows(residual))
+    pointers = [None if x is None else x.data_ptr() for x in tensors]
+    params = Params(*pointers, *term.pointers, *numbers)
+    _kernel(a.device.index, variant).run(blocks, params, maps, a.device.index)
+    return out
 
 
 NEEDS = Needs(

@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from lowbit.ops import tuning
 from lowbit.ops.linear import LowRank, linear
 from lowbit.ops.quantize_rows import quantize_rows
 from lowbit.ops.scaled_mm import scaled_mm
@@ -220,3 +221,26 @@ def test_gate_and_residual_join_the_product(weight, gates, dtype, rank):
     # Of what is gated; the residual is exact.
     scale = (gated.norm() / want.norm()).item()
     assert error(got, want) <= bound(weight, dtype) * scale + torch.finfo(dtype).eps
+
+
+# Few rows, and many: other kernels, where the GPU has them.
+@pytest.mark.parametrize("tokens", [96, 4352])
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("name", NAMES)
+@torch.inference_mode()
+def test_product_that_was_prepared_before_gives_the_same_bits(name, gated, tokens):
+    def given(seed: int) -> tuple:
+        weight = formats.get(name).quantize(make(3072, K, seed=seed) * 0.02)
+        bias, gate = (make(n, 3072, seed=seed + n).bfloat16() for n in (1, 2))
+        x, residual = (make(tokens, n, seed=seed + n).bfloat16() for n in (K, 3072))
+        return x, weight, bias[0], *((gate, residual) if gated else (None, None))
+
+    def product(x, weight, bias, gate, residual) -> torch.Tensor:
+        return linear(x, weight, bias, gate=gate, residual=residual)
+
+    calls = [given(seed) for seed in (0, 10, 20)]
+    # As in a model: the others while the first is still at work.
+    found = [product(*call) for call in calls]
+    for call, got in zip(calls, found, strict=True):
+        tuning.forget()
+        assert torch.equal(got, product(*call))

@@ -1,6 +1,7 @@
 """The CUDA C++ of `quantize_rows`: the layouts that it rests on, its cuts, and its machine code."""
 
 import cProfile
+import itertools
 import re
 
 import pytest
@@ -111,6 +112,15 @@ def test_every_row_is_covered_by_few_warps(shared):
             assert cut.teams <= cuda.MOST_TEAMS
 
 
+def test_a_modulation_and_rows_ahead_fit_on_hopper():
+    room = 227 * 1024 - cuda.EXCHANGED_BYTES
+    for groups in range(1, cuda.K_MAX // 256 + 1):
+        for dtype, words in ((BF16, 4), (torch.float32, 8)):
+            for rotated, rows in itertools.product((False, True), (0, 16, 32)):
+                cut = cuda.cut_of(groups, True, words, rotated, rows)
+                assert cut.resident * cuda.shared_bytes(cut, 256 * groups, dtype) <= room
+
+
 def test_lanes_store_columns_where_interleave_puts_them():
     """As `place_of` and `store` in rows.cu have it, for 8 columns in a row."""
     k = 2 * 256
@@ -133,6 +143,11 @@ def test_cuts_of_wide_models_are_those_that_were_measured():
     direct = {5120: (4, 5, 1, 6), 12288: (8, 6, 1, 3), 13824: (9, 6, 1, 3), 14336: (14, 4, 1, 2)}
     for wanted, is_shared in ((shared, True), (direct, False)):
         assert {k: cuda.cut_of(k // 256, is_shared, 4) for k in wanted} == wanted
+    assert cuda.cut_of(12, True, 4, False) == (4, 3, 4, 2)
+    assert cuda.cut_of(12, True, 8, False) == cuda.cut_of(12, True, 8)
+    assert cuda.cut_of(12, True, 4, True, 32) == (2, 6, 4, 2)
+    assert cuda.cut_of(12, True, 4, True, 33) == (2, 6, 8, 1)
+    assert cuda.cut_of(12, False, 4, True, 32) == cuda.cut_of(12, False, 4)
 
 
 def test_parameters_are_laid_out_as_in_the_source():
@@ -159,7 +174,8 @@ BF16, FP8, INT8 = torch.bfloat16, torch.float8_e4m3fn, torch.int8
 BUILDS = [
     *((HOPPER, k, BF16, INT8, LAYER, True, True) for k in (5120, 13824)),
     (HOPPER, 13824, BF16, INT8, GELU, True, False),
-    (HOPPER, 5120, BF16, FP8, LAYER, False, True),
+    *((HOPPER, k, BF16, FP8, LAYER, False, True) for k in (3072, 5120)),
+    (HOPPER, 16384, torch.float32, INT8, LAYER, True, True),
     (HOPPER, 1792, torch.float16, INT8, Prologue(), True, False),
     (HOPPER, 8960, torch.float32, FP8, Prologue("rms", weight=X), True, False),
     *((capability, 5120, BF16, INT8, LAYER, True, True) for capability in ((8, 0), (12, 0))),
@@ -177,7 +193,8 @@ def test_kernel_keeps_a_row_in_registers(
     capability, k, dtype, stored, prologue, rotated, shared, tmp_path
 ):
     modulation = (prologue.weight, prologue.bias, prologue.scale, prologue.shift)
-    cut = cuda.cut_of(k // 256, shared, cuda.words_of(dtype, modulation, shared))
+    words = cuda.words_of(dtype, modulation, shared)
+    cut = cuda.cut_of(k // 256, shared, words, rotated)
     names = cuda.defined(dtype, stored, rotated, False, prologue, cut, k, shared)
     code = compiled(cuda.source(), cuda_kernel.options(capability, names))
     sass, usage = disassembled(code, tmp_path)
@@ -185,7 +202,10 @@ def test_kernel_keeps_a_row_in_registers(
     assert registers * cut.threads * cut.resident <= cuda.REGISTERS
     # Two numbers of 4 bytes may be put aside, where GPUs before and after Hopper take more.
     assert stack <= (8 if capability == HOPPER else 64)
-    assert len(re.findall(r"LDG\.E\.[A-Z.]*128", sass)) >= cut.blocks
+    # The first row ahead, and each next one.
+    copies = cut.blocks * dtype.itemsize if shared else 0
+    assert len(re.findall(r"LDGSTS\.E\.[A-Z.]*128", sass)) == copies
+    assert shared or len(re.findall(r"LDG\.E\.[A-Z.]*128", sass)) >= cut.blocks
     assert bool(re.search(r"HMMA\.1688\.F32\.TF32", sass)) == (rotated and prologue != Prologue())
 
 
@@ -230,6 +250,7 @@ def started(monkeypatch):
         cuda_kernel.CudaKernel, "load", lambda self, device, **options: Fake(options)
     )
     monkeypatch.setattr(cuda, "_processors", lambda device: 4)
+    monkeypatch.setattr(cuda, "_room", lambda device: 227 * 1024)
     return found
 
 
@@ -255,10 +276,21 @@ def test_modulation_of_many_rows_is_shared(started):
         cuda.run(torch.ones(m, 256), INT8, True, prologue)
         programs, arguments, options = started[-1]
         assert dict(options["defined"])["SHARED"] == shared
+        cut = cuda.cut_of(1, shared, 8)
         assert programs == (4 if shared else m)
+        assert options["shared_bytes"] == (cuda.shared_bytes(cut, 256, torch.float32) * shared)
         assert arguments[6] is scale and arguments[7] is shift
         assert arguments[8:11] == [256, 256, 0]
         assert arguments[15:17] == ([least, 2] if shared else [least - 1, m])
+
+
+def test_modulation_is_not_shared_where_a_block_has_no_room(started, monkeypatch):
+    monkeypatch.setattr(cuda, "_room", lambda device: 99 * 1024)
+    for k, shared in ((2048, True), (8192, False)):
+        prologue = Prologue("layer", scale=torch.ones(k), shift=torch.ones(k))
+        cuda.run(torch.ones(4 * cuda.SHARED_ROWS, k, dtype=BF16), INT8, True, prologue)
+        assert dict(started[-1][2]["defined"])["SHARED"] == shared
+        assert started[-1][2]["shared_bytes"] <= 99 * 1024
 
 
 def test_rows_that_cannot_be_read_16_bytes_at_a_time_are_copied(started):

@@ -5,8 +5,8 @@
 // (groups of each warp, at most), TEAMS of a block, RESIDENT (blocks on a multiprocessor, at
 // least), ROTATE, PARTS (of rotate.cu), NORM, GELU, STATIC, WEIGHT, BIAS, SCALE, SHIFT (dtype,
 // ABSENT or not), SHARED: a block stays for many rows, which have the same modulation, in shared
-// memory, and INTERLEAVE: FP8 is stored in the order of order.py, for a product that may be set up
-// meanwhile.
+// memory, where the next rows come too, and INTERLEAVE: FP8 is stored in the order of order.py, for
+// a product that may be set up meanwhile.
 
 enum Norm { NO_NORM = 0, LAYER = 1, RMS = 2 };
 
@@ -14,6 +14,7 @@ const int GROUP = 256;
 const int K = GROUPS * GROUP;
 // Columns between a warp's groups: they go to the warps in turn.
 const int APART = WARPS * GROUP;
+const int THREADS = TEAMS * WARPS * 32;
 // The power of two that WARPS is, or is below.
 const int LANES = WARPS <= 2 ? WARPS : WARPS <= 4 ? 4 : WARPS <= 8 ? 8 : WARPS <= 16 ? 16 : 32;
 const bool PREPARE = NORM || GELU || WEIGHT >= 0 || BIAS >= 0 || SCALE >= 0 || SHIFT >= 0;
@@ -245,7 +246,7 @@ const int CHUNKS = K / WIDTH;
 
 __device__ __forceinline__ void fill(float4* joined, const Params& p, u32 row) {
     const Source source(p, row, 0);
-    for (int i = threadIdx.x; i < CHUNKS; i += TEAMS * WARPS * 32) {
+    for (int i = threadIdx.x; i < CHUNKS; i += THREADS) {
         Modulation modulation;
         float f[WIDTH], t[WIDTH];
         modulation.read(source, i * WIDTH);
@@ -318,15 +319,42 @@ __device__ __forceinline__ float scale_of(const Team& team, float largest, const
     return scale;
 }
 
+const int X_BYTES = X == FP32 ? 4 : 2;
+// 16 bytes of them that a thread reads of each group.
+const int PIECES = X == FP32 ? 2 : 1;
+
 __device__ __forceinline__ void read(Vector<X> (&x)[BLOCKS], const Team& team, const char* from) {
 #pragma unroll
     for (int j = 0; j < BLOCKS; ++j)
         if (team.has(j)) x[j].read(from, j * APART, true);
 }
 
+// SHARED: a team's next row comes to shared memory while it works on one. A warp copies what it
+// reads, so that nobody waits for others. Lanes copy in the order of columns, in whatever order they
+// read: to copy 16 bytes elsewhere in a line takes several times as long.
+__device__ __forceinline__ void fetch(uint4* ahead, const Team& team, const char* from) {
+#pragma unroll
+    for (int j = 0; j < BLOCKS; ++j)
+#pragma unroll
+        for (int h = 0; h < PIECES; ++h)
+            if (team.has(j))
+                copy_async(ahead + (j * PIECES + h) * THREADS, from + j * APART * X_BYTES + 16 * h);
+}
+__device__ __forceinline__ void take(Vector<X> (&x)[BLOCKS], const Team& team, const uint4* came) {
+    await_copies();
+    __syncwarp();
+#pragma unroll
+    for (int j = 0; j < BLOCKS; ++j)
+#pragma unroll
+        for (int h = 0; h < PIECES; ++h)
+            if (team.has(j)) x[j].part[h] = came[(j * PIECES + h) * THREADS];
+    // Read before the next row's come to the same place.
+    __syncwarp();
+}
+
 extern __shared__ float4 joined[];
 
-extern "C" __global__ void __launch_bounds__(TEAMS* WARPS * 32, RESIDENT)
+extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
 quantize_rows(const __grid_constant__ Params p) {
     __shared__ Exchange exchanges[TEAMS];
     if (INTERLEAVE) let_next_kernel_start();
@@ -342,17 +370,27 @@ quantize_rows(const __grid_constant__ Params p) {
     const u32 stride = p.parts * TEAMS;
     u32 row = first + part * TEAMS + team.index;
     const char* const x = columns(p.x, X, column);
-    const int width = X == FP32 ? 4 : 2;
     const float4* const mine = joined + column / WIDTH;
+    // Of this thread: where it copies from and to, and where it reads what came.
+    const char* const copied = columns(p.x, X, team.warp * GROUP + lane * WIDTH);
+    uint4* const ahead = reinterpret_cast<uint4*>(joined + 4 * CHUNKS) + threadIdx.x;
+    const uint4* const came = ahead + (place - lane);
 
     Vector<X> given[BLOCKS] = {};
-    if (row < end) read(given, team, x + row * p.stride_x * width);
     if (SHARED) {
+        if (row < end) fetch(ahead, team, copied + row * p.stride_x * X_BYTES);
         fill(joined, p, first);
         __syncthreads();
     }
     const Hadamard hadamard(lane, p.zeros);
     for (; row < end; row += stride) {
+        const char* const from = x + row * p.stride_x * X_BYTES;
+        if (SHARED)
+            take(given, team, came);
+        else
+            read(given, team, from);
+        if (SHARED && row + stride < end)
+            fetch(ahead, team, copied + (row + stride) * p.stride_x * X_BYTES);
         Modulation modulations[BLOCKS];
         const Source source(p, row, column);
 #pragma unroll
@@ -360,7 +398,7 @@ quantize_rows(const __grid_constant__ Params p) {
             if (!SHARED && team.has(j)) modulations[j].read(source, j * APART);
 
         float factor = 1.0f, term = 0.0f, largest = 0.0f, other = 0.0f, v[BLOCKS][WIDTH];
-        if (NORM) norm(team, given, x + row * p.stride_x * width, p.eps, factor, term);
+        if (NORM) norm(team, given, from, p.eps, factor, term);
 #pragma unroll
         for (int j = 0; j < BLOCKS; ++j) {
             if (!team.has(j)) continue;
@@ -384,9 +422,6 @@ quantize_rows(const __grid_constant__ Params p) {
                 other = larger(other, v[j][i + 1]);
             }
         }
-        // The next row comes while this one is rounded and stored.
-        if (SHARED && row + stride < end)
-            read(given, team, x + (row + stride) * p.stride_x * width);
         const float inverse = 1.0f / scale_of(team, larger(largest, other), p, row) * UNIT;
         char* const stored = static_cast<char*>(p.stored) + u64(row) * K + place_of(column);
 #pragma unroll

@@ -1,10 +1,15 @@
 """`linear` prepares a product once: later ones of its kind are launches with their own tensors."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from lowbit.ops import launch, registry, replay, tuning
+from lowbit.ops.cuda.nvrtc import Kernel
+from lowbit.ops.linear import hopper as hopper_linear
 from lowbit.ops.linear import linear, quantize_activation
+from lowbit.ops.scaled_mm import hopper
 from lowbit.quant import formats
 from tests.ops.recorded import only_launches
 
@@ -115,3 +120,50 @@ def test_gradients_do_not_see_a_prepared_product(prepared):
     for _ in range(2):
         linear(rows, weight, bias)
     assert len(prepared) == 2
+
+
+class Stand(Kernel):
+    """What the Hopper kernel does with what it is started with, on the CPU."""
+
+    def __init__(self):
+        self.started = []
+
+    def start(self, programs, arguments):
+        scale_a, scale_b, bias, gate, out, a, b, residual, *numbers = arguments
+        value = (a.float() * scale_a) @ (b.float().t() * scale_b.reshape(1, -1))
+        value += 0 if bias is None else bias
+        out.copy_(value if gate is None else residual + gate * value)
+        self.started.append((programs, tuple(numbers)))
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("name", ["int8", "fp8_e4m3", "fp8_e4m3_rowwise"])
+@torch.inference_mode()
+def test_product_of_hopper_is_prepared_once(monkeypatch, name, gated):
+    kernel, prepared, run = Stand(), [], hopper.run
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: None)
+    monkeypatch.setattr(hopper, "_processors", lambda device: 4)
+    monkeypatch.setattr(hopper._Product, "load", lambda self, device, variant: kernel)
+    monkeypatch.setattr(launch, "_compiled", {})
+    needs = registry.Needs(hopper.NEEDS.schemes)
+    only = registry.Backend(
+        *("scaled_mm", "hopper", 0, needs, lambda *given: prepared.append(1) or run(*given))
+    )
+    monkeypatch.setitem(registry._BACKENDS, "scaled_mm", [only])
+    (ours,) = (b for b in registry.backends("linear") if b.name == hopper_linear.PRODUCT)
+    anywhere = replace(ours, needs=registry.Needs(ours.needs.schemes))
+    monkeypatch.setitem(registry._BACKENDS, "linear", [anywhere])
+    tuning.forget()
+    with only_launches() as launches:
+        for seed in (0, 10, 20):
+            x, weight, bias, gate, residual = tensors(name, seed, gated)
+            rows = quantize_activation(x, weight)
+            got = linear(rows, weight, bias, gate=gate, residual=residual)
+            torch.testing.assert_close(
+                got.float(), wanted(x, weight, bias, gate, residual), rtol=0.01, atol=0.02
+            )
+    tuning.forget()
+    # Once prepared, launched three times, with the same numbers.
+    assert prepared == [1] and len(kernel.started) == 3 and len(set(kernel.started)) == 1
+    assert kernel.started[0] == (1, (N if gated else 0, 18, N, 4, 0, 1, 18 if gated else 0, 16))
+    assert launches[-1] == 1
