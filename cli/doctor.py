@@ -38,12 +38,19 @@ def _print(found) -> None:
         ],
         indent="",
     )
+    print(f"attention that `auto` takes on {found.device}, for heads of 128 channels:")
+    output.table(map(_attention, found.attention))
     print(f"formats on {found.device}:")
     output.table((f.format, f.backend, f.runs) for f in found.formats)
     print("4-bit weights, by the arithmetic that a model is loaded or quantized with:")
     output.table(_grouped(found.formats, "arithmetics"))
     print("backends that do not fit:")
     output.table(_grouped(found.formats, "unfit") or [("none",)])
+
+
+def _attention(row) -> tuple[str, str, str, str]:
+    hides = "no mask" if row.hides == "unmasked" else "a mask of keys"
+    return hides, f"from {row.tokens_min} tokens on", row.way, row.source
 
 
 def _grouped(formats, field: str) -> list[tuple[str, str, str]]:
@@ -75,7 +82,11 @@ def _host(host) -> str:
 def _tuned(tuned) -> str:
     if tuned.problem:
         return f"ignored: {tuned.problem}"
-    if not tuned.tiles + tuned.backends:
+    if not tuned.tiles + tuned.backends + tuned.attention:
         return "nothing in use (`lowbit tune` measures what is fastest on a GPU)"
-    counts = (output.several(tuned.tiles, "tile"), output.several(tuned.backends, "backend"))
-    return f"{' and '.join(counts)} in use, from {tuned.path}"
+    counts = (
+        f"{output.several(tuned.tiles, 'tile')} and {output.several(tuned.backends, 'backend')}"
+    )
+    if tuned.attention:
+        counts += f", attention for {output.several(tuned.attention, 'number')} of tokens"
+    return f"{counts} in use, from {tuned.path}"

@@ -1,10 +1,11 @@
 """measure what is fastest on this GPU, and remember it
 
-Times our kernels' tiles, then whole linear layers, for the layers of Wan and Qwen-Image, of a
-checkpoint, or of given shapes, in INT8, FP8 and 4 bits. A tile whose result differs from the
-reference's cannot win. What beats the built-in choice by more than the noise is kept in tuning.json
-in the user's folder of caches, or in the folder LOWBIT_CACHE, for this kind of GPU and these
-versions.
+Times attention by every way of 8 bits or more that runs here. Then our kernels' tiles and whole
+linear layers, for the layers of Wan and Qwen-Image, of a checkpoint, or of given shapes, in INT8,
+FP8 and 4 bits. A tile whose result differs from the reference's cannot win, nor can a way of
+attention that errs by more than 0.045. What beats the built-in choice by more than the noise is
+kept in tuning.json in the user's folder of caches, or in the folder LOWBIT_CACHE, for this kind of
+GPU and these versions.
 Exit code 1 when a result was wrong.
 """
 
@@ -31,10 +32,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="rows of input, outputs and inputs of a layer; may be given again",
     )
     what.add_argument("--model", metavar="FILE", help="the layers of a checkpoint")
+    what.add_argument(
+        "--attention",
+        nargs="?",
+        type=_counts,
+        const=(),
+        metavar="L,L,...",
+        help="attention alone, of so many tokens (default: 512 to 32768)",
+    )
     what.add_argument("--show", action="store_true", help="print what is remembered, and stop")
     what.add_argument("--clear", action="store_true", help="forget it, for all GPUs, and stop")
     parser.add_argument(
-        "--rows", type=_rows, default=(), metavar="M,M,...", help="numbers of rows to measure with"
+        "--rows",
+        type=_counts,
+        default=(),
+        metavar="M,M,...",
+        help="numbers of rows to measure linear layers with, and no attention",
     )
     parser.add_argument("--device", type=int, default=0, metavar="N", help="which GPU (default: 0)")
     parser.add_argument(
@@ -45,13 +58,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"about how long to measure (default: {MAX_SECONDS})",
     )
     parser.add_argument(
-        "--bits", type=int, choices=BITS, help="only weights of so many bits (default: all)"
+        "--bits",
+        type=int,
+        choices=BITS,
+        help="only weights of so many bits, and no attention (default: all)",
     )
     parser.add_argument("--dry-run", action="store_true", help="measure, and remember nothing")
     parser.add_argument("--json", action="store_true", help="print one JSON object, no progress")
 
 
-def _rows(text: str) -> tuple[int, ...]:
+def _counts(text: str) -> tuple[int, ...]:
     try:
         return tuple(int(part) for part in text.split(","))
     except ValueError:
@@ -74,6 +90,8 @@ def run(args: argparse.Namespace) -> int:
 
     if args.rows and args.shape:
         raise ValueError("--rows goes with --model or without any; --shape names the rows itself")
+    if args.attention is not None and (args.rows or args.bits):
+        raise ValueError("--rows and --bits are of linear layers; --attention measures none")
     wanted = _problems(args)
     bench = gpu_bench(args.device)
     if args.bits:
@@ -98,19 +116,24 @@ def _problems(args: argparse.Namespace):
     from ..quant.tune import problems
 
     rows = [problems.check_rows(m) for m in args.rows]
+    if args.attention is not None:
+        return problems.of_attention(args.attention)
     if args.shape:
         return problems.distinct(problems.named(text) for text in args.shape)
     if args.model:
         return problems.of_checkpoint(args.model, rows)
-    return problems.of_families(rows)
+    layers = problems.of_families(rows)
+    return layers if rows or args.bits else [*problems.of_attention(), *layers]
 
 
 def _print(report) -> None:
     done = [result for result in report.results if not result.note]
     won = [result for result in done if result.winner]
-    if won:
+    layers = [result for result in won if not _attends(result.op)]
+    if layers:
         print("faster than the built-in choice:")
-        output.table(_line(result) for result in won)
+        output.table(_line(result) for result in layers)
+    _print_attention(report)
     counts = {word: sum(len(getattr(r, word)) for r in done) for word in ("failed", "wrong")}
     tried, untried = (sum(getattr(r, word) for r in done) for word in ("tried", "untried"))
     print(
@@ -138,7 +161,50 @@ def _print(report) -> None:
     print(f"remembered in {report.path}" if report.stored else "not remembered: --dry-run")
 
 
+def _print_attention(report) -> None:
+    done = [r for r in report.results if _attends(r.op)]
+    found = [r for r in done if r.times_ms]
+    if found:
+        print("attention, from so many queries and keys on:")
+        output.table(_attention_line(r) for r in sorted(found, key=lambda r: (r.scheme, r.m)))
+    left_out: dict[tuple[str, str], list[str]] = {}
+    for result in done:
+        for told in result.failed.items():
+            left_out.setdefault(told, []).append(f"{result.m} {result.scheme}")
+    for (name, reason), where in left_out.items():
+        print(f"left out of attention: {name}: {reason} ({', '.join(where)})")
+    for reason in report.absent.values():
+        print(f"left out of attention: {reason}")
+
+
+def _attention_line(result) -> tuple[str, ...]:
+    taken = result.winner or result.default
+    before, ms = result.times_ms.get(result.default), result.times_ms.get(taken)
+    error = result.errors.get(taken)
+    if result.winner:
+        faster = f"{result.gain:.0%} faster" if math.isfinite(result.gain) else "runs"
+    else:
+        faster = "nothing is faster"
+    return (
+        f"{result.m} {result.scheme}",
+        taken,
+        "not timed" if ms is None else _microseconds(ms),
+        "" if error is None else f"error {error:.4f}",
+        f"torch's own: {'cannot run' if before is None else _microseconds(before)}",
+        faster,
+        f"then {', '.join(result.ranking[1:])}" if result.ranking[1:] else "",
+    )
+
+
+def _attends(op: str) -> bool:
+    from ..ops.attention import OP
+
+    return op == OP
+
+
 def _problem(result) -> str:
+    if _attends(result.op):
+        return f"attention {result.scheme} {result.rows} x {result.n}"
     return f"{result.scheme} {result.rows} x {result.n} x {result.k}"
 
 
@@ -185,10 +251,11 @@ def _show(as_json: bool) -> int:
     for part in found.sections:
         about = ", ".join(f"{name} {value}" for name, value in part.mark.items())
         print(f"{'in use' if part.counts else 'not in use here'}: {about}")
+        attends = _attends(part.mark.get("op"))
         output.table(
             (
-                f"{e.scheme} {e.n} x {e.k}",
-                f"M up to {e.m}",
+                e.scheme if attends else f"{e.scheme} {e.n} x {e.k}",
+                f"{e.m} tokens and more" if attends else f"M up to {e.m}",
                 in_short(e.choice),
                 _microseconds(e.ms),
                 f"instead of {in_short(e.instead_of)}",

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from ..ops.attention import router
+from ..ops.attention import router, ways
 from ..ops.attention.blocks import parse_blocks
 from ..ops.attention.guard import FIRST_CALL, GUARDS
 from ..ops.attention.prologue import NOTHING, Prologue
@@ -188,7 +188,7 @@ class Override:
     def _is_active(self, sampling, options: dict) -> bool:
         """Return whether a step is within `steps`, and an inner one where the mode has 4 bits."""
         sigmas = options.get("sigmas")
-        if router.bits(self.mode) == 4 and not _is_inner(sigmas, options.get("sample_sigmas")):
+        if ways.bits(self.mode) == 4 and not _is_inner(sigmas, options.get("sample_sigmas")):
             return False
         return is_within(self.steps, sampling, sigmas)
 
@@ -240,7 +240,7 @@ class Override:
         way = self._way(call)
         if self.mode == "auto" and way == router.SDPA:
             return False
-        if router.bits(way) < self._bits_min(call):
+        if ways.bits(way) < self._bits_min(call):
             return False
         reason = router.refusal(way, call.q, call.k, call.v, call.mask)
         if reason:
@@ -248,7 +248,7 @@ class Override:
         return reason is None
 
     def _way(self, call: Call) -> str:
-        options = {"bits_min": self._bits_min(call)}
+        options = {"bits_min": self._bits_min(call), "rotate": self.rotate}
         return router.choose(call.q, call.k, call.v, self.mode, call.mask, **options)
 
     def _bits_min(self, call: Call) -> int:

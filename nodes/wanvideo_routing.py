@@ -16,7 +16,7 @@ from types import FunctionType
 
 import torch
 
-from ..ops.attention import router
+from ..ops.attention import router, ways
 from ..ops.attention.blocks import parse_blocks
 from ..ops.registry import NoBackendError
 from . import wanvideo_model
@@ -105,7 +105,7 @@ def set_attention(patcher, rules: Override):
             "WanVideo: attention to the image is part of the layers that attend to the text; "
             "choose layers cross"
         )
-    if router.bits(rules.mode) == FEW_BITS:
+    if ways.bits(rules.mode) == FEW_BITS:
         margin = OUTER_STEPS * (steps[1] - steps[0])
         steps = (steps[0] + margin, steps[1] - margin)
     if reason := router.missing(rules.mode, patcher.load_device):

@@ -2,6 +2,7 @@
 
 An entry is for one operation, scheme, weight [N, K] and bucket of M, and there is one only where
 something beat what is taken without it: another tile (`scaled_mm`), another backend (`linear`).
+Those of `attention` are for a number of tokens, whatever won (`attention/auto.py`).
 Entries count on the kind of GPU on which they were measured, with the same versions and the same
 source of our kernels. `tuning_file.py` says where they lie; they are read when first asked for.
 """
@@ -44,6 +45,10 @@ SOURCES = {
         *(f"{folder}/*.py" for folder in ("linear", "quantize_rows", "scaled_mm", "decode_fp4")),
         *("fp4_mm/*.py", "fp4_scaled_mm/*.py", "fp4_scaled_mm/kernels/*.cu"),
         *("quantize_rows/kernels/*.cu", "scaled_mm/kernels/*.cu", "cuda/*.cu"),
+    ),
+    "attention": (
+        *("attention/*.py", "attention/kernels/*.py", "attention/kernels/*.cu"),
+        "cuda/hopper.cu",
     ),
 }
 # Calls that are remembered; to look one up again costs microseconds.
@@ -105,9 +110,11 @@ def gpu(device: torch.device) -> Gpu | None:
 
 def mark(op: str, gpu: Gpu) -> Mark:
     """Return what marks the section of `op` on a GPU: the GPU, versions, and a hash of sources."""
-    versions = {"triton": _version(TRITON)}
+    versions = {"triton": version(TRITON)}
+    if op in ("linear", "attention"):
+        versions["torch"] = str(torch.__version__)
     if op == "linear":
-        versions |= {"torch": str(torch.__version__), "kitchen": _version(("comfy-kitchen",))}
+        versions["kitchen"] = version(("comfy-kitchen",))
     return {
         "op": op,
         "gpu": gpu.name,
@@ -118,7 +125,8 @@ def mark(op: str, gpu: Gpu) -> Mark:
     }
 
 
-def _version(names: Iterable[str]) -> str:
+def version(names: Iterable[str]) -> str:
+    """Return the version of the first package of these that is installed, else "missing"."""
     for name in names:
         try:
             return importlib.metadata.version(name)
@@ -181,7 +189,8 @@ def choices(op: str, gpu: Gpu, read: Callable[[Any], Any]) -> Mapping[Key, Any]:
         try:
             found[key] = read(entry.choice)
         except ValueError as error:
-            logger.warning("tuned tile for %s ignored: %s. Run `lowbit tune` again.", key, error)
+            text = "what was tuned of %s for %s is ignored: %s. Run `lowbit tune` again."
+            logger.warning(text, op, key, error)
     return found
 
 

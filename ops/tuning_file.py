@@ -37,7 +37,8 @@ class UnreadableError(ValueError):
 class Entry:
     """What won. m: the bucket. rows: M at which the times, medians, were taken.
 
-    choice, instead_of: the fields of a tile (`scaled_mm`), or the name of a backend (`linear`).
+    choice, instead_of: the fields of a tile (`scaled_mm`), the name of a backend (`linear`), or
+    ways and the name of torch's (`attention`, where n is the keys and k the head size).
     instead_ms is None where what is taken without the entry cannot run.
     """
 

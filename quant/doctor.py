@@ -13,6 +13,9 @@ import comfy_kitchen
 import torch
 
 from ..ops import cache_folder, registry, tuning, tuning_file
+from ..ops.attention import OP as ATTENTION
+from ..ops.attention import auto
+from ..ops.attention.ways import SDPA
 from ..ops.fp4_mm import OP as FOUR_BIT
 from ..ops.linear import OP
 from ..ops.linear.arithmetic import ARITHMETICS, AUTO, backend_named
@@ -29,6 +32,9 @@ PACKAGES = {
 HOST_VERSION_FILE = "comfyui_version.py"
 # A shape [N, K] that every backend's multiples divide.
 N = K = 4096
+# Of attention: Wan's and Qwen-Image's, the one that is measured.
+HEAD_SIZE = 128
+TORCHS_OWN = "torch's own"
 
 
 @dataclass(frozen=True)
@@ -74,12 +80,30 @@ class FormatSupport:
 
 @dataclass(frozen=True)
 class Tuned:
-    """What of `lowbit tune` is in use on the device; problem: why its file is not, or None."""
+    """What of `lowbit tune` is in use on the device; problem: why its file is not, or None.
+
+    attention: for how many numbers of tokens, with and without a mask.
+    """
 
     path: str
     problem: str | None
     tiles: int
     backends: int
+    attention: int
+
+
+@dataclass(frozen=True)
+class AutoAttention:
+    """What `auto` of attention takes here for 16 bits and heads of HEAD_SIZE channels.
+
+    hides: `unmasked` or `keys`, a mask of keys. tokens_min: from so many queries and keys on, up to
+    the next. source: `tuned` by `lowbit tune`, `built in`, or torch's own.
+    """
+
+    hides: str
+    tokens_min: int
+    way: str
+    source: str
 
 
 @dataclass(frozen=True)
@@ -101,6 +125,7 @@ class Diagnosis:
     device: str
     cache: str
     tuned: Tuned
+    attention: tuple[AutoAttention, ...]
     formats: tuple[FormatSupport, ...]
 
 
@@ -121,6 +146,7 @@ def diagnose() -> Diagnosis:
         device=str(device),
         cache=str(cache_folder.folder()),
         tuned=_tuned(device),
+        attention=tuple(_auto_attention(device)),
         formats=tuple(_support(formats.get(name), device) for name in formats.names()),
     )
 
@@ -133,8 +159,22 @@ def _gpus() -> Iterator[Gpu]:
 
 def _tuned(device: torch.device) -> Tuned:
     gpu = tuning.gpu(device)
-    *tiles, backends = (len(tuning.lookup(op, gpu)) for op in (PRODUCT, FOUR_BIT, OP))
-    return Tuned(str(tuning_file.path()), tuning.stored()[1], sum(tiles), backends)
+    *tiles, backends, rows = (
+        len(tuning.lookup(op, gpu)) for op in (PRODUCT, FOUR_BIT, OP, ATTENTION)
+    )
+    return Tuned(str(tuning_file.path()), tuning.stored()[1], sum(tiles), backends, rows)
+
+
+def _auto_attention(device: torch.device) -> Iterator[AutoAttention]:
+    """Yield what `auto` takes, the fewest tokens first; neighbours that are the same as one."""
+    for kind, hides in auto.SCHEMES.items():
+        starts = (*auto.starts(device, HEAD_SIZE, kind), auto.Start(0, SDPA, TORCHS_OWN))
+        last = None
+        for tokens in sorted({start.tokens_min for start in starts}):
+            taken = next(start for start in starts if tokens >= start.tokens_min)
+            if last is None or taken[1:] != last[1:]:
+                yield AutoAttention(hides, tokens, taken.way, taken.source)
+            last = taken
 
 
 def _kitchen_backends() -> Iterator[KitchenBackend]:

@@ -1,19 +1,17 @@
-"""The router: one attention by many ways (`ways.py`), by name or by what `table.py` has of each."""
+"""The router: one attention by many ways (`ways.py`), by name or as measured (`auto.py`)."""
 
 import operator
 
 import torch
 
-from .. import registry, tuning
+from .. import registry
 from ..custom_op import custom_op
-from ..registry import Call, NoBackendError
-from . import OP as ATTENTION
-from . import empty_out, guard, kind_of, scheme, ways
+from ..registry import NoBackendError
+from . import auto, empty_out, guard, kind_of, ways
 from .check import DTYPES
 from .guard import GUARDS, OFF
 from .prologue import ARGUMENTS, NOTHING, Prologue, of_arguments
-from .table import AUTO
-from .ways import CAUSAL, LOWBIT, MASKED, OP, PLAIN, SDPA, bits, prepares
+from .ways import CAUSAL, LOWBIT, MASKED, OP, PLAIN, SDPA, prepares
 
 # The names of older wrappers for what is here under another one, or not at all.
 ALIASES = {
@@ -52,11 +50,11 @@ def route(
     q: [B, H, Lq, D]; k, v: [B, Hkv, Lk, D] with H % Hkv = 0, of one dtype, any strides, never
     written to. mask: bool (True: the key counts) or added to the logits, broadcast to
     [B, H, Lq, Lk]. scale: None is D**-0.5. mode: one of NAMES, or an older name of ALIASES.
-    `auto` takes what `table.py` has for the call, else torch's own attention. On a CPU a `lowbit_*`
+    `auto` takes what `auto.py` has for the call, else torch's own attention. On a CPU a `lowbit_*`
     mode runs the exact reference of `attention`, on float32 rounded to bfloat16. prologue: what is
     done to q and k first; for ways that `prepares` says. rotate: as `attention` has it, in the
-    `lowbit_*` ways; `auto` may take another one, in 16 bits, which has no need of it. guard: one of
-    GUARDS; `guard.run` says what each does. There are no gradients, but for `sdpa`.
+    `lowbit_*` ways; `auto` takes no other of 8 bits then; those of 16 have no need of it. guard:
+    one of GUARDS; `guard.run` says what each does. There are no gradients, but for `sdpa`.
     Raises ValueError for an unknown mode or guard, and for a named mode that cannot rotate;
     NoBackendError with the reason where the named mode cannot run the call.
     """
@@ -64,7 +62,7 @@ def route(
         raise ValueError(f"{OP}: unknown guard {guard!r}; known are {', '.join(GUARDS)}")
     if rotate:
         check_rotation(mode)
-    way = choose(q, k, v, mode, mask, causal)
+    way = choose(q, k, v, mode, mask, causal, rotate=rotate)
     reason = refusal(way, q, k, v, mask, causal)
     if reason:
         raise NoBackendError(f"{OP}: {reason}")
@@ -100,20 +98,30 @@ def check_rotation(mode: str) -> None:
         )
 
 
-def choose(q, k, v, mode: str, mask=None, causal: bool = False, bits_min: int = 0) -> str:
+def choose(
+    q,
+    k,
+    v,
+    mode: str,
+    mask=None,
+    causal: bool = False,
+    bits_min: int = 0,
+    rotate: bool = False,
+) -> str:
     """Return the name of the way that `mode` means for a call: itself, but for `auto`.
 
-    bits_min: the least bits of what `auto` takes. Raises what `known` raises.
+    bits_min: the least bits of what `auto` takes. rotate: it takes nothing of 8 bits that does not
+    rotate. Raises what `known` raises.
     """
     mode = known(mode)
     if mode != "auto":
         return mode
     if q.dtype in DTYPES and _alike(q, k, v):
         tokens, kind = min(q.shape[2], k.shape[2]), kind_of(mask, causal)
-        for index, row in enumerate(AUTO):
-            takes = tokens >= row.tokens_min and bits(row.way) >= bits_min and kind in row.kinds
-            if takes and _fits(index, q.device, _head_size(q), kind):
-                return row.way
+        found = _starts(q.device, _head_size(q), kind, bits_min, rotate)
+        for tokens_min, way, grouped_too in found:
+            if tokens >= tokens_min and (grouped_too or q.shape[1] == k.shape[1]):
+                return way
     return SDPA
 
 
@@ -156,46 +164,18 @@ def _head_size(q: torch.Tensor) -> int:
 
 # A constant of the graph: torch.compile can trace neither the imports nor the self-tests.
 @torch.compiler.assume_constant_result
-def _fits(index: int, device: torch.device, head_size: int, kind: str | None) -> bool:
-    """Return whether a row of AUTO has this device and head size, and its kernel runs there."""
-    return _look_up(index, device, head_size, kind)
+def _starts(
+    device: torch.device, head_size: int, kind: str | None, bits_min: int, rotate: bool
+) -> tuple[tuple[int, str, bool], ...]:
+    """Return what `auto` takes: least tokens, way, and whether it is for grouped heads too."""
+    found = auto.starts(device, head_size, kind, bits_min, rotate)
+    return tuple((start.tokens_min, start.way, start.grouped_too) for start in found)
 
 
 @torch.compiler.assume_constant_result
 def _unmet(way: str, kind: str, device: torch.device, head_size: int) -> str | None:
     """Return why none of the sets of needs of a way holds, or None."""
-    return _reason(way, kind, device, head_size)
-
-
-@tuning.cached
-def _look_up(index: int, device: torch.device, head_size: int, kind: str | None) -> bool:
-    row, has = AUTO[index], registry.capability(device)
-    if has is None or not row.capability[0] <= has < row.capability[1]:
-        return False
-    if head_size not in row.head_sizes:
-        return False
-    if row.backend is None:
-        # Both dtypes that `auto` takes have the same needs.
-        return _reason(row.way, ways.named(DTYPES[0]), device, head_size) is None
-    mode = row.way.removeprefix(LOWBIT)
-    call = Call(scheme(mode, kind), device, 0, head_size)
-    found = [b for b in registry.backends(ATTENTION) if b.name == row.backend]
-    return any(registry.unmet(b.needs, call) is None for b in found)
-
-
-@tuning.cached
-def _reason(way: str, kind: str, device: torch.device, head_size: int) -> str | None:
-    call = Call(kind, device, 0, head_size)
-    reasons = []
-    for backend in registry.backends(OP):
-        if backend.name == way:
-            reason = registry.unmet(backend.needs, call)
-            if reason is None:
-                return None
-            reasons.append(reason)
-    # Of several, one that is not the device says more, and the last set of needs takes the most.
-    telling = [reason for reason in reasons if not reason.startswith("needs a device")]
-    return f"{way}: {(telling or reasons)[-1]}"
+    return ways.unmet(way, kind, device, head_size)
 
 
 def _run(q, k, v, mask, way, causal, scale, checked, rotate, *steps):

@@ -4,6 +4,7 @@ Their schemes are dtypes, with `_masked` or `_causal` after them. A way of torch
 is tried on a small example before it is first used on a device.
 """
 
+import subprocess
 import warnings
 from collections.abc import Callable
 from itertools import product
@@ -12,10 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from .. import registry
+from .. import registry, tuning
 from ..attention_fp4 import WIDTHS, attention_fp4
 from ..failures import failures
-from ..registry import Backend, Needs, register
+from ..registry import Backend, Call, Needs, register
 from . import attention, sage
 from .check import DTYPES
 from .modes import MODES
@@ -39,7 +40,11 @@ BROKEN = {16: 0.02, 8: 0.25, 4: 0.5}
 # The example: queries and keys that no tile divides.
 QUERIES, KEYS = 200, 333
 # What a package raises where it cannot run, besides what kernels do.
-REFUSALS = (ValueError, AssertionError, ImportError, AttributeError)
+REFUSALS = (
+    *(ValueError, TypeError, LookupError, ArithmeticError, AssertionError, AttributeError),
+    # Kernels that are compiled when first called want a compiler.
+    *(ImportError, OSError, subprocess.SubprocessError),
+)
 
 
 def bits(way: str) -> int:
@@ -55,6 +60,22 @@ def named(dtype: torch.dtype) -> str:
 def prepares(way: str) -> bool:
     """Return whether a way does the norm, rotary embedding and rotation of q and k itself."""
     return way.removeprefix(LOWBIT) in MODES and way.startswith(LOWBIT)
+
+
+@tuning.cached
+def unmet(way: str, scheme: str, device: torch.device, head_size: int) -> str | None:
+    """Return why none of the sets of needs of a way holds, or None. scheme: as registered here."""
+    call = Call(scheme, device, 0, head_size)
+    reasons = []
+    for backend in registry.backends(OP):
+        if backend.name == way:
+            reason = registry.unmet(backend.needs, call)
+            if reason is None:
+                return None
+            reasons.append(reason)
+    # Of several, one that is not the device says more, and the last set of needs takes the most.
+    telling = [reason for reason in reasons if not reason.startswith("needs a device")]
+    return f"{way}: {(telling or reasons)[-1]}"
 
 
 def _schemes(*kinds: str, dtypes: tuple[torch.dtype, ...] = DTYPES) -> frozenset[str]:

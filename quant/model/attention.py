@@ -166,7 +166,11 @@ def _function(mode: str, rotate: bool, previous):
         """
         mask = _four_dimensional(attn_mask, query, key)
         given = tuple(x.transpose(1, 2) for x in (query, key, value))
-        if not dropout_p and _parallel_config is None and _runs(mode, given, mask, is_causal):
+        if (
+            not dropout_p
+            and _parallel_config is None
+            and _runs(mode, given, mask, is_causal, rotate)
+        ):
             options = {"mask": mask, "causal": is_causal, "scale": scale, "rotate": rotate}
             return router.route(*given, mode, **options).transpose(1, 2)
         options = {"dropout_p": dropout_p, "is_causal": is_causal, "scale": scale}
@@ -190,8 +194,8 @@ def _four_dimensional(mask: torch.Tensor | None, query: torch.Tensor, key: torch
     return mask.unsqueeze(1) if mask.dim() == 3 else mask
 
 
-def _runs(mode: str, given, mask, causal: bool) -> bool:
-    way = router.choose(*given, mode, mask, causal)
+def _runs(mode: str, given, mask, causal: bool, rotate: bool) -> bool:
+    way = router.choose(*given, mode, mask, causal, rotate=rotate)
     if mode == "auto" and way == router.SDPA:
         return False
     reason = router.refusal(way, *given, mask, causal)

@@ -1,19 +1,22 @@
-"""Measuring, on the GPU at hand, which tile and which backend is the fastest for a linear layer.
+"""Measuring, on the GPU at hand, what is the fastest for linear layers and for attention.
 
-What wins is kept in a file outside the repository (`ops/tuning.py`), where `scaled_mm` and `auto`
-find it.
+What wins, a tile, a backend or a way, is kept in a file outside the repository (`ops/tuning.py`),
+where `scaled_mm` and both `auto` find it.
 """
 
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from ...ops import registry, tuning, tuning_file
+from ...ops.attention import OP as ATTENTION
+from ...ops.attention.auto import SCHEMES
+from ...ops.attention.auto import as_choice as as_ranking
 from ...ops.fp4_mm import OP as FOUR_BIT
 from ...ops.fp4_mm import choice
 from ...ops.linear import OP as LINEAR
@@ -21,26 +24,30 @@ from ...ops.linear.four_bit import GROUPS
 from ...ops.scaled_mm import OP as PRODUCT
 from ...ops.scaled_mm.candidates import Limits, candidates
 from .. import formats
-from .contest import Outcome, Timer, search
+from . import attention
+from .attention import HEAD_SIZE, NO_MEMORY
+from .contest import CannotRunError, Outcome, Timer, rank, search
 from .four_bit import GROUP_OF, FourBitProduct
-from .problems import Problem
+from .problems import Attention, Problem
 from .products import TYPES, Layer, Product
 from .timer import GpuTimer
 
-__all__ = ["Bench", "Problem", "Report", "Result", "gpu_bench", "tune"]
+__all__ = ["Attention", "Bench", "Problem", "Report", "Result", "gpu_bench", "tune"]
 
 BACKEND, W4A16 = "triton", "w4a16"
 PLAIN = "bf16 F.linear"
-NO_MEMORY = "not enough memory"
 # Of the time that is left, what a step may take, relative to others.
-WEIGHTS = {PRODUCT: 4, FOUR_BIT: 4, LINEAR: 1}
+WEIGHTS = {PRODUCT: 4, FOUR_BIT: 4, LINEAR: 1, ATTENTION: 4}
+# What one of attention may take of it: its kernels are compiled in the first.
+ATTENTION_SECONDS = 60.0
 
 
 @dataclass(frozen=True)
 class Bench:
     """What is measured with, and on.
 
-    schemes: of products in 8 bits; formats: of layers, by name; four_bit: of W4A16 products.
+    schemes: of products in 8 bits; formats: of layers, by name; four_bit: of W4A16 products. ways:
+    of attention → why it cannot run, or None.
     """
 
     device: torch.device
@@ -50,6 +57,7 @@ class Bench:
     schemes: tuple[str, ...]
     formats: tuple[str, ...]
     four_bit: tuple[str, ...] = ()
+    ways: Mapping[str, str | None] = field(default_factory=dict)
 
     def only(self, bits: int) -> "Bench":
         """Return the bench without what is of other weights than those of 4, or of 8, bits."""
@@ -65,12 +73,14 @@ class Bench:
 class Result:
     """What was measured for one problem.
 
-    op: `scaled_mm` or `fp4_mm` (tiles), or `linear` (backends). m: the bucket, rows: where it was
-    measured. default: what is taken without tuning. winner: what beat it by `gain`, or None; gain
-    is infinite where the default cannot run. times_ms: medians of the race by name, bfloat16 with
-    the weight that was never quantized among them. tried: timed candidates. failed: candidates that
-    cannot run → why. wrong: whose result was wrong. untried: for want of time. note: why nothing
-    was measured, or "".
+    op: `scaled_mm` or `fp4_mm` (tiles), `linear` (backends) or `attention` (ways). m: the bucket,
+    rows: where it was measured. default: what is taken without tuning. winner: what beat it by
+    `gain`, or None; gain is infinite where the default cannot run. times_ms: medians of the race by
+    name, bfloat16 with the weight that was never quantized among them. tried: timed candidates.
+    failed: candidates that cannot run → why. wrong: whose result was wrong. untried: for want of
+    time. note: why nothing was measured, or "".
+    Of attention m is the tokens, rows the queries, n the keys and k the head size; ranking: all
+    that beat the default, the fastest first; errors: relative to float64.
     """
 
     op: str
@@ -88,11 +98,16 @@ class Result:
     wrong: tuple[str, ...] = ()
     untried: int = 0
     note: str = ""
+    ranking: tuple[str, ...] = ()
+    errors: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Report:
-    """What `tune` did. unreached: steps for which there was no time left."""
+    """What `tune` did. unreached: steps for which there was no time left.
+
+    absent: ways of attention that cannot run on this GPU → why.
+    """
 
     gpu: tuning.Gpu
     path: str
@@ -100,6 +115,7 @@ class Report:
     seconds: float
     results: tuple[Result, ...]
     unreached: int
+    absent: dict[str, str] = field(default_factory=dict)
 
 
 def gpu_bench(index: int = 0) -> Bench:
@@ -121,6 +137,7 @@ def gpu_bench(index: int = 0) -> Bench:
         tuple(name for name in TYPES if BACKEND in _able(f"{name}_row", device)),
         tuple(_format_names(device)),
         tuple(GROUP_OF) if W4A16 in _able(next(iter(GROUPS)), device) else (),
+        attention.able(device),
     )
 
 
@@ -142,7 +159,7 @@ def _format_names(device: torch.device) -> Iterator[str]:
 
 
 def tune(
-    problems: Sequence[Problem],
+    problems: Sequence[Problem | Attention],
     bench: Bench,
     *,
     store: bool = True,
@@ -159,14 +176,23 @@ def tune(
     start = clock()
     steps = [step for problem in problems for step in _steps(problem, bench)]
     left = total = sum(WEIGHTS[op] for op, _, _ in steps)
-    results, unreached = [], 0
+    results: list[Result] = []
+    unreached = 0
     for op, name, problem in steps:
         now = clock()
-        share = (start + max_seconds - now) * WEIGHTS[op] / left
+        time_left = start + max_seconds - now
+        share = time_left * WEIGHTS[op] / left
+        if op == ATTENTION:
+            share = min(time_left, ATTENTION_SECONDS)
         if share > 0:
-            deadline = now + share
-            result = _step(op, name, problem, bench, store, lambda end=deadline: clock() >= end)
-            results.append(result)
+
+            def expired(deadline=now + share) -> bool:
+                return clock() >= deadline
+
+            if op == ATTENTION:
+                results.append(_attention(name, problem, bench, results, store, expired))
+            else:
+                results.append(_step(op, name, problem, bench, store, expired))
         else:
             unreached += 1
         left -= WEIGHTS[op]
@@ -178,11 +204,22 @@ def tune(
         clock() - start,
         tuple(results),
         unreached,
+        _absent(problems, bench),
     )
 
 
-def _steps(problem: Problem, bench: Bench) -> Iterator[tuple[str, str, Problem]]:
+def _absent(problems, bench: Bench) -> dict[str, str]:
+    if not any(isinstance(problem, Attention) for problem in problems):
+        return {}
+    return {name: reason for name, reason in bench.ways.items() if reason}
+
+
+def _steps(problem: Problem | Attention, bench: Bench) -> Iterator[tuple[str, str, Any]]:
     """Yield (operation, scheme or format, problem): tiles first, which layers then run with."""
+    if isinstance(problem, Attention):
+        for scheme in SCHEMES.values():
+            yield ATTENTION, scheme, problem
+        return
     for scheme in bench.schemes:
         yield PRODUCT, scheme, problem
     for scheme in bench.four_bit:
@@ -211,6 +248,55 @@ def _step(
     if outcome.tried:
         _take_up(op, bench.gpu, _entry(result, outcome), result, store)
     return _with_outcome(result, outcome)
+
+
+def _attention(
+    scheme: str,
+    problem: Attention,
+    bench: Bench,
+    before: Sequence[Result],
+    store: bool,
+    expired: Callable[[], bool],
+) -> Result:
+    tokens = problem.tokens
+    result = Result(ATTENTION, scheme, tokens, problem.queries, problem.keys, HEAD_SIZE)
+    fewer = (r.times_ms for r in before if (r.op, r.scheme) == (ATTENTION, scheme) and r.m < tokens)
+    able = (name for name, reason in bench.ways.items() if reason is None)
+    names = attention.keeping_up(able, fewer)
+    try:
+        outcome, errors = _ways(scheme, problem, names, bench, expired)
+    except torch.OutOfMemoryError:
+        return dataclasses.replace(result, note=NO_MEMORY)
+    except CannotRunError as error:
+        return dataclasses.replace(result, note=str(error))
+    finally:
+        if bench.device.type == "cuda":
+            torch.cuda.empty_cache()
+    result = dataclasses.replace(
+        _with_outcome(result, outcome), ranking=outcome.ranking, errors=errors
+    )
+    # Where time ran out before anything was faster, what is stored may know more.
+    if outcome.tried and (outcome.ranking or not outcome.untried):
+        _take_up(ATTENTION, bench.gpu, _ranking_entry(result, outcome), result, store)
+    return result
+
+
+def _ways(scheme: str, problem: Attention, names, bench: Bench, expired):
+    """Return the outcome of the ways, and their errors."""
+    contest = attention.Contest(scheme, problem, bench.device)
+    names = contest.names(names)
+    return rank(contest, names, problem.queries, bench.timer, expired), contest.errors
+
+
+def _ranking_entry(result: Result, outcome: Outcome) -> tuning.Entry:
+    """Return what is to be stored: all that beat the default, which may be nothing."""
+    return tuning.Entry(
+        *(result.scheme, result.n, result.k, result.m, result.rows),
+        choice=as_ranking(attention.ranked(outcome)),
+        ms=outcome.times_ms[outcome.winner or outcome.default],
+        instead_of=outcome.default,
+        instead_ms=outcome.times_ms.get(outcome.default),
+    )
 
 
 def _product(scheme: str, problem: Problem, rows, bench: Bench, expired) -> Outcome:

@@ -17,6 +17,10 @@ ROUNDS = 3
 FIRST_SAMPLES = 3
 ROUND_SAMPLES = 11
 FINALISTS = 4
+# All of a ranking: slower than the default by more when first seen, it is not raced; and about so
+# long may the races take.
+FAR = 1.25
+RACES_MS = 1500.0
 
 Name = Hashable
 # Runs by name, samples of each → times in ms. Samples of different names are taken in turn.
@@ -24,7 +28,7 @@ Timer = Callable[[Mapping[Name, Callable[[], Any]], int], Mapping[Name, Sequence
 
 
 class CannotRunError(Exception):
-    """A candidate does not compile or start: too much shared memory, say."""
+    """A candidate does not compile or start, for too much shared memory, say; or is too coarse."""
 
 
 class Contest(Protocol):
@@ -54,7 +58,7 @@ class Outcome:
     None. gain: by how much at least, 0.1 for 10 %; infinite where the default cannot run.
     times_ms: medians of the race at the first number of rows. tried: candidates that were timed.
     failed: why others could not run. wrong: those whose result was wrong. untried: candidates
-    that the time did not suffice for.
+    that the time did not suffice for. ranking: of `rank`, what beats the default, fastest first.
     """
 
     default: Name
@@ -65,6 +69,7 @@ class Outcome:
     failed: dict[Name, str] = field(default_factory=dict)
     wrong: list[Name] = field(default_factory=list)
     untried: int = 0
+    ranking: tuple[Name, ...] = ()
 
 
 def search(
@@ -102,6 +107,39 @@ def search(
     return outcome
 
 
+def rank(
+    contest: Contest,
+    candidates: Sequence[Name],
+    rows: int,
+    timer: Timer,
+    expired: Callable[[], bool] = lambda: False,
+) -> Outcome:
+    """Return all that beats the default for a number of rows by more than the noise, as `ranking`.
+
+    times_ms: of those that were not raced, from when they were first seen. Samples are fewer where
+    runs are long. Raises CannotRunError where one fails that ran before.
+    """
+    outcome = Outcome(contest.default(rows))
+    wanted = dict.fromkeys((outcome.default, *candidates))
+    seen = _screen(contest, wanted, rows, timer, expired, outcome)
+    outcome.tried, outcome.times_ms = len(seen), seen
+    limit = seen.get(outcome.default, math.inf) * FAR
+    entrants = [name for name in seen if seen[name] <= limit]
+    if not set(entrants) - {outcome.default}:
+        return outcome
+    fitting = int(RACES_MS / ROUNDS / sum(seen[name] for name in entrants))
+    samples = min(max(fitting, 1), ROUND_SAMPLES)
+    rounds = _race(contest, entrants, rows, timer, {}, samples)
+    outcome.times_ms = seen | {name: _median(rounds, name) for name in entrants}
+    gains = {n: _gain(rounds, n, outcome.default) for n in entrants if n != outcome.default}
+    faster = [name for name, gain in gains.items() if gain > NOISE]
+    outcome.ranking = tuple(sorted(faster, key=outcome.times_ms.__getitem__))
+    if outcome.ranking:
+        outcome.winner = outcome.ranking[0]
+        outcome.gain = gains[outcome.winner]
+    return outcome
+
+
 def _screen(contest, names, rows, timer, expired, outcome: Outcome) -> dict[Name, float]:
     """Return a first time of each candidate that runs and is right."""
     seen = {}
@@ -130,10 +168,12 @@ def _passes(check: Callable[[], bool], name: Name, outcome: Outcome) -> bool:
     return right
 
 
-def _race(contest: Contest, names, rows: int, timer: Timer, beside) -> list[Mapping[Name, float]]:
+def _race(
+    contest: Contest, names, rows: int, timer: Timer, beside, samples: int = ROUND_SAMPLES
+) -> list[Mapping[Name, float]]:
     """Return the medians of every round."""
     runs = {name: lambda name=name: contest.run(name, rows) for name in names}
-    rounds = [timer({**runs, **beside}, ROUND_SAMPLES) for _ in range(ROUNDS)]
+    rounds = [timer({**runs, **beside}, samples) for _ in range(ROUNDS)]
     return [{name: statistics.median(times) for name, times in r.items()} for r in rounds]
 
 

@@ -1,4 +1,4 @@
-"""Which products are tuned: the families' layers, a checkpoint's, or those that are named."""
+"""What is tuned: the families' layers, a checkpoint's, or those that are named; and attention."""
 
 import os
 from collections.abc import Iterable, Sequence
@@ -13,6 +13,10 @@ from ..convert import plan
 # Text, time and cross-attention; tokens of a model that no family knows.
 FEW_ROWS = (1, 16, 64, 128, 512, 1024)
 UNKNOWN_TOKENS = (4096, 8192, 16384, 32768)
+# Tokens of attention: texts, of which a video's or image's tokens are the queries, then its own.
+TEXT_TOKENS = (512, 1024)
+ATTENTION_TOKENS = (*TEXT_TOKENS, 2048, 4096, 8192, 16384, 32768)
+QUERIES_OF_TEXT = 8192
 # Takes layers of any width.
 ANY_WIDTH = "fp8_e4m3"
 
@@ -24,6 +28,29 @@ class Problem:
     m: int
     n: int
     k: int
+
+
+@dataclass(frozen=True)
+class Attention:
+    """Attention of so many queries and keys to each head."""
+
+    queries: int
+    keys: int
+
+    @property
+    def tokens(self) -> int:
+        """The lesser number of both, by which `auto` chooses."""
+        return min(self.queries, self.keys)
+
+
+def of_attention(tokens: Sequence[int] = ()) -> list[Attention]:
+    """Return the attentions of so many tokens, or of ATTENTION_TOKENS: as few as a text's to more.
+
+    Raises ValueError where nothing is tuned for so many.
+    """
+    wanted = sorted({check_rows(count, "tokens") for count in tokens or ATTENTION_TOKENS})
+    texts = max(TEXT_TOKENS)
+    return [Attention(QUERIES_OF_TEXT if n <= texts else n, n) for n in wanted]
 
 
 def of_families(rows: Sequence[int] = ()) -> list[Problem]:
@@ -75,10 +102,10 @@ def named(text: str) -> Problem:
     return Problem(m, n, k)
 
 
-def check_rows(m: int) -> int:
+def check_rows(m: int, what: str = "rows") -> int:
     """Return `m`. Raises ValueError where nothing is tuned for so many rows."""
     if not 1 <= m <= BUCKETS[-1]:
-        raise ValueError(f"M={m}: 1 to {BUCKETS[-1]} rows can be tuned")
+        raise ValueError(f"M={m}: 1 to {BUCKETS[-1]} {what} can be tuned")
     return m
 
 

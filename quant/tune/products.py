@@ -167,9 +167,12 @@ def _typical_operands(rows: int, n: int, k: int, dtype: torch.dtype, generator) 
     return {"a": a, "b": b, "scale_a": scale[:rows], "scale_b": scale[:n], "bias": bias}
 
 
-def attempt(run: Callable[[], Any], device: torch.device) -> Any:
+def attempt(
+    run: Callable[[], Any], device: torch.device, refusals: tuple[type[Exception], ...] = ()
+) -> Any:
     """Return what `run` returns, once the device is done. Raises CannotRunError that says why not.
 
+    refusals: what else `run` raises where it cannot.
     What fails on the device, rather than while it is compiled or launched, is raised as it is:
     nothing runs on that device afterwards.
     """
@@ -177,7 +180,7 @@ def attempt(run: Callable[[], Any], device: torch.device) -> Any:
         result = run()
     except torch.OutOfMemoryError:
         raise
-    except failures() as error:
+    except (*failures(), *refusals) as error:
         _wait(device)
         text = str(error).strip() or type(error).__name__
         raise CannotRunError(text.splitlines()[0]) from error

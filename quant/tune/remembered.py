@@ -6,6 +6,8 @@ from typing import Any
 import torch
 
 from ...ops import tuning, tuning_file
+from ...ops.attention import auto
+from ...ops.attention.ways import SDPA
 from ...ops.fp4_mm.choice import from_choice
 from ...ops.tuning_file import Entry, Mark
 
@@ -40,8 +42,10 @@ def remembered() -> Remembered:
 
 
 def in_short(choice: Any) -> str:
-    """Return the choice of an entry in short: a tile, or a backend's name."""
+    """Return the choice of an entry in short: a tile, a backend's name, or ways of attention."""
     try:
+        if isinstance(choice, list):
+            return ", ".join(ranked.way for ranked in auto.from_choice(choice)) or SDPA
         return str(from_choice(choice))
     except ValueError:
         return str(choice)

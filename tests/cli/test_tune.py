@@ -24,6 +24,15 @@ LAYER = Result(
     times_ms={"triton": 0.03, tune.PLAIN: 0.02, "reference": 0.05},
     tried=2,
 )
+ATTENTION = Result(
+    *("attention", "unmasked", 512, 8192, 512, 128, "sdpa", "lowbit_fp8", 0.5),
+    times_ms={"sdpa": 0.3, "lowbit_fp8": 0.2, "cudnn": 0.25, "flash": 0.5},
+    tried=4,
+    failed={"kitchen_int8": "errs by 0.060, `auto` takes at most 0.045"},
+    ranking=("lowbit_fp8", "cudnn"),
+    errors={"lowbit_fp8": 0.0364, "sdpa": 0.002},
+)
+TAKEN = {"lowbit_fp8": 0.2, "lowbit_exact": 0.25}
 
 
 @pytest.fixture(autouse=True)
@@ -40,11 +49,11 @@ def measured(monkeypatch, cache):
     """Return a function that sets what `tune` reports, and a list of what it was called with."""
     calls = []
 
-    def report(*results, unreached=0):
+    def report(*results, unreached=0, absent=None):
         def fake(problems, bench, *, store, max_seconds, progress=None):
             calls.append((problems, store, max_seconds))
             path = str(tuning_file.path())
-            return Report(GPU, path, store, 12.0, results, unreached)
+            return Report(GPU, path, store, 12.0, results, unreached, absent or {})
 
         bench = tune.Bench(torch.device("cpu"), GPU, None, None, (), ())
         monkeypatch.setattr(tune, "gpu_bench", lambda index: bench)
@@ -108,10 +117,48 @@ def test_json_is_one_object(lowbit_json, measured):
     assert [r["winner"] for r in found["results"]] == ["128x64x128 w4", None]
 
 
-def test_without_arguments_it_measures_the_families(lowbit, measured):
-    calls = measured()
+def test_without_arguments_it_measures_attention_and_then_the_families(lowbit, measured):
+    calls, problems = measured(), tune.problems
     lowbit("tune")
-    assert calls[0][0] == tune.problems.of_families() and calls[0][1:] == (True, 1800)
+    assert calls[0][0] == [*problems.of_attention(), *problems.of_families()]
+    assert calls[0][1:] == (True, 1800)
+
+
+@pytest.mark.parametrize("argv", [["--rows", "7"], ["--bits", "8"], ["--shape", "512,64,64"]])
+def test_what_is_of_linear_layers_measures_no_attention(lowbit, measured, argv):
+    calls = measured()
+    lowbit("tune", *argv)
+    assert calls[0][0] and all(isinstance(problem, Problem) for problem in calls[0][0])
+
+
+def test_attention_alone_of_all_or_of_some_tokens(lowbit, measured):
+    calls = measured()
+    lowbit("tune", "--attention")
+    lowbit("tune", "--attention", "512,2048", "--dry-run")
+    assert calls[0][0] == tune.problems.of_attention()
+    assert calls[1][0] == [tune.Attention(8192, 512), tune.Attention(2048, 2048)]
+
+
+def test_report_of_attention_names_ways_errors_and_what_was_left_out(lowbit, measured):
+    slow = dataclasses.replace(ATTENTION, scheme="keys", winner=None, gain=0.0, ranking=())
+    gone = dataclasses.replace(slow, m=1024, times_ms={}, note="not enough memory", failed={})
+    measured(ATTENTION, slow, gone, absent={"sageattn": "sageattn: package is missing"})
+    code, out, _ = lowbit("tune", "--attention")
+    assert code == 0 and "faster than the built-in choice:" not in out
+    first, second = (line.split() for line in out.splitlines() if "torch's own" in line)
+    assert " ".join(second) == (
+        "512 unmasked lowbit_fp8 200.0 us error 0.0364 torch's own: 300.0 us 50% faster then cudnn"
+    )
+    assert " ".join(first) == (
+        "512 keys sdpa 300.0 us error 0.0020 torch's own: 300.0 us nothing is faster"
+    )
+    assert (
+        "left out of attention: kitchen_int8: errs by 0.060, `auto` takes at most 0.045 "
+        "(512 unmasked, 512 keys)" in out
+    )
+    assert "left out of attention: sageattn: package is missing" in out
+    assert "not measured: attention keys 8192 x 512: not enough memory" in out
+    assert "2 measurements" in out and "1 beat the built-in choice, 1 did not" in out
 
 
 @pytest.mark.parametrize(("bits", "formats"), [("4", ("nvfp4",)), ("8", ("int8",))])
@@ -139,6 +186,11 @@ def test_model_and_rows_say_what_is_measured(lowbit, measured, wan):
         (["--rows", "1,x"], "whole numbers M,M,... are wanted"),
         (["--rows", "0"], "1 to 131072 rows can be tuned"),
         (["--rows", "1", "--shape", "1,64,64"], "--shape names the rows itself"),
+        (["--attention", "512", "--bits", "8"], "--attention measures none"),
+        (["--attention", "--rows", "8"], "--attention measures none"),
+        (["--attention", "--shape", "1,64,64"], "not allowed with argument"),
+        (["--attention", "0"], "1 to 131072 tokens can be tuned"),
+        (["--attention", "x"], "whole numbers"),
         (["--max-seconds", "0"], "it must be above zero"),
         (["--max-seconds", "nan"], "it must be above zero"),
         (["--model", "none.safetensors"], "none.safetensors"),
@@ -190,6 +242,38 @@ def test_doctor_tells_what_is_in_use(lowbit, lowbit_json, monkeypatch):
         "problem": None,
         "tiles": 0,
         "backends": 1,
+        "attention": 0,
+    }
+
+
+def test_show_and_doctor_tell_what_auto_of_attention_takes(lowbit, lowbit_json, monkeypatch):
+    monkeypatch.setattr(tuning, "gpu", lambda device: GPU)
+    ranking = [{"way": way, "ms": ms, "version": None} for way, ms in TAKEN.items()]
+    for m, choice in ((512, ranking), (2048, [])):
+        entry = Entry("unmasked", m, 128, m, 8192, choice, 0.2, "sdpa", 0.3)
+        tuning.save("attention", GPU, {entry.key: entry})
+    _, out, _ = lowbit("tune", "--show")
+    shown = [" ".join(line.split()) for line in out.splitlines() if "tokens" in line]
+    assert shown == [
+        "unmasked 512 tokens and more lowbit_fp8, lowbit_exact 200.0 us instead of sdpa 300.0 us",
+        "unmasked 2048 tokens and more sdpa 200.0 us instead of sdpa 300.0 us",
+    ]
+    out = lowbit("doctor")[1]
+    assert "0 tiles and 0 backends, attention for 2 numbers of tokens in use" in out
+    told = [" ".join(line.split()) for line in out.splitlines() if "tokens on" in line]
+    assert told == [
+        "no mask from 0 tokens on sdpa torch's own",
+        "no mask from 512 tokens on lowbit_fp8 tuned",
+        "no mask from 2048 tokens on sdpa tuned",
+        "a mask of keys from 0 tokens on sdpa torch's own",
+    ]
+    found = lowbit_json("doctor")[1]
+    assert found["tuned"]["attention"] == 2
+    assert found["attention"][1] == {
+        "hides": "unmasked",
+        "tokens_min": 512,
+        "way": "lowbit_fp8",
+        "source": "tuned",
     }
 
 
@@ -216,3 +300,24 @@ def test_from_the_command_to_the_file(lowbit, monkeypatch):
     assert f"{tuning_file.path()}: 6 results\n" in out
     assert f" {fake.taken('int8', 20, 48, 256)} " in out and "{" not in out
     assert "4 tiles and 2 backends in use" in lowbit("doctor")[1]
+
+
+def test_attention_from_the_command_to_what_doctor_tells(lowbit, monkeypatch):
+    times = {"sdpa": 1.0, "lowbit_fp8": 0.5, "lowbit_exact": 0.75}
+    ways = {"lowbit_fp8": None, "lowbit_exact": None, "flash": "flash: no GPU"}
+    bench = dataclasses.replace(fake.bench(ms=times.get), ways=ways)
+    monkeypatch.setattr(tune, "gpu_bench", lambda index: bench)
+    monkeypatch.setattr(tuning, "gpu", lambda device: fake.GPU)
+    monkeypatch.setattr(tuning, "_used", {})
+    monkeypatch.setattr(tune.attention, "HEADS_MIN", 1)
+    monkeypatch.setattr(tune.attention, "HEADS_MAX", 1)
+    monkeypatch.setattr(tune.problems, "QUERIES_OF_TEXT", 128)
+    code, out, err = lowbit("tune", "--attention", "64,200")
+    assert code == 0, err
+    assert "tuning 2 shapes on a GPU of tests" in out and "tune 100%" in err
+    assert "4 measurements" in out and "4 beat the built-in choice" in out
+    assert "left out of attention: flash: no GPU" in out
+    assert out.count("lowbit_fp8") == 4 and out.count("then lowbit_exact") == 4
+    _, out, _ = lowbit("tune", "--show")
+    assert f"{tuning_file.path()}: 4 results\n" in out
+    assert "from 64 tokens on  lowbit_fp8  tuned" in lowbit("doctor")[1]

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lowbit.ops import registry
-from lowbit.ops.attention import guard, router, ways
+from lowbit.ops.attention import auto, guard, router, ways
 from lowbit.ops.attention.guard import EVERY_CALL, FIRST_CALL
 from lowbit.ops.attention.modes import MODES
 from lowbit.ops.attention.table import AUTO
@@ -51,7 +51,7 @@ def runs(way: str, *tensors, **options) -> torch.Tensor:
 
 
 def max_error(way: str) -> float:
-    return OF_OTHERS.get(way, MAX_ERROR[router.bits(way)])
+    return OF_OTHERS.get(way, MAX_ERROR[ways.bits(way)])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -146,11 +146,11 @@ def test_guard_lets_a_cuda_graph_be_recorded(way):
 def test_row_of_auto_is_not_slower_than_torchs_own_choice(index, d, idle_gpu):
     """And than the rows after it that take the same calls."""
     row, device = AUTO[index], torch.device("cuda", 0)
-    if not router._fits(index, device, d, None):
+    if not auto.fits(row, device, d, None):
         pytest.skip(f"no row for {registry.capability(device)}, heads of {d}")
     tokens = max(row.tokens_min, TOKENS)
     tensors = inputs(h=24, length=tokens, keys=tokens, d=d)
-    later = {r.way for i, r in enumerate(AUTO) if i > index and router._fits(i, device, d, None)}
+    later = {r.way for i, r in enumerate(AUTO) if i > index and auto.fits(r, device, d, None)}
     names = [row.way, router.SDPA, *later]
     # Without pauses, as in sampling: power is part of what limits.
     timings = runner.measure_sustained({n: lambda n=n: router.route(*tensors, n) for n in names})

@@ -9,6 +9,8 @@ import pytest
 import torch
 
 from lowbit.ops import tuning, tuning_file
+from lowbit.ops.attention import router, ways
+from lowbit.ops.attention.table import MAX_ERROR
 from lowbit.ops.scaled_mm import tiles
 from lowbit.ops.tuning import Entry
 
@@ -182,3 +184,42 @@ def test_dry_run_keeps_nothing(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "not remembered: --dry-run" in done.stdout
     assert not (tmp_path / tuning_file.FILE).exists()
+
+
+TEXT, TOKENS = 512, 2048
+
+
+def test_attention_that_is_stored_is_what_auto_takes_and_is_right(tmp_path, monkeypatch):
+    done = run(tmp_path, "-m", "lowbit", "tune", "--attention", f"{TEXT},{TOKENS}", "--json")
+    assert done.returncode == 0, done.stderr
+    print(done.stdout)
+    results = json.loads(done.stdout)["results"]
+    sizes = [(scheme, n) for n in (TEXT, TOKENS) for scheme in ("unmasked", "keys")]
+    assert [(r["scheme"], r["m"]) for r in results] == sizes
+    monkeypatch.setenv("LOWBIT_CACHE", str(tmp_path))
+    monkeypatch.setattr(tuning, "_used", {})
+    tuning.forget()
+    for result in results:
+        assert not result["note"] and not result["wrong"] and not result["untried"], result
+        assert result["tried"] > 1 and "sdpa" in result["times_ms"]
+        assert all(result["errors"][way] <= MAX_ERROR for way in result["ranking"])
+        check_auto(result)
+    tuning.forget()
+
+
+def check_auto(result: dict) -> None:
+    """`auto` takes the winner, and in 16 bits the first that has them, and agrees with torch."""
+    generator = torch.Generator("cuda").manual_seed(1)
+    shapes = [(1, length, 4, 128) for length in (result["rows"], result["n"], result["n"])]
+    made = (torch.randn(s, generator=generator, device="cuda").bfloat16() for s in shapes)
+    q, k, v = (x.transpose(1, 2) for x in made)
+    mask = None
+    if result["scheme"] == "keys":
+        mask = torch.ones(1, 1, 1, result["n"], dtype=torch.bool, device="cuda")
+        mask[..., 100:200] = False
+    ranking = [*result["ranking"], "sdpa"]
+    assert router.choose(q, k, v, "auto", mask) == ranking[0]
+    exact = next(way for way in ranking if ways.bits(way) == 16)
+    assert router.choose(q, k, v, "auto", mask, bits_min=16) == exact
+    want = ways.sdpa(q.float(), k.float(), v.float(), mask, False, None)
+    assert ways.relative_error(router.route(q, k, v, mask=mask), want).item() <= MAX_ERROR

@@ -14,6 +14,7 @@ from lowbit.ops.attention_fp4 import attention_fp4
 
 LOWBIT = [f"lowbit_{mode}" for mode in MODES]
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+GPU = tuning.Gpu("a GPU of tests", (9, 0), 132)
 
 
 def inputs(b=1, h=2, kv=2, length=9, keys=11, d=128, dtype=torch.bfloat16):
@@ -55,6 +56,7 @@ def forgetful():
 def hopper(monkeypatch):
     """A GPU of compute capability 9.0 on which every kernel's own test passes."""
     monkeypatch.setattr(registry, "capability", lambda device: (9, 0) if device == CUDA else None)
+    monkeypatch.setattr(tuning, "gpu", lambda device: GPU if device == CUDA else None)
     monkeypatch.setattr(registry, "_self_test", lambda test, device: None)
     monkeypatch.setattr(registry, "_has_package", lambda name: name != "sageattention")
 
@@ -331,7 +333,7 @@ def test_fp4_on_a_cpu_gives_the_numbers_of_its_format(dtype):
     assert (got.dtype, got.shape) == (dtype, q.shape)
     assert torch.equal(got, attention_fp4(q, k, v))
     assert 0.05 < error(got, sdpa(q, k, v)) < 0.25
-    assert router.bits("lowbit_fp4") == 4 and not router.prepares("lowbit_fp4")
+    assert ways.bits("lowbit_fp4") == 4 and not router.prepares("lowbit_fp4")
 
 
 def test_inputs_are_not_written_to():

@@ -5,7 +5,17 @@ import math
 
 import pytest
 
-from lowbit.quant.tune.contest import FINALISTS, NOISE, ROUNDS, CannotRunError, search
+from lowbit.quant.tune.contest import (
+    FINALISTS,
+    FIRST_SAMPLES,
+    NOISE,
+    RACES_MS,
+    ROUND_SAMPLES,
+    ROUNDS,
+    CannotRunError,
+    rank,
+    search,
+)
 
 
 class Timer:
@@ -177,3 +187,43 @@ def test_no_time_at_all_is_no_winner_and_no_race():
     timer = Timer()
     outcome = search(Contest(), "ab", [512], timer, expired=lambda: True)
     assert (outcome.winner, outcome.tried, outcome.untried, timer.ran) == (None, 0, 3, [])
+
+
+def test_ranking_is_of_all_that_beat_the_default_by_more_than_the_noise():
+    times = {"a": 3, "b": 1, "c": 2, "d": 4, "e": 4 / (1 + NOISE / 2), "f": 4.5, "g": 9}
+    timer = Timer(**times)
+    outcome = rank(Contest(), "abcefg", 512, timer)
+    assert outcome.ranking == ("b", "c", "a")
+    assert (outcome.winner, outcome.gain, outcome.tried) == ("b", 3.0, 7)
+    assert outcome.times_ms == times
+    # What is far slower when first seen is not raced.
+    assert timer.ran.count("g") == 1 and timer.ran.count("f") == 1 + ROUNDS
+
+
+def test_ranking_wants_every_round():
+    outcome = rank(Contest(), "ab", 512, Timer(a=[1, 1, 5, 1], b=2, d=4))
+    assert outcome.ranking == ("b",)
+
+
+def test_ranking_of_nothing_is_empty_and_nothing_races():
+    timer = Timer(d=4, a=9)
+    outcome = rank(Contest(wrong="b", failing="c"), "abc", 512, timer)
+    assert (outcome.ranking, outcome.winner, outcome.wrong) == ((), None, ["b"])
+    assert list(outcome.failed) == ["c"] and timer.ran == ["d", "a"]
+
+
+def test_ranking_without_a_default_is_of_what_runs():
+    outcome = rank(Contest(failing="d"), "ab", 512, Timer(a=3, b=2))
+    assert outcome.ranking == ("b", "a") and math.isinf(outcome.gain)
+
+
+def test_long_runs_are_sampled_less():
+    for ms, wanted in ((1e-3, ROUND_SAMPLES), (RACES_MS / ROUNDS / 8, 4), (1e6, 1)):
+        samples = []
+
+        def timer(runs, count, ms=ms, samples=samples):
+            samples.append(count)
+            return {name: [ms] * count for name in runs}
+
+        rank(Contest(), "a", 512, timer)
+        assert samples == [FIRST_SAMPLES] * 2 + [wanted] * ROUNDS

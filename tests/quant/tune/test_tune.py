@@ -24,6 +24,7 @@ from tests.quant.tune.bench import GPU, bench, by_reference, made_up_ms, taken
 pytest.importorskip("triton", reason="Triton, whose errors tuning knows, is missing")
 
 PROBLEM = Problem(20, 48, 64)
+OF_AMPERE = {"cudnn", "flash", "sageattn", "lowbit_exact", "lowbit_int8"}
 INT8, FOUR = {"int8_row", "int8_row_convrot"}, {"nvfp4", "mxfp4"}
 
 
@@ -274,20 +275,26 @@ def pretend(monkeypatch):
         monkeypatch.setattr(registry, "_self_test", lambda test, device: None)
         monkeypatch.setattr(tuning, "gpu", lambda device: GPU)
         monkeypatch.setattr(module, "GpuTimer", lambda device: None)
+        tuning.forget()
 
-    return gpu
+    yield gpu
+    monkeypatch.undo()
+    tuning.forget()
 
 
 @pytest.mark.parametrize(
-    ("capability", "schemes", "layers"),
+    ("capability", "schemes", "layers", "ways"),
     [
-        ((7, 5), (), INT8),
-        ((8, 6), ("int8",), INT8 | FOUR),
-        ((9, 0), ("int8", "fp8"), INT8 | FOUR | {"fp8_tensor", "fp8_row"}),
+        ((7, 5), (), INT8, {"kitchen_int8"}),
+        ((8, 6), ("int8",), INT8 | FOUR, {"kitchen_int8", *OF_AMPERE}),
+        (
+            *((9, 0), ("int8", "fp8"), INT8 | FOUR | {"fp8_tensor", "fp8_row"}),
+            {"kitchen_int8", "lowbit_fp8", *OF_AMPERE},
+        ),
     ],
 )
 def test_a_gpu_measures_what_it_can_run_and_what_it_has_a_choice_of(
-    pretend, capability, schemes, layers
+    pretend, capability, schemes, layers, ways
 ):
     pretend(*capability)
     found = gpu_bench()
@@ -296,6 +303,8 @@ def test_a_gpu_measures_what_it_can_run_and_what_it_has_a_choice_of(
     names = [formats.get(name).layout.scheme for name in found.formats]
     assert set(names) == layers and len(names) == len(layers)
     assert found.limits.program_bytes == 99 << 10
+    assert {way for way, reason in found.ways.items() if reason is None} == ways
+    assert all(way in reason for way, reason in found.ways.items() if reason)
 
 
 def test_gpu_that_is_not_there_is_named(pretend):
