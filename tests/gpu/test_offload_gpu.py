@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 SESSION = Path(__file__).with_name("offload_session.py")
 EXPERTS = Path(__file__).with_name("experts_session.py")
@@ -16,6 +17,9 @@ MAX_RATIO = 1.25
 
 
 def report_of(session: Path, mode: str) -> dict:
+    # Before needs_gpu, which is asked for every test.
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
     if not HOST.is_dir():
         pytest.skip(f"no ComfyUI at {HOST}")
     command = [sys.executable, str(session), mode]
