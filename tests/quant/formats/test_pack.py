@@ -120,6 +120,16 @@ def test_nvfp4s_and_mx_scales_do_not_mix(name, other, plain, quantized):
             unpack(fmt, {"weight": weight, "weight_scale": scales["weight_scale"]})
 
 
+@pytest.mark.parametrize("columns", [32, 64])
+@pytest.mark.parametrize("name", BLOCKS)
+def test_number_of_scales_that_is_of_both_kinds_is_of_the_marked_one(name, columns, quantized):
+    """Narrow weights have as many with one scale per 16 as per 32, padding included."""
+    fmt = formats.get(name)
+    weight = quantized(fmt, (160, columns))
+    plain = {n: t.view(torch.uint8) if t.itemsize == 1 else t for n, t in fmt.pack(weight).items()}
+    assert torch.equal(unpack(fmt, plain, (160, columns)).dequantize(), weight.dequantize())
+
+
 @pytest.mark.parametrize("name", BLOCKS)
 def test_what_lies_in_the_padding_of_scales_changes_no_value(name, gaussian):
     """Files of other programs may hold anything there; here NaN, in rows and in columns."""
