@@ -136,8 +136,9 @@ _KINDS = (
     Kind(
         "payload_dtype",
         BOTH,
-        "The stored numbers are not of the marked format and are converted or reinterpreted.",
-        AGAIN,
+        "The stored numbers are not named as those of the marked format: ComfyUI converts their "
+        "values, which makes noise of plain bytes. LowBit refuses what is not plain bytes.",
+        CONVERT + AGAIN,
     ),
     Kind(
         "payload_shape",

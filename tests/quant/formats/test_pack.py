@@ -46,7 +46,7 @@ def test_packed_tensors_survive_safetensors(fmt, weight, same_bits, tmp_path):
 
 
 def test_bytes_of_unnamed_type_are_read(fmt, weight, same_bits):
-    """Writers without a dtype for E8M0, or a signed byte, call it uint8."""
+    """Writers without a dtype for FP8 or E8M0, or a signed byte, call it uint8."""
     packed = fmt.pack(weight)
     plain = {n: t.view(torch.uint8) if t.itemsize == 1 else t for n, t in packed.items()}
     back = unpack(fmt, plain, tuple(weight.shape))
@@ -159,6 +159,16 @@ def test_payload_of_another_type_is_refused(fmt, packed):
         wrong = torch.zeros(packed["weight"].shape, dtype=dtype)
         with pytest.raises(ValueError, match=f"{fmt.name}: weight is {dtype}"):
             unpack(fmt, packed | {"weight": wrong})
+
+
+def test_signed_payload_under_a_float_format_is_refused(fmt, packed):
+    """They are INT8's numbers; read as codes, every 128th is NaN."""
+    wrong = packed | {"weight": packed["weight"].view(torch.int8)}
+    if not fmt.storage.is_floating_point:
+        unpack(fmt, wrong)
+        return
+    with pytest.raises(ValueError, match=f"{fmt.name}: weight is torch.int8, {fmt.storage}"):
+        unpack(fmt, wrong)
 
 
 def test_payload_that_is_no_matrix_is_refused(fmt, packed):
