@@ -164,6 +164,22 @@ def test_order_that_is_asked_for_stands_and_is_doubted_where_layers_show_another
     assert re.search(words, caplog.text)
 
 
+@pytest.mark.parametrize("order", ["flat", "twice"])
+def test_order_of_a_marked_mxfp8_in_plain_bytes_is_looked_at(opened, order):
+    weight = foreign.patterned()
+    good = foreign.packed("mxfp8", weight)
+    bad = foreign.twice(good)
+    if order == "flat":
+        bad = {**good, "weight_scale": foreign.flat_scales("mxfp8", weight, good)}
+    plain = {part: tensor.view(torch.uint8) for part, tensor in bad.items()}
+    checkpoint = opened({str(i): marked("mxfp8", plain) for i in range(3)})
+    with pytest.raises(AmbiguousError, match=f"--from mxfp8 --scales {order}"):
+        stored_layers(checkpoint)
+    assert any(p.code == "scale_order" for p in inspect_file(checkpoint.path).errors)
+    found = stored_layers(checkpoint, Request("mxfp8", order))
+    same_bits(repacked(found["0"], checkpoint), good)
+
+
 def test_one_layer_of_its_format_with_structure_contradicts_no_file(opened, caplog):
     odd = marked("nvfp4", foreign.packed("nvfp4", foreign.with_structure("tiles")))
     right = marked("mxfp8", foreign.packed("mxfp8", foreign.patterned()))
