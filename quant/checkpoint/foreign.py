@@ -91,7 +91,7 @@ def find_foreign(
         known = replace(layer, order=order, lying=of)
         if reading := _read(checkpoint, known, request):
             result.readings[layer.name] = reading
-    if request.source and not result.readings:
+    if request.source and request.source not in {r.dialect for r in result.readings.values()}:
         raise CheckpointError(f"{checkpoint.path}: no layer of it is as {request.source} writes it")
     for one in found:
         if one.order:
@@ -186,24 +186,21 @@ def names_modelopt(checkpoint: Checkpoint) -> bool:
 
 def _read(checkpoint: Checkpoint, layer: RawLayer, request: Request) -> Reading | None:
     """Return how a foreign layer is read; None for one that is in the host's words, or plain."""
-    if request.source is None and _is_the_hosts(layer):
-        return None
     wrong = _is_out_of_order(layer)
     either = wrong and layer.order == EITHER
-    if request.source:
-        ways = _ways(layer, request.source)
+    if request.source and (ways := _ways(layer, request.source)):
         if len(ways) > 1 and either:
             raise AmbiguousError(_ambiguous(checkpoint.path, layer, ways))
-        if ways:
-            return ways[0][0]
-        if not layer.marker or not wrong:
-            return None
-    if not _has_scales(layer):
+        return ways[0][0]
+    if _is_the_hosts(layer) or not _has_scales(layer):
         return None
     ways = _ways(layer)
     certain = [reading for reading, _ in ways if reading.certain]
     if len(certain) == 1 and not either:
         return certain[0]
+    if request.source and not (layer.marker and wrong):
+        # Nothing of it is this source's, nor known: who needs the layer refuses it.
+        return None
     if ways:
         raise AmbiguousError(_ambiguous(checkpoint.path, layer, ways))
     if (layer.marker and not wrong) or _is_plain_fp8(layer):
