@@ -180,12 +180,38 @@ def test_order_of_a_marked_mxfp8_in_plain_bytes_is_looked_at(opened, order):
     same_bits(repacked(found["0"], checkpoint), good)
 
 
-def test_one_layer_of_its_format_with_structure_contradicts_no_file(opened, caplog):
-    odd = marked("nvfp4", foreign.packed("nvfp4", foreign.with_structure("tiles")))
-    right = marked("mxfp8", foreign.packed("mxfp8", foreign.patterned()))
-    found = stored_layers(opened({"odd": odd, "a": right, "b": right}))
-    assert all(layer.reading is None for layer in found.values())
-    assert "scales of odd look as if" in caplog.text
+@pytest.mark.parametrize(("name", "other"), [BLOCKS, BLOCKS[::-1]])
+def test_only_layer_of_its_format_is_refused_where_it_shows_another_order(
+    opened, tmp_path, name, other
+):
+    """Layers of other formats do not show that it is a weight with structure."""
+    good = foreign.packed(name, foreign.patterned())
+    others = {str(i): marked(other, foreign.packed(other, foreign.patterned())) for i in range(4)}
+    checkpoint = opened(others | {"a": marked(name, foreign.twice(good))})
+    with pytest.raises(AmbiguousError, match=rf"a: .*--from {name} --scales twice.*--scales swiz"):
+        stored_layers(checkpoint)
+    assert any(p.code == "scale_order" for p in inspect_file(checkpoint.path).errors)
+    found = stored_layers(checkpoint, Request(name, "twice"))
+    same_bits(repacked(found["a"], checkpoint), good)
+    odd = foreign.packed(name, foreign.with_structure("tiles"))
+    checkpoint = opened(others | {"a": marked(name, odd)})
+    with pytest.raises(AmbiguousError, match="`--scales swizzled` if the marking is right"):
+        stored_layers(checkpoint)
+    convert_file(checkpoint.path, target := tmp_path / "right.safetensors", order="swizzled")
+    same_bits(repacked(stored_layers(written := Checkpoint(target))["a"], written), odd)
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+@pytest.mark.parametrize("pairs", [2, 4])
+def test_marked_file_with_half_of_its_layers_in_another_order_is_refused(opened, name, pairs):
+    good = marked(name, foreign.packed(name, foreign.patterned()))
+    bad = marked(name, foreign.twice(good))
+    layers = {f"{i}{n}": parts for i in range(pairs) for n, parts in (("a", good), ("b", bad))}
+    checkpoint = opened(layers)
+    with pytest.raises(AmbiguousError, match="with `--scales swizzled` or `--scales twice`"):
+        stored_layers(checkpoint)
+    assert any(p.code == "scale_order" for p in inspect_file(checkpoint.path).errors)
+    assert stored_layers(checkpoint, Request(order="swizzled"))
 
 
 def test_metadata_of_modelopt_stand_until_two_layers_speak_against_them(opened, caplog):
