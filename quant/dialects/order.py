@@ -78,10 +78,7 @@ def find_orders(
     the scales of most that show one; then what is expected.
     Raises CheckpointError when the sizes contradict each other, OrderError when the rest does.
     """
-    kinds: dict[tuple, list[RawLayer]] = {}
-    for layer in layers:
-        if layer.orders():
-            kinds.setdefault((layer.marker.get("format"), layer.is_packed), []).append(layer)
+    kinds = by_kind(layers)
     votes = {kind: _votes(alike, read) for kind, alike in kinds.items()}
     found = []
     for kind, alike in kinds.items():
@@ -97,6 +94,15 @@ def find_orders(
         how = "as in the file's other layers"
         found = [f if f.votes else Found(f.layers, *orders, how) for f in found]
     return found
+
+
+def by_kind(layers: Iterable[RawLayer]) -> dict[tuple, list[RawLayer]]:
+    """Return those of `layers` that have block scales, by what they are marked and how packed."""
+    kinds: dict[tuple, list[RawLayer]] = {}
+    for layer in layers:
+        if layer.orders():
+            kinds.setdefault((layer.marker.get("format"), layer.is_packed), []).append(layer)
+    return kinds
 
 
 def _votes(alike: list[RawLayer], read: Callable[[str, str], torch.Tensor]) -> list[Vote]:

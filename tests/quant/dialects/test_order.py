@@ -13,7 +13,7 @@ from lowbit.quant.convert_file import convert_file
 from lowbit.quant.inspect_file import inspect_file
 from lowbit.quant.scale_order import EITHER, FLAT, SWIZZLED, TWICE, proven_order, wrong_order
 from tests import foreign
-from tests.quant.dialects.conftest import repacked, same_bits
+from tests.quant.dialects.conftest import marked, repacked, same_bits
 from tests.quant.dialects.test_dialects import BLOCKS, OF_MODELOPT
 
 
@@ -30,13 +30,14 @@ def of_either_order(name):
 def test_scales_proven_wrong_in_an_order_that_is_not_are_refused_with_both(opened, name):
     """Else they are read as they are marked, and give noise."""
     weight, bad = of_either_order(name)
-    marker = {"comfy_quant": marker_tensor(formats.get(name).marker)}
-    for marking in (marker, {}):
-        checkpoint = opened({"m": bad | marking})
+    for layer, sources in (
+        (marked(name, bad), f"`--from {name}` or `--from modelopt`"),
+        (bad, f"`--from modelopt` or `--from {name}`"),
+    ):
+        checkpoint = opened({"m": layer})
         with pytest.raises(AmbiguousError, match="not swizzled, or swizzled twice") as error:
             stored_layers(checkpoint)
-        ways = f"`--from modelopt` or `--from {name}`, and `--scales flat` or `--scales twice`"
-        assert ways in str(error.value)
+        assert f"{sources}, and `--scales flat` or `--scales twice`" in str(error.value)
         (found,) = stored_layers(checkpoint, Request(name, "twice")).values()
         same_bits(repacked(found, checkpoint), foreign.packed(name, weight))
 
@@ -51,10 +52,6 @@ def test_dialect_asked_for_decides_between_two_orders_where_it_knows_one(opened,
         stored_layers(checkpoint, Request(name))
     (found,) = stored_layers(opened({"m": bad}, OF_MODELOPT)).values()
     assert found.marked_by == "modelopt"
-
-
-def marked(name, parts):
-    return parts | {"comfy_quant": marker_tensor(formats.get(name).marker)}
 
 
 STRUCTURES = ["diagonal", "blocks", "tiles"]

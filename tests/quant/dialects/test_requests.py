@@ -2,13 +2,13 @@
 
 import pytest
 
-from lowbit.quant.checkpoint import CheckpointError
+from lowbit.quant.checkpoint import Checkpoint, CheckpointError
 from lowbit.quant.checkpoint.foreign import AmbiguousError, Request
 from lowbit.quant.checkpoint.stored import marker_tensor, stored_layers
 from lowbit.quant.convert_file import convert_file
 from lowbit.quant.inspect_file import inspect_file
 from tests import foreign
-from tests.quant.dialects.conftest import repacked, same_bits
+from tests.quant.dialects.conftest import marked, repacked, same_bits
 
 
 def test_request_that_fits_no_layer_is_refused(opened):
@@ -42,6 +42,36 @@ def test_who_wrote_some_layers_leaves_others_to_what_they_show(opened, tmp_path,
     # That other layers can be read does not make them the program's that is named.
     with pytest.raises(CheckpointError, match="no layer of it is as lightx2v writes it"):
         stored_layers(checkpoint, Request("lightx2v"))
+
+
+def test_order_of_a_programs_layers_is_not_that_of_a_format_that_shows_another(opened, tmp_path):
+    """`modelopt` could have written either format; one shows that its order is the host's."""
+    weight = foreign.patterned()
+    right, wrong = foreign.packed("nvfp4", weight), foreign.packed("mxfp8", weight)
+    wrong = wrong | {"weight_scale": foreign.flat_scales("mxfp8", weight, wrong)}
+    layers = {f"blocks.0.{n}": marked("nvfp4", right) for n in ("self_attn.q", "self_attn.k")}
+    layers |= {f"blocks.0.{n}": marked("mxfp8", wrong) for n in ("ffn.0", "ffn.2")}
+    checkpoint = opened(layers)
+    with pytest.raises(
+        AmbiguousError, match="DST` with `--from mxfp8 --scales flat` or `--from mo"
+    ):
+        stored_layers(checkpoint)
+    for dialect in ("mxfp8", "modelopt"):
+        target = tmp_path / f"{dialect}.safetensors"
+        convert_file(checkpoint.path, target, dialect=dialect, order="flat")
+        found = stored_layers(written := Checkpoint(target))
+        same_bits(repacked(found["blocks.0.self_attn.q"], written), right)
+        same_bits(repacked(found["blocks.0.ffn.0"], written), foreign.packed("mxfp8", weight))
+
+
+def test_order_of_a_programs_unmarked_layers_is_not_that_of_marked_ones(opened):
+    weight = foreign.patterned()
+    ours = foreign.packed("mxfp8", weight)
+    layers = {"a": foreign.modelopt(weight), "b": marked("mxfp8", ours)}
+    found = stored_layers(checkpoint := opened(layers), Request("modelopt", "flat"))
+    assert found["a"].marked_by == "modelopt" and found["b"].reading is None
+    same_bits(repacked(found["a"], checkpoint), foreign.packed("nvfp4", weight))
+    same_bits(repacked(found["b"], checkpoint), ours)
 
 
 def test_who_wrote_some_layers_leaves_marked_ones_to_what_they_show(opened):
