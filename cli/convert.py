@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--scales",
         choices=("flat", "swizzled", "twice"),
         help="in which order block scales lie in SRC, if the file does not show it; with "
-        "--from, of the layers that it names alone",
+        "--from, of the layers that it names alone, but for those that show to be as marked",
     )
     parser.add_argument(
         "--format",

@@ -1,7 +1,7 @@
 """tell what a checkpoint is, and what is wrong with it
 
-Reads headers and scales, not the weights. Exit code 1 when ComfyUI or LowBit would load the file
-wrongly, or refuse it; 2 when it cannot be read at all.
+Reads headers and scales, not the weights: `lowbit convert` tells of NaN in those. Exit code 1 when
+ComfyUI or LowBit would load the file wrongly, or refuse it; 2 when it cannot be read at all.
 """
 
 import argparse
@@ -49,7 +49,7 @@ def _print(report) -> None:
     if affected:
         print(f"would load wrongly, or not at all, in {' and in '.join(affected)}")
     else:
-        print("nothing in it would load wrongly")
+        print("its header and scales show nothing that would load wrongly; weights were not read")
 
 
 def _print_problem(problem) -> None:

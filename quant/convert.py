@@ -15,7 +15,7 @@ import torch
 
 from . import families, recipe
 from .checkpoint import Checkpoint, CheckpointError, TensorInfo
-from .checkpoint.foreign import Request
+from .checkpoint.foreign import AGAIN, Request
 from .checkpoint.stored import (
     AS_IT_IS,
     FP8_DTYPES,
@@ -29,6 +29,7 @@ from .checkpoint.stored import (
     marker_tensor,
     stored_layers,
 )
+from .finite import count_not_finite, not_finite
 from .formats import Format, NotFiniteError
 from .memory import empty_caches, quantize_within_memory
 from .recipe import Choice, Recipe
@@ -237,15 +238,27 @@ def _read(checkpoint: Checkpoint, step: Step) -> torch.Tensor | dict[str, torch.
 
 
 def _copied(checkpoint: Checkpoint, stored: StoredLayer) -> dict[str, torch.Tensor]:
+    """Return a layer's tensors in the host's words. Raises NotFiniteError on NaN or Inf."""
     tensors = stored.tensors(checkpoint)
-    packed = stored.format.pack(stored.unpack(checkpoint, tensors))
+    weight = stored.unpack(checkpoint, tensors)
+    packed = stored.format.pack(weight)
     extra = {part: tensors[part] for part in INPUT_SCALES if part in tensors}
+    bad = dict(not_finite((packed | extra).items(), stored.format.scale_dtypes))
+    # What lies in the padding of block scales is of no weight.
+    if bad and (bad.keys() & extra.keys() or not weight.dequantize().isfinite().all()):
+        part, count = next(iter(bad.items()))
+        raise NotFiniteError(
+            f"{checkpoint.path}: layer {stored.name}: {part} holds {count} NaN or Inf; the file or "
+            f"its source is damaged: download it again, or {AGAIN}"
+        )
     return packed | extra | {MARKER: marker_tensor(stored.marker)}
 
 
 def _kept(plan: Plan, step: Step, source: torch.Tensor) -> torch.Tensor:
     unpacked = step.stored or plan.checkpoint[step.source].encoding
     tensor = source.to(DENSE_DTYPE) if unpacked else source
+    if count := count_not_finite(tensor):
+        plan.notes.append(f"{step.target} holds {count} NaN or Inf, which stay")
     if step.layer:
         size, reason = tensor.nbytes, step.choice.reason
         plan.records.append(LayerRecord(step.layer, None, step.shape, size, None, reason))

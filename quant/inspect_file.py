@@ -14,7 +14,15 @@ from . import families, formats
 from .checkpoint import Checkpoint, open_checkpoint
 from .checkpoint.foreign import AmbiguousError
 from .checkpoint.stored import MARKER, StoredLayer, stored_layers
-from .inspect_layers import KNOWN_SCALES, Layer, check, check_order, dtype_name, find_layers
+from .inspect_layers import (
+    KNOWN_SCALES,
+    Layer,
+    check,
+    check_finite,
+    check_order,
+    dtype_name,
+    find_layers,
+)
 from .inspect_names import check_names
 from .inspect_problems import PACK, Finding, Problem, group
 
@@ -71,6 +79,8 @@ def inspect_file(path: str) -> Report:
     findings.extend(check_order(checkpoint, layers))
     stored = _stored(checkpoint, findings)
     findings = _settle_foreign(layers, stored, findings)
+    for layer in layers.values():
+        findings.extend(check_finite(checkpoint, layer))
     shapes = _logical_shapes(checkpoint, layers, stored)
     model = _recognise(shapes, findings)
     findings.extend(check_names(checkpoint.path, model, shapes, bool(layers)))
@@ -117,9 +127,7 @@ def _settle_foreign(
             detail = f"it is {layer.marked_by} that is not marked"
         findings.append(Finding("foreign_layout", name, detail))
     return [
-        replace(f, affects=tuple(who for who in f.who if who != PACK))
-        if f.layer in foreign and f.code != "scale_not_finite"
-        else f
+        replace(f, affects=tuple(who for who in f.who if who != PACK)) if f.layer in foreign else f
         for f in findings
     ]
 

@@ -23,6 +23,7 @@ from .checkpoint.stored import (
     read_marker,
 )
 from .dialects import RawLayer, find_orders
+from .finite import not_finite
 from .formats import Format
 from .inspect_problems import HOST, PACK, Finding
 from .record import RECORD_KEY
@@ -120,7 +121,7 @@ def _name_format(layer: Layer) -> Iterator[Finding]:
 
 
 def check(checkpoint: Checkpoint, layer: Layer) -> Iterator[Finding]:
-    """Yield what is wrong with a layer, but for the order of its scales."""
+    """Yield what is wrong with a layer, but for the order and the values of its scales."""
     if "weight" not in layer.parts:
         yield Finding("marker_without_weight", layer.name, f"{layer.name}.weight is not there")
         return
@@ -136,7 +137,6 @@ def check(checkpoint: Checkpoint, layer: Layer) -> Iterator[Finding]:
     elif layer.format:
         yield from _check_payload(layer, info)
         yield from _check_scales(checkpoint, layer)
-    yield from _check_finite(checkpoint, layer)
 
 
 def _check_unmarked(checkpoint, layer: Layer, info: TensorInfo) -> Iterator[Finding]:
@@ -156,7 +156,10 @@ def _check_unmarked(checkpoint, layer: Layer, info: TensorInfo) -> Iterator[Find
 
 
 def _check_payload(layer: Layer, info: TensorInfo) -> Iterator[Finding]:
-    """Yield a payload whose dtype is not the format's: the host converts values, this pack bits."""
+    """Yield a payload whose dtype is not the format's: the host converts values.
+
+    This pack takes plain bytes for what the marking says, and refuses the rest.
+    """
     wanted = layer.format.storage
     detail = f"weight is {_words(info)}, {layer.format.name} wants {dtype_name(wanted)}"
     affects = (HOST, PACK)
@@ -164,6 +167,8 @@ def _check_payload(layer: Layer, info: TensorInfo) -> Iterator[Finding]:
         # The host takes every legacy layer for E4M3.
         wanted = torch.float8_e4m3fn
         detail, affects = f"weight is {_words(info)}, {LEGACY_FLAG} means float8_e4m3fn", (HOST,)
+    elif info.dtype == torch.uint8:
+        affects = (HOST,)
     same_bits = {info.dtype, wanted} <= INTEGERS
     if info.dtype != wanted and not same_bits:
         yield Finding("payload_dtype", layer.name, detail, affects)
@@ -207,27 +212,14 @@ def _is_channel_as_tensor(checkpoint: Checkpoint, layer: Layer) -> bool:
     return elements == rows > 1 and (fmt.native or layer.marked_by == LEGACY_FLAG)
 
 
-def _check_finite(checkpoint: Checkpoint, layer: Layer) -> Iterator[Finding]:
+def check_finite(checkpoint: Checkpoint, layer: Layer) -> Iterator[Finding]:
+    """Yield scales that hold NaN or Inf."""
+    names = {p for p in layer.parts if "scale" in p or p == "alpha"}
+    names |= layer.parts.keys() & (set(layer.format.scales.values()) if layer.format else set())
+    tensors = ((part, checkpoint.read(layer.parts[part])) for part in sorted(names))
     dtypes = layer.format.scale_dtypes if layer.format else {}
-    names = set(layer.format.scales.values()) if layer.format else set()
-    for part in sorted((names | KNOWN_SCALES) & layer.parts.keys()):
-        tensor = checkpoint.read(layer.parts[part])
-        dtype = dtypes.get(part, tensor.dtype)
-        if tensor.dtype == torch.uint8 and dtype.itemsize == 1:
-            tensor = tensor.view(dtype)
-        bad = _count_not_finite(tensor)
-        if bad:
-            yield Finding("scale_not_finite", layer.name, f"{part} holds {bad} NaN or Inf")
-
-
-def _count_not_finite(tensor: torch.Tensor) -> int:
-    """Return how many values are NaN or Inf; 8-bit floats by their codes, without a copy."""
-    codes = {torch.float8_e4m3fn: 0x7F, torch.float8_e8m0fnu: 0xFF}
-    if tensor.dtype in codes:
-        nan = codes[tensor.dtype]
-        masked = tensor.view(torch.uint8) & nan
-        return int((masked == nan).sum()) if masked.numel() and masked.max() == nan else 0
-    return int((~torch.isfinite(tensor.float())).sum()) if tensor.is_floating_point() else 0
+    for part, count in not_finite(tensors, dtypes):
+        yield Finding("scale_not_finite", layer.name, f"{part} holds {count} NaN or Inf")
 
 
 def check_order(checkpoint: Checkpoint, layers: dict[str, Layer]) -> Iterator[Finding]:

@@ -120,8 +120,8 @@ _KINDS = (
         "scale_order_doubtful",
         NOBODY,
         "Tiles, a diagonal or blocks in a weight make its scales look so too. All are read as they "
-        "are marked: as many layers speak for that, or only one speaks against it, or LowBit wrote "
-        "the file in an order it was told.",
+        "are marked: more layers of their format speak for that, or only one speaks against it, or "
+        "LowBit wrote the file in an order it was told.",
         "Nothing has to be done unless pictures are noise; then `lowbit convert` with --scales "
         "flat or twice reads them in that order.",
     ),
@@ -136,8 +136,9 @@ _KINDS = (
     Kind(
         "payload_dtype",
         BOTH,
-        "The stored numbers are not of the marked format and are converted or reinterpreted.",
-        AGAIN,
+        "The stored numbers are not named as those of the marked format: ComfyUI converts their "
+        "values, which makes noise of plain bytes. LowBit refuses what is not plain bytes.",
+        CONVERT + AGAIN,
     ),
     Kind(
         "payload_shape",

@@ -109,9 +109,10 @@ def _as_stored(checkpoint: Checkpoint) -> tuple[dict[str, torch.Tensor], list[La
         layer.check(checkpoint)
     foreign = {t for layer in stored.values() if layer.reading for t in layer.parts.values()}
     parts = {t: f"{n}.{p}" for n, layer in stored.items() for p, t in layer.parts.items()}
+    payloads = {layer.parts["weight"]: layer.format.storage for layer in stored.values()}
     model = families.recognise(logical_shapes(checkpoint, stored))
     state = {
-        model.host_name(parts.get(name, name)): tensor
+        model.host_name(parts.get(name, name)): _named(tensor, payloads.get(name))
         for name, tensor in _tensors(checkpoint)
         if name.rpartition(".")[2] not in (convert.LEGACY_FLAG, MARKER) and name not in foreign
     }
@@ -122,6 +123,12 @@ def _as_stored(checkpoint: Checkpoint) -> tuple[dict[str, torch.Tensor], list[La
         for part, tensor in {**words, MARKER: marker_tensor(layer.marker)}.items():
             state[model.host_name(f"{name}.{part}")] = tensor
     return state, list(_stored_records(checkpoint, stored, model))
+
+
+def _named(tensor: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
+    """Return plain bytes as the floats they are: of what is not, the host converts the values."""
+    is_plain = dtype is not None and dtype.is_floating_point and tensor.dtype == torch.uint8
+    return tensor.view(dtype) if is_plain else tensor
 
 
 def _tensors(checkpoint: Checkpoint) -> Iterator[tuple[str, torch.Tensor]]:

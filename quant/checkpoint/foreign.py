@@ -11,7 +11,7 @@ import math
 import os
 import shlex
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -44,7 +44,8 @@ class AmbiguousError(CheckpointError):
 class Request:
     """What the user says of a file. source: a dialect; order: of block scales, a key of `ORDERS`.
 
-    With both, the order is that of the layers which the dialect can have written.
+    With both, the order is that of the layers which the dialect can have written, but for marked
+    formats whose scales show that they are as marked, unless all do.
     """
 
     source: str | None = None
@@ -80,6 +81,8 @@ def find_foreign(
     lying = _lying(raw.values())
     order = dialects.ORDERS[request.order] if request.order else None
     asked = {name for name, layer in raw.items() if _is_asked(layer, request)}
+    if request.source and order not in (None, SWIZZLED):
+        asked -= _as_marked(checkpoint, parts, [x for n, x in raw.items() if n in asked])
     found = []
     for kind in itertools.product((True, False), repeat=2):
         group = [x for n, x in raw.items() if (bool(x.marker), n in asked) == kind]
@@ -91,7 +94,7 @@ def find_foreign(
         known = replace(layer, order=order, lying=of)
         if reading := _read(checkpoint, known, request):
             result.readings[layer.name] = reading
-    if request.source and not result.readings:
+    if request.source and request.source not in {r.dialect for r in result.readings.values()}:
         raise CheckpointError(f"{checkpoint.path}: no layer of it is as {request.source} writes it")
     for one in found:
         if one.order:
@@ -132,6 +135,26 @@ def _is_asked(layer: RawLayer, request: Request) -> bool:
     return any(dialects.readings(way, request.source) for way in ways)
 
 
+def _as_marked(
+    checkpoint: Checkpoint, parts: Mapping[str, Mapping[str, str]], layers: Iterable[RawLayer]
+) -> set[str]:
+    """Return which of `layers` are of a marked format whose scales show its order; none if all."""
+    kinds = dialects.by_kind(layers).values()
+    right = []
+    for alike in (kind for kind in kinds if kind[0].marker):
+        # What contradicts itself shows nothing.
+        with contextlib.suppress(CheckpointError):
+            (found,) = dialects.find_orders(alike, _reader(checkpoint, parts), SWIZZLED)
+            right += [found] if found.order == SWIZZLED else []
+    return {name for one in right for name in one.layers} if len(right) < len(kinds) else set()
+
+
+def _reader(
+    checkpoint: Checkpoint, parts: Mapping[str, Mapping[str, str]]
+) -> Callable[[str, str], torch.Tensor]:
+    return lambda layer, part: checkpoint.read(parts[layer][part])
+
+
 def _find_orders(
     checkpoint: Checkpoint,
     parts: Mapping[str, Mapping[str, str]],
@@ -143,12 +166,8 @@ def _find_orders(
         # This pack wrote it, in an order that was known, or asked for.
         return []
     expected = SWIZZLED if marked else FLAT if names_modelopt(checkpoint) else None
-
-    def read(layer: str, part: str) -> torch.Tensor:
-        return checkpoint.read(parts[layer][part])
-
     try:
-        return dialects.find_orders(group, read, expected, asked)
+        return dialects.find_orders(group, _reader(checkpoint, parts), expected, asked)
     except dialects.OrderError as error:
         command = _convert_with(checkpoint.path, error.orders)
         raise AmbiguousError(f"{checkpoint.path}: {error}. Say it: {command}") from error
@@ -186,24 +205,21 @@ def names_modelopt(checkpoint: Checkpoint) -> bool:
 
 def _read(checkpoint: Checkpoint, layer: RawLayer, request: Request) -> Reading | None:
     """Return how a foreign layer is read; None for one that is in the host's words, or plain."""
-    if request.source is None and _is_the_hosts(layer):
-        return None
     wrong = _is_out_of_order(layer)
     either = wrong and layer.order == EITHER
-    if request.source:
-        ways = _ways(layer, request.source)
+    if request.source and (ways := _ways(layer, request.source)):
         if len(ways) > 1 and either:
             raise AmbiguousError(_ambiguous(checkpoint.path, layer, ways))
-        if ways:
-            return ways[0][0]
-        if not layer.marker or not wrong:
-            return None
-    if not _has_scales(layer):
+        return ways[0][0]
+    if _is_the_hosts(layer) or not _has_scales(layer):
         return None
     ways = _ways(layer)
     certain = [reading for reading, _ in ways if reading.certain]
     if len(certain) == 1 and not either:
         return certain[0]
+    if request.source and not (layer.marker and wrong):
+        # Nothing of it is this source's, nor known: who needs the layer refuses it.
+        return None
     if ways:
         raise AmbiguousError(_ambiguous(checkpoint.path, layer, ways))
     if (layer.marker and not wrong) or _is_plain_fp8(layer):
@@ -272,7 +288,10 @@ def _has_scales(layer: RawLayer) -> bool:
 def _ambiguous(path: str, layer: RawLayer, ways: list[tuple[Reading, str | None]]) -> str:
     orders = [f"--scales {SOURCE_WORDS[o]}" for o in dict.fromkeys(o for _, o in ways) if o]
     asked = f" {orders[0]}" if len(orders) == 1 else ""
-    names = dict.fromkeys(reading.dialect for reading, _ in ways)
+    names = list(dict.fromkeys(reading.dialect for reading, _ in ways))
+    if layer.marker and _is_out_of_order(layer):
+        # What is marked, in another order, comes before another program's order of nibbles.
+        names.sort(key=lambda name: name not in formats.names())
     options = " or ".join(f"`--from {name}{asked}`" for name in names)
     if len(orders) > 1:
         options += f", and {' or '.join(f'`{order}`' for order in orders)}"

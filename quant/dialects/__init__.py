@@ -9,7 +9,7 @@ import pkgutil
 from types import ModuleType
 
 from .base import BOTH, RawLayer, Reading
-from .order import ORDERS, Found, OrderError, find_orders
+from .order import ORDERS, Found, OrderError, by_kind, find_orders
 
 __all__ = [
     "BOTH",
@@ -18,6 +18,7 @@ __all__ = [
     "OrderError",
     "RawLayer",
     "Reading",
+    "by_kind",
     "find_orders",
     "names",
     "readings",

@@ -50,7 +50,8 @@ class RawLayer:
     @property
     def is_packed(self) -> bool:
         """Whether two columns may share a byte."""
-        return self.parts["weight"].dtype in BYTES
+        # Of MXFP8 plain bytes are codes.
+        return self.parts["weight"].dtype in BYTES and self.marker.get("format") != "mxfp8"
 
     @property
     def shape(self) -> tuple[int, int]:

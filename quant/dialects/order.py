@@ -2,7 +2,8 @@
 
 Numbers of scales, and padding, prove it. A pattern of rows and columns only speaks for it: tiles, a
 diagonal or blocks of a weight, as they lie in the right order, are rows in another one. So layers
-vote, those that show one, and what the file says of itself stands unless most speak against it.
+vote, those that show one, and what the file says of itself stands unless most speak against it;
+where as many do, they contradict each other.
 """
 
 import math
@@ -77,17 +78,11 @@ def find_orders(
     the scales of most that show one; then what is expected.
     Raises CheckpointError when the sizes contradict each other, OrderError when the rest does.
     """
-    kinds: dict[tuple, list[RawLayer]] = {}
-    for layer in layers:
-        if layer.orders():
-            kinds.setdefault((layer.marker.get("format"), layer.is_packed), []).append(layer)
+    kinds = by_kind(layers)
     votes = {kind: _votes(alike, read) for kind, alike in kinds.items()}
-    cast = [vote for one in votes.values() for vote in one]
-    # One layer alone among others is more likely a weight with structure.
-    lone = len(cast) > 1 and sum(_speaks(vote, expected) is False for vote in cast) == 1
     found = []
     for kind, alike in kinds.items():
-        order = asked or _proven(votes[kind]) or _elected(votes[kind], expected, lone)
+        order = asked or _proven(votes[kind]) or _elected(votes[kind], expected)
         shown = {v.layer: v.order for v in votes[kind] if v.order}
         names = tuple(layer.name for layer in alike)
         how = "as was said" if asked else _how(votes[kind], order)
@@ -99,6 +94,15 @@ def find_orders(
         how = "as in the file's other layers"
         found = [f if f.votes else Found(f.layers, *orders, how) for f in found]
     return found
+
+
+def by_kind(layers: Iterable[RawLayer]) -> dict[tuple, list[RawLayer]]:
+    """Return those of `layers` that have block scales, by what they are marked and how packed."""
+    kinds: dict[tuple, list[RawLayer]] = {}
+    for layer in layers:
+        if layer.orders():
+            kinds.setdefault((layer.marker.get("format"), layer.is_packed), []).append(layer)
+    return kinds
 
 
 def _votes(alike: list[RawLayer], read: Callable[[str, str], torch.Tensor]) -> list[Vote]:
@@ -148,15 +152,18 @@ def _speaks(vote: Vote, expected: str | None) -> bool | None:
     return vote.order == expected or (vote.order == EITHER and expected == FLAT)
 
 
-def _elected(votes: list[Vote], expected: str | None, lone: bool) -> str | None:
+def _elected(votes: list[Vote], expected: str | None) -> str | None:
     """Return what is expected unless more speak against it than for it, else what most speak for.
 
-    lone: whether one layer of the file alone speaks against it, which does not count. None where
-    none shows any order, unless the metadata name one. Raises OrderError where nothing is expected,
-    or not by most, and neither side is clearly larger.
+    None where none shows any order, unless the metadata name one. Raises OrderError where as many
+    speak against what is expected, and where nothing is and neither side is clearly larger.
     """
     count = Counter(v.order for v in votes if v.order)
     sides = Counter(_speaks(v, expected) for v in votes)
+    # One layer alone among others of its format is more likely a weight with structure.
+    lone = sides[False] == 1 and len(votes) > 1
+    if expected and sides[False] == sides[True] > 1:
+        raise _contradiction({v.order: v for v in votes if v.order}.values())
     if expected and (lone or sides[False] <= sides[True]):
         return expected if sides[True] or expected == FLAT else None
     if not count:

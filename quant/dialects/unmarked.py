@@ -28,8 +28,10 @@ def _reading(fmt: Format, layer: RawLayer) -> Reading | None:
     if layer.across == COLUMNS_OF_WEIGHT or (layer.marker and not _is_marked(layer, fmt)):
         return None
     weight = layer.parts["weight"]
-    bytes_too = weight.dtype in BYTES and fmt.storage in BYTES
-    if not layer.has(*wanted) or foreign or not (bytes_too or weight.dtype == fmt.storage):
+    payloads = BYTES if fmt.storage in BYTES else {fmt.storage}
+    # Plain bytes are what a marking says.
+    payloads = payloads | {torch.uint8} if layer.marker else payloads
+    if not layer.has(*wanted) or foreign or weight.dtype not in payloads:
         return None
     order = layer.order or SWIZZLED
     if fmt.pad_multiple > 1:

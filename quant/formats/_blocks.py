@@ -54,8 +54,10 @@ def mixed(tensors: Mapping[str, torch.Tensor], shape: tuple[int, int], group: in
         shown = f"weight_scale is {scale.dtype}"
     elif group == 32 and "weight_scale_2" in tensors:
         shown = "weight_scale_2 is there"
-    elif scale.dtype != DTYPES[group] and _has_shape(scale, shape, other):
-        # Plain bytes do not tell their kind, but their number does.
+    elif scale.dtype != DTYPES[group] and (
+        _has_shape(scale, shape, other) and not _has_shape(scale, shape, group)
+    ):
+        # Plain bytes do not tell their kind, but their number does unless it is that of both.
         shown = f"weight_scale has {scale.numel()} elements"
     if shown is None:
         return None

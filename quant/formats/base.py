@@ -181,8 +181,13 @@ class Format:
         return self._view(name, value, dtype) if dtype.itemsize == 1 else value.to(dtype)
 
     def _view(self, name: str, value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """Return `value` as `dtype`, which writers may have called plain bytes."""
-        if value.dtype not in (dtype, torch.int8, torch.uint8):
+        """Return `value` as `dtype`, which writers may have called plain bytes.
+
+        A signed payload of a float format is none: they are numbers under a wrong marking.
+        """
+        numbers = name == "weight" and dtype.is_floating_point
+        plain = {torch.uint8} if numbers else {torch.uint8, torch.int8}
+        if value.dtype not in {dtype, *plain}:
             raise ValueError(f"{self.name}: {name} is {value.dtype}, {dtype} is wanted")
         return value.view(dtype)
 

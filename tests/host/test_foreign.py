@@ -88,6 +88,25 @@ def test_programs_agree(latents):
     assert difference(latents["comfy-kitchen"], latents["ours"]) < tolerance("nvfp4")
 
 
+@pytest.mark.parametrize("name", ["fp8_e4m3", "fp8_e4m3_rowwise", "fp8_e5m2", "mxfp8"])
+def test_payload_of_plain_bytes_is_read_as_its_marking_says(comfy, sample, wan, name):
+    """The host converts the values of what is no FP8, which would be noise."""
+    target = comfy.model_path(f"named_{name}.safetensors")
+    quantize_file(comfy.model_path(wan), target, name)
+    tensors = load_file(target)
+    payloads = [n.replace(".comfy_quant", ".weight") for n in tensors if n.endswith("comfy_quant")]
+    plain = {n: tensors[n].view(torch.uint8) for n in payloads if tensors[n].itemsize == 1}
+    assert len(plain) > 5
+    save_file(tensors | plain, comfy.model_path(f"bytes_{name}.safetensors"))
+    named, as_bytes = (
+        sample(
+            lambda graph, f=f"{how}_{name}.safetensors": graphs.load_lowbit(graph, f, "as_stored")
+        )
+        for how in ("named", "bytes")
+    )
+    assert torch.equal(named, as_bytes)
+
+
 def test_what_is_ambiguous_is_refused_naming_the_command(comfy, dense):
     tensors = dict(dense)
     parts = foreign.modelopt(tensors.pop("blocks.0.ffn.0.weight").float())

@@ -271,10 +271,53 @@ def test_layer_with_nan_is_named_with_its_file(dense, save, bad):
     assert checkpoint.path in str(error.value)
 
 
-def test_nan_in_a_layer_that_is_kept_is_its_own_affair(dense, save):
+def with_nan(tensor):
+    """The tensor with NaN, whatever its type, as its first value."""
+    bad = tensor.clone().reshape(-1)
+    bad.view(torch.uint8)[: bad.element_size()] = 0x7F if bad.element_size() == 1 else 0xFF
+    return bad.reshape(tensor.shape)
+
+
+@pytest.mark.parametrize("name", ["fp8_e4m3", "fp8_e5m2", "nvfp4"])
+@pytest.mark.parametrize("part", ["weight", "weight_scale", "weight_scale_2", "input_scale"])
+def test_nan_in_a_layer_that_is_copied_is_named(wan, save, name, part):
+    """Copied, it would be a black picture that nobody was told of."""
+    _, source = convert(Checkpoint(wan), name, "none")
+    key = f"blocks.0.ffn.0.{part}"
+    source["blocks.0.ffn.0.input_scale"] = torch.tensor(0.5)
+    if key not in source or (name == "nvfp4" and part == "weight"):
+        pytest.skip("no such tensor, or none that can hold NaN")
+    checkpoint = save(source | {key: with_nan(source[key])})
+    match = rf"a\.safetensors: layer blocks\.0\.ffn\.0: {part} holds 1 NaN"
+    for work in (plan(checkpoint, name, "none"), plan_as_stored(checkpoint, Request(), FORMAT)):
+        with pytest.raises(formats.NotFiniteError, match=match):
+            list(stream(work))
+
+
+@pytest.mark.parametrize("name", ["nvfp4", "mxfp8", "mxfp4"])
+def test_nan_in_the_padding_of_scales_is_copied(dense, save, name):
+    """It is of no weight, and other programs leave anything there."""
+    narrow = {"blocks.0.ffn.0.weight": dense["blocks.0.ffn.0.weight"][:, :32]}
+    _, source = convert(save(narrow), name, "none")
+    scale = source["blocks.0.ffn.0.weight_scale"].view(torch.uint8)
+    source["blocks.0.ffn.0.weight_scale"] = torch.where(scale == 0, 255, scale)
+    _, result = convert(save(source), name, "none")
+    assert result["blocks.0.ffn.0.weight_scale"].view(torch.uint8).eq(255).any()
+
+
+def test_nan_in_a_layer_that_is_kept_stays_and_is_told(dense, save):
     head = torch.full_like(dense["head.head.weight"], torch.nan)
-    _, result = convert(save(dense | {"head.head.weight": head}))
+    work, result = convert(save(dense | {"head.head.weight": head}))
     assert same(result["head.head.weight"], head)
+    assert work.notes == [f"head.head.weight holds {head.numel()} NaN or Inf, which stay"]
+
+
+def test_signed_numbers_under_a_marking_of_fp8_are_refused(wan, save):
+    _, source = convert(Checkpoint(wan))
+    wrong = {"blocks.0.ffn.0.weight": source["blocks.0.ffn.0.weight"].view(torch.int8)}
+    checkpoint = save(source | wrong)
+    with pytest.raises(CheckpointError, match=r"layer blocks\.0\.ffn\.0: .* weight is torch.int8"):
+        list(stream(plan_as_stored(checkpoint, Request(), FORMAT)))
 
 
 def test_nothing_to_quantize_is_an_error(dense, save):

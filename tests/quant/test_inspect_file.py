@@ -9,7 +9,6 @@ from lowbit.quant import formats
 from lowbit.quant.checkpoint.stored import marker_tensor
 from lowbit.quant.inspect_file import inspect_file
 from lowbit.quant.inspect_problems import BOTH, HOST, KINDS, NOBODY, PACK
-from lowbit.quant.scale_order import EITHER, FLAT, TWICE, wrong_order
 from tests import foreign
 
 LAYER = "blocks.0.ffn.0"
@@ -70,6 +69,11 @@ def with_nan(tensors, part="weight_scale"):
     codes = bad.reshape(-1).view(torch.uint8)
     codes[: bad.element_size()] = 0xFF
     return changed(tensors, part, bad)
+
+
+def as_bytes(format_name, dtype):
+    tensors = layer(format_name)
+    return changed(tensors, "weight", tensors[f"{LAYER}.weight"].view(dtype))
 
 
 def renamed_format(name):
@@ -236,6 +240,19 @@ BAD = {
         "scale_not_finite",
         BOTH,
     ),
+    "NaN in ModelOpt's NVFP4": (
+        lambda: (unmarked(with_nan(layer("nvfp4"), "weight_scale_2")), MODELOPT),
+        "scale_not_finite",
+        BOTH,
+    ),
+    "Inf in a scale of LightX2V's": (
+        lambda: {
+            f"{LAYER}.{p}": torch.tensor(torch.inf) if p == "alpha" else t
+            for p, t in foreign.lightx2v(weight()).items()
+        },
+        "scale_not_finite",
+        BOTH,
+    ),
     "flat NVFP4 scales": (lambda: flat(layer("nvfp4", weight(1024, 1024))), "scale_order", BOTH),
     "NVFP4 scales swizzled twice": (
         lambda: swizzled_again(layer("nvfp4", weight(1024, 1024))),
@@ -258,6 +275,9 @@ BAD = {
         "payload_dtype",
         BOTH,
     ),
+    "FP8 as plain bytes": (lambda: as_bytes("fp8_e4m3", torch.uint8), "payload_dtype", (HOST,)),
+    "MXFP8 as plain bytes": (lambda: as_bytes("mxfp8", torch.uint8), "payload_dtype", (HOST,)),
+    "INT8 marked FP8": (lambda: as_bytes("fp8_e4m3", torch.int8), "payload_dtype", BOTH),
     "E5M2 marked E4M3": (
         lambda: changed(layer("fp8_e4m3"), "weight", weight().to(torch.float8_e5m2)),
         "payload_dtype",
@@ -435,49 +455,6 @@ def test_swapped_nibbles_are_not_detectable(tmp_path):
     tensors = layer("nvfp4")
     swapped = changed(tensors, "weight", swap_nibbles(tensors[f"{LAYER}.weight"]))
     assert not inspected(tmp_path / "m.safetensors", swapped).problems
-
-
-SHAPES = [(256, 32), (512, 16), (1024, 64), (2560, 80)]
-
-
-@pytest.mark.parametrize("shape", SHAPES)
-def test_scales_without_a_pattern_prove_nothing(shape):
-    scale = torch.rand(*shape, generator=torch.Generator().manual_seed(1)) + 0.5
-    assert wrong_order(scale.to(torch.float8_e4m3fn), *shape) is None
-
-
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("size", [0.05, 0.2, 1.0])
-@pytest.mark.parametrize("along", ["rows", "columns", "heads", "both"])
-def test_right_order_is_never_called_wrong(shape, size, along):
-    noise = torch.Generator().manual_seed(2)
-    scale = torch.randn(shape, generator=noise) * 0.1
-    if along in ("rows", "both"):
-        scale += size * torch.randn(shape[0], 1, generator=noise)
-    if along in ("columns", "both"):
-        scale += size * torch.randn(1, shape[1], generator=noise)
-    if along == "heads":
-        heads = size * torch.randn(shape[0] // 128, 1, generator=noise)
-        scale += heads.repeat_interleave(128, dim=0)
-    codes = scale.exp().to(torch.float8_e4m3fn).view(torch.uint8)
-    stored = to_blocked(codes, flatten=False).view(torch.float8_e4m3fn)
-    assert wrong_order(stored, *shape) is None
-
-
-def test_order_of_large_scales_with_rows_is_told(tmp_path):
-    noise = torch.Generator().manual_seed(3)
-    scale = (0.2 * torch.randn(2560, 1, generator=noise)).exp() * torch.ones(1, 80)
-    codes = scale.to(torch.float8_e4m3fn).view(torch.uint8)
-    once = to_blocked(codes, flatten=False)
-    twice = to_blocked(once, flatten=False)
-    as_scale = torch.float8_e4m3fn
-    assert wrong_order(codes.view(as_scale), 2560, 80) in (FLAT, EITHER)
-    assert wrong_order(once.view(as_scale), 2560, 80) is None
-    assert wrong_order(twice.view(as_scale), 2560, 80) in (TWICE, EITHER)
-
-
-def test_zero_scales_prove_nothing():
-    assert wrong_order(torch.zeros(256, 32).to(torch.float8_e4m3fn), 256, 32) is None
 
 
 def test_one_shard_of_several_is_incomplete(tmp_path):

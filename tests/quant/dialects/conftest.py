@@ -4,7 +4,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from lowbit.quant import formats
 from lowbit.quant.checkpoint import Checkpoint
+from lowbit.quant.checkpoint.stored import marker_tensor
 
 
 @pytest.fixture
@@ -22,6 +24,11 @@ def opened(tmp_path):
         return Checkpoint(path)
 
     return write
+
+
+def marked(name, parts):
+    """The parts with the marking of a format."""
+    return parts | {"comfy_quant": marker_tensor(formats.get(name).marker)}
 
 
 def same_bits(parts, want):

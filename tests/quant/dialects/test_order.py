@@ -13,7 +13,7 @@ from lowbit.quant.convert_file import convert_file
 from lowbit.quant.inspect_file import inspect_file
 from lowbit.quant.scale_order import EITHER, FLAT, SWIZZLED, TWICE, proven_order, wrong_order
 from tests import foreign
-from tests.quant.dialects.conftest import repacked, same_bits
+from tests.quant.dialects.conftest import marked, repacked, same_bits
 from tests.quant.dialects.test_dialects import BLOCKS, OF_MODELOPT
 
 
@@ -30,13 +30,14 @@ def of_either_order(name):
 def test_scales_proven_wrong_in_an_order_that_is_not_are_refused_with_both(opened, name):
     """Else they are read as they are marked, and give noise."""
     weight, bad = of_either_order(name)
-    marker = {"comfy_quant": marker_tensor(formats.get(name).marker)}
-    for marking in (marker, {}):
-        checkpoint = opened({"m": bad | marking})
+    for layer, sources in (
+        (marked(name, bad), f"`--from {name}` or `--from modelopt`"),
+        (bad, f"`--from modelopt` or `--from {name}`"),
+    ):
+        checkpoint = opened({"m": layer})
         with pytest.raises(AmbiguousError, match="not swizzled, or swizzled twice") as error:
             stored_layers(checkpoint)
-        ways = f"`--from modelopt` or `--from {name}`, and `--scales flat` or `--scales twice`"
-        assert ways in str(error.value)
+        assert f"{sources}, and `--scales flat` or `--scales twice`" in str(error.value)
         (found,) = stored_layers(checkpoint, Request(name, "twice")).values()
         same_bits(repacked(found, checkpoint), foreign.packed(name, weight))
 
@@ -51,10 +52,6 @@ def test_dialect_asked_for_decides_between_two_orders_where_it_knows_one(opened,
         stored_layers(checkpoint, Request(name))
     (found,) = stored_layers(opened({"m": bad}, OF_MODELOPT)).values()
     assert found.marked_by == "modelopt"
-
-
-def marked(name, parts):
-    return parts | {"comfy_quant": marker_tensor(formats.get(name).marker)}
 
 
 STRUCTURES = ["diagonal", "blocks", "tiles"]
@@ -164,12 +161,54 @@ def test_order_that_is_asked_for_stands_and_is_doubted_where_layers_show_another
     assert re.search(words, caplog.text)
 
 
-def test_one_layer_of_its_format_with_structure_contradicts_no_file(opened, caplog):
-    odd = marked("nvfp4", foreign.packed("nvfp4", foreign.with_structure("tiles")))
-    right = marked("mxfp8", foreign.packed("mxfp8", foreign.patterned()))
-    found = stored_layers(opened({"odd": odd, "a": right, "b": right}))
-    assert all(layer.reading is None for layer in found.values())
-    assert "scales of odd look as if" in caplog.text
+@pytest.mark.parametrize("order", ["flat", "twice"])
+def test_order_of_a_marked_mxfp8_in_plain_bytes_is_looked_at(opened, order):
+    weight = foreign.patterned()
+    good = foreign.packed("mxfp8", weight)
+    bad = foreign.twice(good)
+    if order == "flat":
+        bad = {**good, "weight_scale": foreign.flat_scales("mxfp8", weight, good)}
+    plain = {part: tensor.view(torch.uint8) for part, tensor in bad.items()}
+    checkpoint = opened({str(i): marked("mxfp8", plain) for i in range(3)})
+    with pytest.raises(AmbiguousError, match=f"--from mxfp8 --scales {order}"):
+        stored_layers(checkpoint)
+    assert any(p.code == "scale_order" for p in inspect_file(checkpoint.path).errors)
+    found = stored_layers(checkpoint, Request("mxfp8", order))
+    same_bits(repacked(found["0"], checkpoint), good)
+
+
+@pytest.mark.parametrize(("name", "other"), [BLOCKS, BLOCKS[::-1]])
+def test_only_layer_of_its_format_is_refused_where_it_shows_another_order(
+    opened, tmp_path, name, other
+):
+    """Layers of other formats do not show that it is a weight with structure."""
+    good = foreign.packed(name, foreign.patterned())
+    others = {str(i): marked(other, foreign.packed(other, foreign.patterned())) for i in range(4)}
+    checkpoint = opened(others | {"a": marked(name, foreign.twice(good))})
+    with pytest.raises(AmbiguousError, match=rf"a: .*--from {name} --scales twice.*--scales swiz"):
+        stored_layers(checkpoint)
+    assert any(p.code == "scale_order" for p in inspect_file(checkpoint.path).errors)
+    found = stored_layers(checkpoint, Request(name, "twice"))
+    same_bits(repacked(found["a"], checkpoint), good)
+    odd = foreign.packed(name, foreign.with_structure("tiles"))
+    checkpoint = opened(others | {"a": marked(name, odd)})
+    with pytest.raises(AmbiguousError, match="`--scales swizzled` if the marking is right"):
+        stored_layers(checkpoint)
+    convert_file(checkpoint.path, target := tmp_path / "right.safetensors", order="swizzled")
+    same_bits(repacked(stored_layers(written := Checkpoint(target))["a"], written), odd)
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+@pytest.mark.parametrize("pairs", [2, 4])
+def test_marked_file_with_half_of_its_layers_in_another_order_is_refused(opened, name, pairs):
+    good = marked(name, foreign.packed(name, foreign.patterned()))
+    bad = marked(name, foreign.twice(good))
+    layers = {f"{i}{n}": parts for i in range(pairs) for n, parts in (("a", good), ("b", bad))}
+    checkpoint = opened(layers)
+    with pytest.raises(AmbiguousError, match="with `--scales swizzled` or `--scales twice`"):
+        stored_layers(checkpoint)
+    assert any(p.code == "scale_order" for p in inspect_file(checkpoint.path).errors)
+    assert stored_layers(checkpoint, Request(order="swizzled"))
 
 
 def test_metadata_of_modelopt_stand_until_two_layers_speak_against_them(opened, caplog):

@@ -46,7 +46,7 @@ def test_packed_tensors_survive_safetensors(fmt, weight, same_bits, tmp_path):
 
 
 def test_bytes_of_unnamed_type_are_read(fmt, weight, same_bits):
-    """Writers without a dtype for E8M0, or a signed byte, call it uint8."""
+    """Writers without a dtype for FP8 or E8M0, or a signed byte, call it uint8."""
     packed = fmt.pack(weight)
     plain = {n: t.view(torch.uint8) if t.itemsize == 1 else t for n, t in packed.items()}
     back = unpack(fmt, plain, tuple(weight.shape))
@@ -120,6 +120,16 @@ def test_nvfp4s_and_mx_scales_do_not_mix(name, other, plain, quantized):
             unpack(fmt, {"weight": weight, "weight_scale": scales["weight_scale"]})
 
 
+@pytest.mark.parametrize("columns", [32, 64])
+@pytest.mark.parametrize("name", BLOCKS)
+def test_number_of_scales_that_is_of_both_kinds_is_of_the_marked_one(name, columns, quantized):
+    """Narrow weights have as many with one scale per 16 as per 32, padding included."""
+    fmt = formats.get(name)
+    weight = quantized(fmt, (160, columns))
+    plain = {n: t.view(torch.uint8) if t.itemsize == 1 else t for n, t in fmt.pack(weight).items()}
+    assert torch.equal(unpack(fmt, plain, (160, columns)).dequantize(), weight.dequantize())
+
+
 @pytest.mark.parametrize("name", BLOCKS)
 def test_what_lies_in_the_padding_of_scales_changes_no_value(name, gaussian):
     """Files of other programs may hold anything there; here NaN, in rows and in columns."""
@@ -149,6 +159,16 @@ def test_payload_of_another_type_is_refused(fmt, packed):
         wrong = torch.zeros(packed["weight"].shape, dtype=dtype)
         with pytest.raises(ValueError, match=f"{fmt.name}: weight is {dtype}"):
             unpack(fmt, packed | {"weight": wrong})
+
+
+def test_signed_payload_under_a_float_format_is_refused(fmt, packed):
+    """They are INT8's numbers; read as codes, every 128th is NaN."""
+    wrong = packed | {"weight": packed["weight"].view(torch.int8)}
+    if not fmt.storage.is_floating_point:
+        unpack(fmt, wrong)
+        return
+    with pytest.raises(ValueError, match=f"{fmt.name}: weight is torch.int8, {fmt.storage}"):
+        unpack(fmt, wrong)
 
 
 def test_payload_that_is_no_matrix_is_refused(fmt, packed):
