@@ -32,8 +32,6 @@ PACKAGES = {
 HOST_VERSION_FILE = "comfyui_version.py"
 # A shape [N, K] that every backend's multiples divide.
 N = K = 4096
-# Of attention: Wan's and Qwen-Image's, the one that is measured.
-HEAD_SIZE = 128
 TORCHS_OWN = "torch's own"
 
 
@@ -94,7 +92,7 @@ class Tuned:
 
 @dataclass(frozen=True)
 class AutoAttention:
-    """What `auto` of attention takes here for 16 bits and heads of HEAD_SIZE channels.
+    """What `auto` of attention takes here for 16 bits and heads of 128 channels.
 
     hides: `unmasked` or `keys`, a mask of keys. tokens_min: from so many queries and keys on, up to
     the next. source: `tuned` by `lowbit tune`, `built in`, or torch's own.
@@ -168,7 +166,7 @@ def _tuned(device: torch.device) -> Tuned:
 def _auto_attention(device: torch.device) -> Iterator[AutoAttention]:
     """Yield what `auto` takes, the fewest tokens first; neighbours that are the same as one."""
     for kind, hides in auto.SCHEMES.items():
-        starts = (*auto.starts(device, HEAD_SIZE, kind), auto.Start(0, SDPA, TORCHS_OWN))
+        starts = (*auto.starts(device, auto.HEAD_SIZE, kind), auto.Start(0, SDPA, TORCHS_OWN))
         last = None
         for tokens in sorted({start.tokens_min for start in starts}):
             taken = next(start for start in starts if tokens >= start.tokens_min)

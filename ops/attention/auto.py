@@ -6,6 +6,8 @@ its choice the ways that beat torch's own, the fastest first.
 """
 
 import dataclasses
+import functools
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -20,6 +22,10 @@ from .check import DTYPES
 from .table import AUTO, Row
 from .ways import LOWBIT, MASKED, OP, PLAIN, SDPA, bits, prepares
 
+logger = logging.getLogger(__name__)
+
+# Wan's and Qwen-Image's, the one that is measured.
+HEAD_SIZE = 128
 # The schemes of entries, by what hides keys.
 SCHEMES = {None: "unmasked", KEYS: "keys"}
 # Its version is in the mark of every entry; that of another package is beside each way.
@@ -75,6 +81,17 @@ def starts(
 
     tuned = _tuned(device, head_size, kind, may)
     return (*tuned, *_built_in(device, head_size, kind, may))
+
+
+@functools.cache
+def tell_of_unmeasured(device: torch.device) -> None:
+    """Log, once for each GPU, that `auto` takes nothing there as nothing was measured."""
+    if device.type != "cuda" or any(starts(device, HEAD_SIZE, kind) for kind in SCHEMES):
+        return
+    logger.info(
+        "LowBit: attention was not measured on this kind of GPU, so `auto` leaves it as it is. "
+        "`lowbit tune --attention`, run once, finds what is the fastest there, for `auto` to take"
+    )
 
 
 def _tuned(device, head_size, kind, may: Callable[[str], bool]) -> Iterator[Start]:

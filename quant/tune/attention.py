@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 import torch
 
 from ...ops.attention import auto, router, ways
-from ...ops.attention.auto import BITS_MIN, SCHEMES, Ranked
+from ...ops.attention.auto import BITS_MIN, HEAD_SIZE, SCHEMES, Ranked
 from ...ops.attention.table import MAX_ERROR
 from ...ops.attention.ways import LOWBIT, SDPA
 from ...ops.failures import failures
@@ -19,8 +19,6 @@ from .contest import CannotRunError, Name, Outcome
 from .problems import Attention
 from .products import OUT, SEED, attempt
 
-# Of Wan and of Qwen-Image.
-HEAD_SIZE = 128
 # As many heads as give a GPU enough to do, and as a model has: 24 of Qwen-Image at most.
 HEADS_MIN, HEADS_MAX, ROWS = 8, 24, 1 << 17
 # Tensors as large as q that must have room: four, their copies, and what ways make of them.

@@ -200,3 +200,24 @@ def test_schemes_are_of_kinds_that_ways_take():
     assert set(auto.SCHEMES) == {None, KEYS}
     assert auto.package_version("lowbit_fp8") is None
     assert auto.package_version("sageattn") == "2.2.0"
+
+
+def told(monkeypatch, caplog, device: torch.device) -> list[str]:
+    monkeypatch.setattr(auto, "fits", lambda *row: False)
+    caplog.set_level("INFO")
+    caplog.clear()
+    auto.tell_of_unmeasured.cache_clear()
+    for _ in range(2):
+        auto.tell_of_unmeasured(device)
+    auto.tell_of_unmeasured.cache_clear()
+    return [record.message for record in caplog.records]
+
+
+def test_a_gpu_where_nothing_was_measured_is_told_once(monkeypatch, caplog):
+    gpu = torch.device("cuda", 0)
+    (text,) = told(monkeypatch, caplog, gpu)
+    assert "`lowbit tune --attention`" in text
+    assert not told(monkeypatch, caplog, CPU)
+    # That nothing beats torch's own was measured too.
+    save(entry(64))
+    assert not told(monkeypatch, caplog, gpu)
