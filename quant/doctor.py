@@ -80,7 +80,7 @@ class FormatSupport:
 class Tuned:
     """What of `lowbit tune` is in use on the device; problem: why its file is not, or None.
 
-    attention: for how many numbers of tokens, with and without a mask.
+    attention: for how many numbers of tokens.
     """
 
     path: str
@@ -157,22 +157,18 @@ def _gpus() -> Iterator[Gpu]:
 
 def _tuned(device: torch.device) -> Tuned:
     gpu = tuning.gpu(device)
-    *tiles, backends, rows = (
-        len(tuning.lookup(op, gpu)) for op in (PRODUCT, FOUR_BIT, OP, ATTENTION)
-    )
-    return Tuned(str(tuning_file.path()), tuning.stored()[1], sum(tiles), backends, rows)
+    *tiles, backends = (len(tuning.lookup(op, gpu)) for op in (PRODUCT, FOUR_BIT, OP))
+    found = {} if gpu is None else tuning.choices(ATTENTION, gpu, auto.from_choice)
+    tokens = {tokens for *_, tokens in found}
+    return Tuned(str(tuning_file.path()), tuning.stored()[1], sum(tiles), backends, len(tokens))
 
 
 def _auto_attention(device: torch.device) -> Iterator[AutoAttention]:
-    """Yield what `auto` takes, the fewest tokens first; neighbours that are the same as one."""
+    """Yield what `auto` takes, the fewest tokens first."""
     for kind, hides in auto.SCHEMES.items():
-        starts = (*auto.starts(device, auto.HEAD_SIZE, kind), auto.Start(0, SDPA, TORCHS_OWN))
-        last = None
-        for tokens in sorted({start.tokens_min for start in starts}):
-            taken = next(start for start in starts if tokens >= start.tokens_min)
-            if last is None or taken[1:] != last[1:]:
-                yield AutoAttention(hides, tokens, taken.way, taken.source)
-            last = taken
+        yield AutoAttention(hides, 0, SDPA, TORCHS_OWN)
+        for start in reversed(auto.starts(device, auto.HEAD_SIZE, kind)):
+            yield AutoAttention(hides, *start)
 
 
 def _kitchen_backends() -> Iterator[KitchenBackend]:

@@ -7,6 +7,7 @@ its choice the ways that beat torch's own, the fastest first.
 
 import dataclasses
 import functools
+import itertools
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -44,11 +45,6 @@ class Start(NamedTuple):
     way: str
     source: str
 
-    @property
-    def grouped_too(self) -> bool:
-        """Whether it is for fewer heads of k than of q too: none were tuned."""
-        return self.source == BUILT_IN
-
 
 @dataclass(frozen=True)
 class Ranked:
@@ -69,18 +65,27 @@ def starts(
     kind: str | None,
     bits_min: int = 0,
     rotate: bool = False,
+    grouped: bool = False,
 ) -> tuple[Start, ...]:
     """Return what `auto` takes for bf16 and fp16: the first whose tokens a call has, else SDPA.
 
-    kind: what hides keys, of `attention`'s KINDS. bits_min: the least bits of a way. rotate: none
-    of 8 bits that does not rotate q and k.
+    Of what was measured here and what is built in the row of more tokens holds, and of as many that
+    which was measured here. kind: what hides keys, of `attention`'s KINDS. bits_min: the least bits
+    of a way. rotate: none of 8 bits that does not rotate q and k. grouped: k has fewer heads than
+    q, as nothing that is measured here.
     """
 
     def may(way: str) -> bool:
         return bits(way) >= bits_min and (not rotate or prepares(way) or bits(way) == bits(SDPA))
 
-    tuned = _tuned(device, head_size, kind, may)
-    return (*tuned, *_built_in(device, head_size, kind, may))
+    rows = [*_built_in(device, head_size, kind, may)][::-1]
+    if not grouped:
+        rows += _tuned(device, head_size, kind, may)
+    by_tokens = {row.tokens_min: row for row in rows}
+    ordered = [by_tokens[tokens] for tokens in sorted(by_tokens)]
+    # Neighbours that are the same as one: each number of tokens is a guard of compiled graphs.
+    joined = [b for a, b in itertools.pairwise([None, *ordered]) if a is None or a[1:] != b[1:]]
+    return tuple(reversed(joined))
 
 
 @functools.cache
@@ -89,8 +94,8 @@ def tell_of_unmeasured(device: torch.device) -> None:
     if device.type != "cuda" or any(starts(device, HEAD_SIZE, kind) for kind in SCHEMES):
         return
     logger.info(
-        "LowBit: attention was not measured on this kind of GPU, so `auto` leaves it as it is. "
-        "`lowbit tune --attention`, run once, finds what is the fastest there, for `auto` to take"
+        "LowBit: attention was not measured on this kind of GPU with these versions, so `auto` "
+        "leaves it as it is. `lowbit tune --attention` finds what is the fastest there, for good"
     )
 
 
@@ -158,8 +163,14 @@ def from_choice(choice: Any) -> tuple[Ranked, ...]:
     if not isinstance(choice, list):
         raise ValueError(f"no ranking of ways: {choice!r}")
     for part in choice:
-        if not isinstance(part, dict) or set(part) != names or part["way"] not in known:
+        if not isinstance(part, dict) or set(part) != names or not _is_ranked(**part, known=known):
             raise ValueError(f"no way of attention: {part!r}")
         if bits(part["way"]) < BITS_MIN:
             raise ValueError(f"{part['way']} has {bits(part['way'])} bits")
     return tuple(Ranked(**part) for part in choice)
+
+
+def _is_ranked(way: Any, ms: Any, version: Any, known: set[str]) -> bool:
+    """Return whether fields of `Ranked`, read from a file, are of their types, and a known way."""
+    named = isinstance(way, str) and way in known
+    return named and type(ms) in (int, float) and isinstance(version, str | None)

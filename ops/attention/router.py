@@ -118,9 +118,10 @@ def choose(
         return mode
     if q.dtype in DTYPES and _alike(q, k, v):
         tokens, kind = min(q.shape[2], k.shape[2]), kind_of(mask, causal)
-        found = _starts(q.device, _head_size(q), kind, bits_min, rotate)
-        for tokens_min, way, grouped_too in found:
-            if tokens >= tokens_min and (grouped_too or q.shape[1] == k.shape[1]):
+        grouped = q.shape[1] != k.shape[1]
+        found = _starts(q.device, _head_size(q), kind, bits_min, rotate, grouped)
+        for tokens_min, way in found:
+            if tokens >= tokens_min:
                 return way
     return SDPA
 
@@ -165,11 +166,16 @@ def _head_size(q: torch.Tensor) -> int:
 # A constant of the graph: torch.compile can trace neither the imports nor the self-tests.
 @torch.compiler.assume_constant_result
 def _starts(
-    device: torch.device, head_size: int, kind: str | None, bits_min: int, rotate: bool
-) -> tuple[tuple[int, str, bool], ...]:
-    """Return what `auto` takes: least tokens, way, and whether it is for grouped heads too."""
-    found = auto.starts(device, head_size, kind, bits_min, rotate)
-    return tuple((start.tokens_min, start.way, start.grouped_too) for start in found)
+    device: torch.device,
+    head_size: int,
+    kind: str | None,
+    bits_min: int,
+    rotate: bool,
+    grouped: bool,
+) -> tuple[tuple[int, str], ...]:
+    """Return what `auto` takes: least tokens, and the way."""
+    found = auto.starts(device, head_size, kind, bits_min, rotate, grouped)
+    return tuple((start.tokens_min, start.way) for start in found)
 
 
 @torch.compiler.assume_constant_result

@@ -176,14 +176,16 @@ def tune(
     start = clock()
     steps = [step for problem in problems for step in _steps(problem, bench)]
     left = total = sum(WEIGHTS[op] for op, _, _ in steps)
+    # Of all the time attention has half where layers follow.
+    layers_follow = any(op != ATTENTION for op, _, _ in steps)
+    attention_end = start + max_seconds / (2 if layers_follow else 1)
     results: list[Result] = []
     unreached = 0
     for op, name, problem in steps:
         now = clock()
-        time_left = start + max_seconds - now
-        share = time_left * WEIGHTS[op] / left
+        share = (start + max_seconds - now) * WEIGHTS[op] / left
         if op == ATTENTION:
-            share = min(time_left, ATTENTION_SECONDS)
+            share = min(attention_end - now, ATTENTION_SECONDS)
         if share > 0:
 
             def expired(deadline=now + share) -> bool:
@@ -275,9 +277,13 @@ def _attention(
     result = dataclasses.replace(
         _with_outcome(result, outcome), ranking=outcome.ranking, errors=errors
     )
-    # Where time ran out before anything was faster, what is stored may know more.
-    if outcome.tried and (outcome.ranking or not outcome.untried):
-        _take_up(ATTENTION, bench.gpu, _ranking_entry(result, outcome), result, store)
+    if not outcome.tried:
+        return result
+    entry = _ranking_entry(result, outcome)
+    # Where time ran out, what is stored knows more.
+    is_known = entry.key in tuning.lookup(ATTENTION, bench.gpu)
+    if not outcome.untried or (outcome.ranking and not is_known):
+        _take_up(ATTENTION, bench.gpu, entry, result, store)
     return result
 
 

@@ -64,18 +64,42 @@ def test_row_holds_from_its_tokens_on_up_to_the_next():
     assert chosen(9999, keys=64) == chosen(64, keys=9999) == "cudnn"
 
 
-def test_stored_rows_come_before_the_table_and_the_table_below_them(monkeypatch):
+@pytest.fixture
+def hopper(monkeypatch):
     monkeypatch.setattr(registry, "capability", lambda device: (9, 0))
     monkeypatch.setattr(auto, "fits", lambda row, *call: True)
-    save(entry(512), entry(4096, FP8))
+    tuning.forget()
+
+
+def test_stored_rows_come_before_those_of_the_table_with_as_many_tokens(hopper):
+    save(entry(512), entry(4096, FP8), entry(16384, FP8))
     assert [chosen(n) for n in (255, 256, 511, 512, 4096, 16384)] == [
         *("sdpa", "cudnn", "cudnn", "sdpa", "lowbit_fp8", "lowbit_fp8")
     ]
-    assert auto.starts(CPU, 128, None)[:3] == (
+    # What is measured from 4,096 tokens on is the same from 16,384 on.
+    assert auto.starts(CPU, 128, None) == (
         Start(4096, "lowbit_fp8", TUNED),
         Start(512, "sdpa", TUNED),
-        Start(16384, "lowbit_fp8", BUILT_IN),
+        Start(256, "cudnn", BUILT_IN),
     )
+
+
+@pytest.mark.parametrize("ranking", [(CUDNN,), ()], ids=["cudnn", "nothing"])
+def test_few_tokens_that_were_measured_leave_the_table_to_more(hopper, ranking):
+    save(entry(512, *ranking))
+    few = "cudnn" if ranking else "sdpa"
+    assert [chosen(n) for n in (512, 4096, 32760)] == [few, "lowbit_exact", "lowbit_fp8"]
+
+
+def test_grouped_heads_have_the_table_alone(hopper):
+    save(entry(64), entry(16384, SAGE))
+    assert chosen(16384) == "sageattn" and chosen(64) == "sdpa"
+    assert chosen(16384, h=4, kv=2) == "lowbit_fp8" and chosen(64, h=4, kv=2) == "sdpa"
+
+
+def test_rows_of_one_way_are_one_row():
+    save(*(entry(tokens, FP8) for tokens in range(16, 160, 16)), entry(160))
+    assert auto.starts(CPU, 128, None) == (Start(160, "sdpa", TUNED), Start(16, FP8.way, TUNED))
 
 
 def test_where_8_bits_are_not_wanted_the_next_of_16_is_taken():
@@ -150,6 +174,9 @@ def test_rows_count_on_their_kind_of_gpu_alone(monkeypatch):
         [{"way": "fast", "ms": 1.0, "version": None}],
         [{"way": "lowbit_fp8", "ms": 1.0}],
         [{"way": "lowbit_fp4", "ms": 1.0, "version": None}],
+        [{"way": ["lowbit_fp8"], "ms": 1.0, "version": None}],
+        [{"way": "lowbit_fp8", "ms": "1", "version": None}],
+        [{"way": "lowbit_fp8", "ms": 1.0, "version": 2}],
     ],
     ids=str,
 )

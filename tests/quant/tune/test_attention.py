@@ -10,6 +10,7 @@ from lowbit.ops import registry, tuning, tuning_file
 from lowbit.ops.attention import auto, router, ways
 from lowbit.ops.attention.table import MAX_ERROR
 from lowbit.ops.registry import Backend, Needs
+from lowbit.quant import tune as tuning_of_all
 from lowbit.quant.tune import Attention, attention, problems, tune
 from tests.quant.tune.bench import GPU, bench
 
@@ -92,7 +93,7 @@ def test_where_nothing_is_faster_that_is_stored_too(cache):
     entry = tuning.lookup("attention", GPU)["unmasked", 64, 128, 64]
     assert (entry.choice, entry.ms, entry.instead_ms) == ([], 1.0, 1.0)
     assert chosen(64, 64) == "sdpa"
-    assert auto.starts(torch.device("cpu"), 128, None)[0] == auto.Start(128, "sdpa", auto.TUNED)
+    assert auto.starts(torch.device("cpu"), 128, None)[0] == auto.Start(64, "sdpa", auto.TUNED)
 
 
 def test_new_measurements_take_the_place_of_older_ones(cache):
@@ -246,6 +247,26 @@ def test_time_that_runs_out_stores_what_won_and_leaves_the_rest(cache):
     none = iter(range(0, 10_000, 60))
     late = measure(ways=(), ms=lambda name: 1.0, max_seconds=50, clock=lambda: next(none))
     assert (len(late.results), late.unreached) == (0, 4)
+
+
+def test_time_that_runs_out_leaves_what_was_measured_whole(cache):
+    measure()
+    now = iter(range(0, 10_000, 25))
+    cut = measure(ms={**TIMES, "lowbit_exact": 0.7}.get, max_seconds=100, clock=lambda: next(now))
+    first = cut.results[0]
+    assert first.ranking and first.untried
+    entry = tuning.lookup("attention", GPU)[first.scheme, first.n, first.k, first.m]
+    assert [ranked.ms for ranked in auto.from_choice(entry.choice)] == [0.5, 0.9]
+
+
+def test_linear_layers_have_half_of_the_time(cache, monkeypatch):
+    done = []
+    monkeypatch.setattr(tuning_of_all, "_step", lambda op, *rest: done.append(op))
+    now = iter(range(0, 10**6, 20))
+    able = dataclasses.replace(bench(ms=TIMES.get), ways=dict.fromkeys(OURS))
+    layers = [problems.Problem(16, 64, 256)]
+    report = tune([*SIZES, *layers], able, max_seconds=400, clock=lambda: next(now))
+    assert report.unreached and len(done) == 2
 
 
 def test_linear_layers_get_all_the_time_that_attention_leaves(cache):
