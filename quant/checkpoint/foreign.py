@@ -82,7 +82,14 @@ def find_foreign(
     order = dialects.ORDERS[request.order] if request.order else None
     asked = {name for name, layer in raw.items() if _is_asked(layer, request)}
     if request.source and order not in (None, SWIZZLED):
-        asked -= _as_marked(checkpoint, parts, [x for n, x in raw.items() if n in asked])
+        scaled = [x for n, x in raw.items() if n in asked and x.orders()]
+        others = [x for x in scaled if not _names_itself(x, request)]
+        known = _as_marked(checkpoint, parts, others, len(scaled))
+        asked -= known
+        if known:
+            result.notes.append(
+                f"{len(known)} layers are read as they are marked: their block scales show it"
+            )
     found = []
     for kind in itertools.product((True, False), repeat=2):
         group = [x for n, x in raw.items() if (bool(x.marker), n in asked) == kind]
@@ -135,18 +142,28 @@ def _is_asked(layer: RawLayer, request: Request) -> bool:
     return any(dialects.readings(way, request.source) for way in ways)
 
 
+def _names_itself(layer: RawLayer, request: Request) -> bool:
+    """Return whether the user names the very format that a layer is marked as."""
+    return layer.marker.get("format") == request.source
+
+
 def _as_marked(
-    checkpoint: Checkpoint, parts: Mapping[str, Mapping[str, str]], layers: Iterable[RawLayer]
+    checkpoint: Checkpoint,
+    parts: Mapping[str, Mapping[str, str]],
+    layers: Iterable[RawLayer],
+    asked: int,
 ) -> set[str]:
-    """Return which of `layers` are of a marked format whose scales show its order; none if all."""
-    kinds = dialects.by_kind(layers).values()
-    right = []
-    for alike in (kind for kind in kinds if kind[0].marker):
+    """Return which of `layers` are of a marked format whose scales all show its order.
+
+    asked: for how many layers the user names another one; none of them are, if all would be.
+    """
+    right: set[str] = set()
+    for alike in dialects.by_kind(x for x in layers if x.marker).values():
         # What contradicts itself shows nothing.
         with contextlib.suppress(CheckpointError):
             (found,) = dialects.find_orders(alike, _reader(checkpoint, parts), SWIZZLED)
-            right += [found] if found.order == SWIZZLED else []
-    return {name for one in right for name in one.layers} if len(right) < len(kinds) else set()
+            right |= set(found.layers) if found.order == SWIZZLED and not found.against else set()
+    return right if len(right) < asked else set()
 
 
 def _reader(

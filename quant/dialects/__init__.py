@@ -8,6 +8,8 @@ import importlib
 import pkgutil
 from types import ModuleType
 
+import torch
+
 from .base import BOTH, RawLayer, Reading
 from .order import ORDERS, Found, OrderError, by_kind, find_orders
 
@@ -39,7 +41,12 @@ def names() -> tuple[str, ...]:
 
 
 def readings(layer: RawLayer, source: str | None = None) -> list[Reading]:
-    """Return the ways in which a layer can be read; source: only as this dialect."""
+    """Return the ways in which a layer can be read; source: only as this dialect.
+
+    None where numbers with a sign are marked as MXFP8: they are no codes, its format refuses them.
+    """
+    if layer.parts["weight"].dtype == torch.int8 and layer.marker.get("format") == "mxfp8":
+        return []
     asked = [m for m in _modules() if source in (None, *m.NAMES)]
     found = [reading for module in asked for reading in module.read(layer)]
     return [r for r in found if source in (None, r.dialect)]

@@ -104,7 +104,8 @@ def parse(
         raise LoraError(f"{checkpoint.path}: {half[0]} has one matrix of the two of a LoRA")
     pairs = {place: (name, up[place]) for place, name in down.items()}
     diffs, biases = found[Kind.DIFF], found[Kind.BIAS]
-    _refuse_scales(checkpoint, unknown, {*down.values(), *up.values(), *diffs.values()})
+    used = {*down.values(), *up.values(), *diffs.values(), *biases.values()}
+    _refuse_scales(checkpoint, unknown, used)
     if not (pairs or diffs or biases):
         shown = ", ".join((unknown or list(checkpoint))[:SHOWN])
         raise LoraError(f"{checkpoint.path}: nothing in it fits this model; it holds {shown}, …")

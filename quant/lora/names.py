@@ -54,7 +54,7 @@ OTHERS = (
 )
 REFUSED = tuple((what, re.compile(rf".+(?:{ends})")) for what, ends in OTHERS)
 # Beside a tensor that somebody has quantized, or scaled to the range of FP8.
-SCALE = re.compile(r"(.+)\.(?:scale_weight|weight_scale\w*|(?:weight\.)?scale)")
+SCALE = re.compile(r"(.+)\.(?:scale_weight|weight_scale\w*|(?:weight\.)?scale(?:_inv)?)")
 # Before names with dots, any number of them one after the other.
 PREFIXES = ("base_model.model.", "diffusion_model.", "transformer.", "model.", "unet.", "pipe.dit.")
 # Before names whose dots are underscores; the longest first.

@@ -1,6 +1,7 @@
 """What the user says of a file: who wrote it, and in which order its scales lie."""
 
 import pytest
+import torch
 
 from lowbit.quant.checkpoint import Checkpoint, CheckpointError
 from lowbit.quant.checkpoint.foreign import AmbiguousError, Request
@@ -62,6 +63,26 @@ def test_order_of_a_programs_layers_is_not_that_of_a_format_that_shows_another(o
         found = stored_layers(written := Checkpoint(target))
         same_bits(repacked(found["blocks.0.self_attn.q"], written), right)
         same_bits(repacked(found["blocks.0.ffn.0"], written), foreign.packed("mxfp8", weight))
+
+
+def test_order_that_is_asked_of_the_format_itself_holds_whatever_its_scales_show(opened):
+    weight = foreign.patterned()
+    layers = {"a": foreign.modelopt(weight), "b": marked("mxfp8", foreign.packed("mxfp8", weight))}
+    found = stored_layers(opened(layers), Request("mxfp8", "flat"))
+    assert found["b"].reading is not None
+    notes: list[str] = []
+    stored_layers(opened(layers), Request("modelopt", "flat"), notes)
+    assert any("1 layers are read as they are marked" in note for note in notes)
+
+
+def test_numbers_that_are_marked_as_mxfp8_are_refused_for_what_they_are(opened):
+    packed = foreign.packed("mxfp8", foreign.patterned())
+    packed["weight"] = packed["weight"].view(torch.int8)
+    checkpoint = opened({"b": marked("mxfp8", packed)})
+    found = stored_layers(checkpoint)["b"]
+    assert found.reading is None
+    with pytest.raises(ValueError, match=r"weight is torch.int8, torch.float8_e4m3fn is wanted"):
+        repacked(found, checkpoint)
 
 
 def test_order_of_a_programs_unmarked_layers_is_not_that_of_marked_ones(opened):
