@@ -16,9 +16,8 @@ from types import FunctionType
 
 import torch
 
-from ..ops.attention import auto, router, ways
+from ..ops.attention import router, ways
 from ..ops.attention.blocks import parse_blocks
-from ..ops.registry import NoBackendError
 from . import wanvideo_model
 from .attention_override import IMAGE_CROSS, Call, Override
 from .wanvideo_model import TRANSFORMER
@@ -108,10 +107,7 @@ def set_attention(patcher, rules: Override):
     if ways.bits(rules.mode) == FEW_BITS:
         margin = OUTER_STEPS * (steps[1] - steps[0])
         steps = (steps[0] + margin, steps[1] - margin)
-    if reason := router.missing(rules.mode, patcher.load_device):
-        raise NoBackendError(reason)
-    if rules.mode == "auto":
-        auto.tell_of_unmeasured(patcher.load_device)
+    router.check_runs(rules.mode, patcher.load_device)
     clone = wanvideo_model.clone(patcher)
     transformer = getattr(clone.model, TRANSFORMER)
     hooks = transformer._forward_pre_hooks.values()

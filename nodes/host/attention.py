@@ -1,7 +1,6 @@
 """Attention in the host: an override in a model's options, and layers that leave it more to do."""
 
-from ...ops.attention import auto, router
-from ...ops.registry import NoBackendError
+from ...ops.attention import router
 from .. import fused
 from ..attention_override import OVERRIDE, Override
 from . import fusing
@@ -14,10 +13,7 @@ def set_attention(patcher, override: Override):
     """
     from comfy.patcher_extension import WrappersMP
 
-    if reason := router.missing(override.mode, patcher.load_device):
-        raise NoBackendError(reason)
-    if override.mode == "auto":
-        auto.tell_of_unmeasured(patcher.load_device)
+    router.check_runs(override.mode, patcher.load_device)
     clone = patcher.clone()
     options = clone.model_options.setdefault("transformer_options", {})
     override.previous = options.get(OVERRIDE)

@@ -95,7 +95,7 @@ def tell_of_unmeasured(device: torch.device) -> None:
         return
     logger.info(
         "LowBit: attention was not measured on this kind of GPU with these versions, so `auto` "
-        "leaves it as it is. `lowbit tune --attention` finds what is the fastest there, for good"
+        "leaves it as it is. `lowbit tune --attention` finds what is the fastest there"
     )
 
 

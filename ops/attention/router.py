@@ -152,6 +152,17 @@ def missing(mode: str, device: torch.device) -> str | None:
     return _unmet(way, ways.named(torch.bfloat16), device, 128)
 
 
+def check_runs(mode: str, device: torch.device) -> None:
+    """Raise NoBackendError where `mode` can run nothing on `device`.
+
+    Logs it where `auto` takes nothing there as nothing was measured. Raises what `known` raises.
+    """
+    if reason := missing(mode, device):
+        raise NoBackendError(reason)
+    if known(mode) == "auto":
+        auto.tell_of_unmeasured(device)
+
+
 def _alike(q, k, v) -> bool:
     """Return whether shapes and dtypes are those of one attention, grouped heads included."""
     fits = k.shape == v.shape and q.shape[0] == k.shape[0] and q.shape[3] == k.shape[3]

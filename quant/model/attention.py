@@ -16,7 +16,6 @@ from torch import nn
 
 from ...ops.attention import router
 from ...ops.attention.blocks import LAYERS, parse_blocks
-from ...ops.registry import NoBackendError
 from .names import names_of
 
 logger = logging.getLogger(__name__)
@@ -76,8 +75,7 @@ def set_attention(
     ranges = parse_blocks(blocks)
     if rotate:
         router.check_rotation(mode)
-    if reason := router.missing(mode, running_device(next(model.parameters()).device)):
-        raise NoBackendError(reason)
+    router.check_runs(mode, running_device(next(model.parameters()).device))
     found = list(_attentions(model))
     if not found:
         raise ValueError(

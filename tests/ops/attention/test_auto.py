@@ -234,8 +234,8 @@ def told(monkeypatch, caplog, device: torch.device) -> list[str]:
     caplog.set_level("INFO")
     caplog.clear()
     auto.tell_of_unmeasured.cache_clear()
-    for _ in range(2):
-        auto.tell_of_unmeasured(device)
+    for mode in ("auto", "auto", "sdpa"):
+        router.check_runs(mode, device)
     auto.tell_of_unmeasured.cache_clear()
     return [record.message for record in caplog.records]
 
