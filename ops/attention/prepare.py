@@ -8,8 +8,9 @@ import torch
 
 from ..launch import ALIGNMENT, alignment
 from ..replay import empty, launch, replayed
-from .modes import Mode
-from .prologue import NORMS, NOTHING, TOKEN, Prologue
+from . import prepass
+from .modes import MODES, Mode
+from .prologue import NORMS, NOTHING, TOKEN, Prologue, of_arguments
 
 TILE = 128
 # Elements of Q of one program, of one warp: its threads exchange data without waiting for others.
@@ -123,6 +124,17 @@ def prepare(
     or 1. swizzled: as the Hopper kernel reads them. shift: also what the log-sum-exp needs.
     prologue: what is done to q and k before. rotate: both are multiplied by a Hadamard matrix.
     """
+    steps = prologue.arguments
+    return Prepared(*_prepared(q, k, v, scale, mode.name, groups, swizzled, shift, rotate, *steps))
+
+
+@replayed
+def _prepared(q, k, v, scale, mode: str, groups, swizzled, shift, rotate, *steps) -> tuple:
+    """Return the fields of `Prepared`; steps: the arguments of a prologue."""
+    mode, prologue = MODES[mode], of_arguments(*steps)
+    if prepass.fits(q, k, v, mode, prologue):
+        given = scale * LOG2E, mode, groups, swizzled, shift, prologue, rotate
+        return prepass.run(q, k, v, *given)
     steps = _steps(prologue, "k", k)
     k_mean, _ = _statistics(k, None, steps)
     keys = _keys(k, k_mean, steps, groups, swizzled, rotate)
@@ -131,7 +143,7 @@ def prepare(
     values = (None, None, None, None)
     if mode.storage is not None:
         values = _values(v, *_statistics(v, mode.limit, NO_STEPS), mode.storage, swizzled)
-    return Prepared(*queries, *keys, *values, shifts)
+    return *queries, *keys, *values, shifts
 
 
 def _steps(prologue: Prologue, name: str, x: torch.Tensor) -> tuple:
@@ -172,15 +184,19 @@ def _empty(x: torch.Tensor, *shape: int, dtype: torch.dtype = torch.float32) -> 
 
 @replayed
 def _statistics(x, limit: float | None, steps: tuple) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Return the mean token of x and, with a limit, each channel's scale, [B · Hkv, W]."""
+    """Return the mean token of x and, with a limit, each channel's scale, [B · Hkv, W].
+
+    Without a limit the mean may be that of a sample.
+    """
     from .kernels.prepare import gather_kernel, statistics_kernel
 
     b, heads, keys, d = x.shape
-    bh, w, chunks = b * heads, width(d), -(-keys // CHUNK_KEYS)
+    total = keys if limit is not None else min(keys, prepass.SAMPLE)
+    bh, w, chunks = b * heads, width(d), -(-total // CHUNK_KEYS)
     partial, mean = _empty(x, bh, chunks, 3, w), _empty(x, bh, w)
     scale = None if limit is None else _empty(x, bh, w)
-    sizes = (heads, keys, d, *x.stride(), chunks)
-    constants = (CHUNK_KEYS, CHUNK_STAGES, w, limit is not None)
+    sizes = (heads, total, keys, d, *x.stride(), chunks)
+    constants = (CHUNK_KEYS, CHUNK_STAGES, w, limit is not None, total == keys)
     launch(
         statistics_kernel,
         bh * chunks,
@@ -193,9 +209,9 @@ def _statistics(x, limit: float | None, steps: tuple) -> tuple[torch.Tensor, tor
     launch(
         gather_kernel,
         bh,
-        (partial, mean, scale, keys, chunks, *constants),
+        (partial, mean, scale, total, chunks, *constants),
         options(4),
-        (_key(keys, chunks), constants),
+        (_key(total, chunks), constants),
         x.device,
     )
     return mean, scale

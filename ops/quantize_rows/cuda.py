@@ -17,6 +17,7 @@ from .prologue import Prologue, rows_of
 
 SOURCES = (
     FOLDER / "ampere.cu",
+    FOLDER / "vector.cu",
     *(Path(__file__).with_name("kernels") / name for name in ("rotate.cu", "rows.cu")),
 )
 K_MAX = 16384

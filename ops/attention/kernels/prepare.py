@@ -15,6 +15,8 @@ CHUNK: tl.constexpr = tl.constexpr(16)
 STEP: tl.constexpr = tl.constexpr(32)
 # A small float32 plus 1.5 · 2^23 is the nearest even integer, in the low bits of its mantissa.
 ROUND: tl.constexpr = tl.constexpr(12582912.0)
+# By this indices are spread over 32 bits: 2654435761, of 2^32 the golden section, less 2^32.
+SPREAD_BITS: tl.constexpr = tl.constexpr(-1640531535)
 # The smallest normal float32: the scale of zeros.
 TINY: tl.constexpr = tl.constexpr(1.1754943508222875e-38)
 INT8_MAX: tl.constexpr = tl.constexpr(127.0)
@@ -136,10 +138,21 @@ def _added(total, high, low, value, valid, RANGE: tl.constexpr, MASKED: tl.const
 
 
 @triton.jit
+def _sampled(i, COUNT, KEYS, WHOLE: tl.constexpr):
+    """Return the i-th of COUNT keys that stand for all: as tokens.cu has it; WHOLE: i itself."""
+    if WHOLE:
+        return i
+    begin = (i.to(tl.int64) * KEYS // COUNT).to(tl.int32)
+    end = ((i + 1).to(tl.int64) * KEYS // COUNT).to(tl.int32)
+    return begin + (((i * SPREAD_BITS).to(tl.uint32) >> 16).to(tl.int32) * (end - begin) >> 16)
+
+
+@triton.jit
 def statistics_kernel(
     x,
     partial,
     H,
+    COUNT,
     KEYS,
     D,
     x_b,
@@ -159,11 +172,12 @@ def statistics_kernel(
     STAGES: tl.constexpr,
     WIDTH: tl.constexpr,
     RANGE: tl.constexpr,
+    WHOLE: tl.constexpr,
 ):
     """partial[bh, chunk] = the sum over ROWS keys of x; RANGE: also the largest and the least.
 
-    The keys are those after the prologue's steps. STAGES: without a prologue, so many times STEP
-    keys are at hand or on their way.
+    Of COUNT keys of all, WHOLE: which are all. They are those after the prologue's steps. STAGES:
+    without a prologue, so many times STEP keys are at hand or on their way.
 
     partial: [B·H, CHUNKS, 3, WIDTH] float32.
     """
@@ -175,7 +189,7 @@ def statistics_kernel(
     total = tl.zeros((STEP, WIDTH), tl.float32)
     high = tl.full((STEP, WIDTH), float("-inf"), tl.float32)
     low = tl.full((STEP, WIDTH), float("inf"), tl.float32)
-    end = tl.minimum(KEYS - chunk * ROWS, ROWS)
+    end = tl.minimum(COUNT - chunk * ROWS, ROWS)
     inside = (column < D)[None, :]
     x += column.to(tl.int64)[None, :] * x_d
     done = 0
@@ -184,16 +198,17 @@ def statistics_kernel(
         # added up: a loop that is unrolled still reads one vector after the other.
         done = end // STEP * STEP
         for start in tl.range(0, done, STEP, num_stages=STAGES):
-            at = x + (rows + start).to(tl.int64)[:, None] * x_l
-            value = tl.load(at, mask=inside, other=0.0)
+            key = _sampled(rows + start, COUNT, KEYS, WHOLE)
+            value = tl.load(x + key.to(tl.int64)[:, None] * x_l, mask=inside, other=0.0)
             total, high, low = _added(total, high, low, value, inside, RANGE, False)
     for start in range(done, end, STEP):
-        key = rows + start
-        valid = (key < KEYS)[:, None] & inside
+        counts = rows + start < COUNT
+        key = tl.where(counts, _sampled(rows + start, COUNT, KEYS, WHOLE), 0)
+        valid = counts[:, None] & inside
         value = tl.load(x + key.to(tl.int64)[:, None] * x_l, mask=valid, other=0.0)
         if NORM != NO_NORM or weight is not None or cos is not None:
             value = apply(
-                *(value.to(tl.float32), key, key < KEYS, bh // H, bh % H, H, KEYS, D),
+                *(value.to(tl.float32), key, counts, bh // H, bh % H, H, KEYS, D),
                 *(inverse, weight, cos, sin, first, eps, NORM, SPLIT, STEP, WIDTH),
             )
         total, high, low = _added(total, high, low, value, valid, RANGE, True)
@@ -209,7 +224,7 @@ def gather_kernel(
     partial,
     mean,
     scale,
-    KEYS,
+    COUNT,
     CHUNKS,
     LIMIT: tl.constexpr,
     TOGETHER: tl.constexpr,
@@ -235,7 +250,7 @@ def gather_kernel(
                 high = tl.maximum(high, tl.load(at + WIDTH, mask=inside, other=float("-inf")))
                 low = tl.minimum(low, tl.load(at + 2 * WIDTH, mask=inside, other=float("inf")))
             at += 3 * WIDTH
-    middle = total / KEYS
+    middle = total / COUNT
     tl.store(mean + bh * WIDTH + column, middle)
     if RANGE:
         step = tl.maximum(high - middle, middle - low) / LIMIT

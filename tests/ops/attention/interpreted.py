@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from lowbit.ops.attention import prepare as module
-from lowbit.ops.attention import reference
+from lowbit.ops.attention import prepass, reference
 from lowbit.ops.attention import triton as backend
 from lowbit.ops.attention.kernels import values
 from lowbit.ops.attention.modes import MODES
@@ -204,6 +204,29 @@ def test_stored_queries_and_keys_are_those_of_torch(groups):
     torch.testing.assert_close(got.k_bound, norms)
     shift = 0.1 * (q[0].float() * mean).sum(2)
     torch.testing.assert_close(got.shift, shift, rtol=1e-4, atol=1e-4)
+
+
+def sampled(keys: int) -> torch.Tensor:
+    """The keys of which the mean key is taken: one of each of as many parts, somewhere in it."""
+    total = min(keys, prepass.SAMPLE)
+    i = torch.arange(total)
+    begin, end = i * keys // total, (i + 1) * keys // total
+    return begin + ((i * 2654435761 % 2**32 >> 16) * (end - begin) >> 16)
+
+
+@pytest.mark.parametrize("keys", [1, 1000, 1024, 1025, 5000])
+def test_mean_key_is_that_of_a_sample(keys):
+    k = torch.randn(1, 1, keys, 64, generator=torch.Generator().manual_seed(0)).half()
+    places = sampled(keys)
+    assert (places.diff() > 0).all() and places[0] >= 0 and places[-1] < keys
+    if keys <= prepass.SAMPLE:
+        assert torch.equal(places, torch.arange(keys))
+    elif keys > 2 * prepass.SAMPLE:
+        # Not the same place of each part: images have rows.
+        assert len((places - torch.arange(len(places)) * keys // len(places)).unique()) > 2
+    mean, _ = module._statistics(k, None, module.NO_STEPS)
+    want = k[0, 0, places].float().mean(0)
+    torch.testing.assert_close(mean[0], want, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("mode", ["fp8", "int8"])

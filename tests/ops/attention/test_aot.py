@@ -147,7 +147,7 @@ def quantizers(steps: dict, arch: int, rotate: bool, width: int = 128) -> list:
     more = width > prepare_module.MANY_CHANNELS
     chunk_warps = prepare_module.MORE_WARPS if more else prepare_module.CHUNK_WARPS
     statistics = {"ROWS": prepare_module.CHUNK_KEYS, "WIDTH": width, "RANGE": True, "D": width}
-    statistics["STAGES"] = prepare_module.CHUNK_STAGES
+    statistics |= {"STAGES": prepare_module.CHUNK_STAGES, "WHOLE": steps["NORM"] == 0}
     v = {**shared, "CHANNELS": prepare_module.V_CHANNELS}
     cases = [
         (prepare.quantize_q_kernel, q, 1, "i8"),

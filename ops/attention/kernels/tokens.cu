@@ -1,0 +1,242 @@
+// The pre-pass of attention: Q, K and V to 8 bits, each read once from memory.
+//
+// survey.cu reads a sample, pack_rows.cu Q and K, pack_values.cu V. The mean key is the sample's:
+// softmax does not see it, whatever it is. So is the mean value, which is put right at the end, and
+// E4M3's scale of V, which has room to spare. For a norm over all heads K is read twice, the second
+// time from the L2 cache: blocks do one item after the other in an order in which the norms of some
+// tiles come ahead of packing these. Where V becomes integers all of it is read for its range first.
+//
+// This file has what they share. prepass.py sets:
+//   D               channels of a head, 64 or 128
+//   X               dtype of Q, K and V
+//   NORM            of the prologue: none, over a head's channels, over those of all heads
+//   Q_WEIGHT, K_WEIGHT   dtype of the norm's weight, or ABSENT
+//   Q_SPLIT, K_SPLIT     the weight has two rows: the first is for tokens before `first`
+//   ANGLES          dtype of cos and sin, or ABSENT
+//   ROTATE          Q and K are multiplied by a Hadamard matrix
+//   GROUPS          scales of 128 keys: 4, of keys whose (key % 8) / 2 is the same, or 1
+//   SWIZZLED        copies are as the Hopper kernel reads them: 16-byte chunk c of a row stands at
+//                   c ^ (row % 8), V's keys in the order of ops/layout
+//   SHIFT           what the log-sum-exp needs is written
+//   V               what is stored of V: nothing, E4M3, or integers
+//   Q_HEADS, K_HEADS     that an item packs, one after the other
+//   SAMPLE          keys of which the mean key is taken, at most
+
+enum Norm { NO_NORM = 0, HEAD = 1, TOKEN = 2 };
+enum Stored { NOTHING = 0, E4M3 = 1, INTEGERS = 2 };
+
+const int TILE = 128;
+// Threads of a row, of a block, and the rows of a tile that it has at once.
+const int LANES = D / WIDTH;
+const int THREADS = 4 * D;
+const int WARPS = THREADS / 32;
+const int ROWS = THREADS / LANES;
+const int STEPS = TILE / ROWS;
+// Items of `inverse_rms` of a tile, of a token for each warp. Tokens of a block of the survey.
+const int RMS_ITEMS = TILE / WARPS;
+const int SURVEY_TOKENS = 8;
+// A small float32 plus 1.5 · 2^23 is the nearest even integer, in the low bits of its mantissa.
+const float ROUND = 12582912.0f;
+// The smallest normal float32: the scale of zeros.
+const float TINY = 1.1754943508222875e-38f;
+const float LN2 = 0.6931471805599453f;
+
+// Room for an item.
+extern __shared__ __align__(16) char shared[];
+
+struct Params {
+    const char* q;
+    const char* k;
+    const char* v;
+    char* q_codes;
+    float* q_scale;
+    float* q_bound;
+    float* shift;
+    char* k_codes;
+    float* k_scale;
+    float* k_bound;
+    char* v_codes;
+    float* v_scale;
+    float* v_offset;
+    float* v_sum;
+    const char* q_weight;
+    const char* k_weight;
+    const char* cos;
+    const char* sin;
+    float* sample;     // [B, blocks of the survey, Hkv, D]: sums over the tokens of each
+    float* k_mean;     // [B·Hkv, D]
+    float* v_sample;   // as `sample`
+    float* v_sample_ends;  // [B, blocks of the survey, 2, Hkv, D]: maxima of V and of -V
+    float* q_squares;  // [B·tiles, items, 128]: sums of the squares of a token's channels
+    float* k_inverse;  // [B, Lk]: of the norm over all heads
+    float* v_mean;     // [B·Hkv, D], of the sample
+    u32* v_ends;       // [B·Hkv, 2, D]: maxima of V and of -V, as `ordered`
+    float* v_left;     // [B·Hkv, tiles, D]: sums of V less v_mean
+    u32* v_beyond;     // [B·Hkv]: whether a value is larger than E4M3's largest
+    u32* done;
+    long long q_b, q_h, q_l, k_b, k_h, k_l, v_b, v_h, v_l;
+    int batches, heads, kv_heads, queries, keys, first, k_lag, row_items;
+    float factor, limit, eps;
+};
+
+__device__ __forceinline__ int count_of(int length, int step) { return (length + step - 1) / step; }
+
+// Items that are done, from `done` on: the ticket; mean keys; norms of each tile of Q and of K.
+struct Counters {
+    u32 *ticket, *means, *q, *k, *end;
+
+    __device__ __forceinline__ explicit Counters(const Params& p) {
+        ticket = p.done, means = ticket + 1, q = means + 1;
+        k = q + p.batches * count_of(p.queries, TILE);
+        end = k + p.batches * count_of(p.keys, TILE);
+    }
+};
+
+// ---- sums over what blocks wrote, always in the same order
+
+// sums[d] = the sum of `count` numbers that are `stride` apart from `from` + d on, for d < D. Ends
+// with a barrier.
+__device__ __forceinline__ void add_up(float* sums, const float* from, int count, int stride,
+                                       float* room) {
+    const int d = threadIdx.x % D, part = threadIdx.x / D, parts = THREADS / D;
+    float sum = 0.0f;
+#pragma unroll 16
+    for (int i = part; i < count; i += parts) sum += __ldcg(from + (long long)i * stride + d);
+    room[threadIdx.x] = sum;
+    __syncthreads();
+    if (part == 0) {
+        for (int i = 1; i < parts; ++i) sum += room[i * D + d];
+        sums[d] = sum;
+    }
+    __syncthreads();
+}
+
+// The mean of the sample of a head.
+__device__ __forceinline__ void mean_of_sample(const Params& p, const float* sample, float* mean,
+                                               int bh) {
+    float* const room = reinterpret_cast<float*>(shared);
+    const u32 total = min(p.keys, SAMPLE), blocks = count_of(total, SURVEY_TOKENS);
+    const int b = bh / p.kv_heads, h = bh % p.kv_heads;
+    const float* const from = sample + ((long long)b * blocks * p.kv_heads + h) * D;
+    add_up(room + THREADS, from, blocks, p.kv_heads * D, room);
+    if (threadIdx.x < D) mean[bh * D + threadIdx.x] = room[THREADS + threadIdx.x] / total;
+}
+
+// ---- maxima
+
+#if X
+#define PAIR "f16x2"
+#else
+#define PAIR "bf16x2"
+#endif
+
+// The largest of two pairs, NaN where there is one.
+__device__ __forceinline__ u32 most(u32 a, u32 b) {
+    u32 m;
+    asm("max.NaN." PAIR " %0, %1, %2;" : "=r"(m) : "r"(a), "r"(b));
+    return m;
+}
+__device__ __forceinline__ float larger_of(float a, float b) {
+    float m;
+    asm("max.NaN.f32 %0, %1, %2;" : "=f"(m) : "f"(a), "f"(b));
+    return m;
+}
+// A float as bits that are ordered as floats are, NaN above all. Zero is below all.
+__device__ __forceinline__ u32 ordered(float x) {
+    const u32 bits = __float_as_uint(x);
+    if (x != x) return 0xffffffff;
+    return bits >> 31 ? ~bits : bits | 0x80000000;
+}
+__device__ __forceinline__ float of_ordered(u32 bits) {
+    return __uint_as_float(bits >> 31 ? bits ^ 0x80000000 : ~bits);
+}
+
+// ---- the steps before the rounding
+
+// The token of the i-th key of `count` that stand for all `keys`: one of each count-th part, not
+// the same of each, since images have rows.
+__device__ __forceinline__ int sampled(u32 i, u32 count, u32 keys) {
+    const u32 begin = u64(i) * keys / count, end = u64(i + 1) * keys / count;
+    return begin + ((i * 2654435761u >> 16) * (end - begin) >> 16);
+}
+
+__device__ __forceinline__ float inverse_of(float squares, float channels, float eps) {
+    return 1.0f / sqrtf(squares / channels + eps);
+}
+
+// Sum of the squares of 8 numbers.
+__device__ __forceinline__ float squares_of(const float (&v)[WIDTH]) {
+    float sum = 0.0f;
+#pragma unroll
+    for (int i = 0; i < WIDTH; ++i) sum = fmaf(v[i], v[i], sum);
+    return sum;
+}
+
+// Four numbers as they lie in memory, in float32.
+template <int DTYPE> __device__ __forceinline__ void four(const char* p, float (&f)[4]) {
+    if (DTYPE == FP32) {
+        const float4 all = *reinterpret_cast<const float4*>(p);
+        f[0] = all.x, f[1] = all.y, f[2] = all.z, f[3] = all.w;
+    } else {
+        const uint2 all = *reinterpret_cast<const uint2*>(p);
+        unpack<DTYPE>(all.x, f[0], f[1]);
+        unpack<DTYPE>(all.y, f[2], f[3]);
+    }
+}
+
+const int ANGLE_BYTES = ANGLES == FP32 ? 4 : 2;
+// Of a token's cos, or sin.
+const int ANGLE_ROW = D / 2 * ANGLE_BYTES;
+
+// What Q and K differ by.
+template <bool QUERY> struct Side {
+    static const int WEIGHT = QUERY ? Q_WEIGHT : K_WEIGHT;
+    static const bool SPLIT = QUERY ? Q_SPLIT : K_SPLIT;
+    static const int HEADS = QUERY ? Q_HEADS : K_HEADS;
+    const char *x, *weight;
+    long long stride_b, stride_h, stride_l;
+    int heads, length, tiles;
+
+    __device__ __forceinline__ explicit Side(const Params& p) {
+        x = QUERY ? p.q : p.k, weight = QUERY ? p.q_weight : p.k_weight;
+        stride_b = QUERY ? p.q_b : p.k_b, stride_h = QUERY ? p.q_h : p.k_h;
+        stride_l = QUERY ? p.q_l : p.k_l;
+        heads = QUERY ? p.heads : p.kv_heads, length = QUERY ? p.queries : p.keys;
+        tiles = count_of(length, TILE);
+    }
+    __device__ __forceinline__ const char* at(int b, int h, int token, int lane) const {
+        return x + 2 * (b * stride_b + h * stride_h + token * stride_l + lane * WIDTH);
+    }
+    // Of head h: 8 channels of the norm's weight for a token.
+    __device__ __forceinline__ void weights(float (&w)[WIDTH], int h, int token, int first,
+                                            int lane) const {
+        const int span = NORM == TOKEN ? heads * D : D;
+        const int from = (NORM == TOKEN ? h * D : 0) + (SPLIT && token >= first ? span : 0);
+        Vector<WEIGHT> read;
+        read.read(weight, from + lane * WIDTH);
+        read.floats(w);
+    }
+};
+
+// 8 channels of a row times the norm's weight, then turned. Returns what the norm multiplies them
+// with, which commutes with both; not that of a token, which is known before.
+template <bool QUERY>
+__device__ __forceinline__ float prepare(float (&v)[WIDTH], const float (&w)[WIDTH],
+                                         const char* cos, const char* sin, float eps) {
+    float inverse = 1.0f;
+    if (NORM == HEAD) inverse = inverse_of(lanes_sum<1, LANES>(squares_of(v)), D, eps);
+#pragma unroll
+    for (int i = 0; i < WIDTH; ++i)
+        if (Side<QUERY>::WEIGHT >= 0) v[i] *= w[i];
+    if (ANGLES >= 0) {
+        float c[4], s[4];
+        four<ANGLES>(cos, c), four<ANGLES>(sin, s);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            const float even = v[2 * i], odd = v[2 * i + 1];
+            v[2 * i] = fmaf(even, c[i], -(odd * s[i]));
+            v[2 * i + 1] = fmaf(even, s[i], odd * c[i]);
+        }
+    }
+    return inverse;
+}

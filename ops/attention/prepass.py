@@ -1,0 +1,204 @@
+"""The pre-pass of attention in CUDA C++: Q, K and V to 8 bits, each read once from memory.
+
+`prepare.py` says what comes, and has the Triton kernels that do it where this does not fit.
+"""
+
+import functools
+from pathlib import Path
+
+import torch
+
+from ..cuda import FOLDER, nvrtc
+from ..cuda.kernel import CudaKernel
+from ..launch import ALIGNMENT
+from ..replay import empty, launch
+from .modes import Mode
+from .prologue import NORMS, NOTHING, TOKEN, Prologue
+
+SOURCES = (FOLDER / "ampere.cu", FOLDER / "vector.cu")
+KERNELS = Path(__file__).with_name("kernels")
+# Head sizes that there is a kernel for.
+WIDTHS = (64, 128)
+# As the sources number them.
+DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
+ABSENT = -1
+STORED = {None: 0, torch.float8_e4m3fn: 1, torch.int8: 2}
+# The mean key, which the softmax does not see, whatever it is, is that of so many keys at most: off
+# by a 32nd of the keys' deviation, it moves the largest of what is rounded by 1% at most.
+SAMPLE = 1024
+# Of the sources: tokens of a tile, and of a block of the survey; tiles of V of a block.
+TILE, SURVEY_TOKENS, VALUE_TILES = 128, 8, 4
+# Heads of Q and of K that an item packs, one after the other, with the same angles.
+Q_HEADS, K_HEADS = 5, 3
+# Of a block: threads of a channel. Of a multiprocessor: threads of its blocks.
+THREADS_PER_CHANNEL, RESIDENT_THREADS = 4, 1024
+WARP = 32
+# Of shared memory: for sums of what others wrote; and, beside what a block asks for, for what its
+# warps tell each other.
+SUMS_BYTES, EXCHANGED_BYTES = 8192, 2048
+# `struct Params`: pointers, then the other fields.
+POINTERS, LAYOUT = 29, "9q8i3f4x"
+
+
+def source(name: str) -> str:
+    """Return the CUDA C++ source of the kernel in a file of `kernels`."""
+    paths = (*SOURCES, KERNELS / "tokens.cu", KERNELS / name)
+    return "\n".join(path.read_text(encoding="utf-8") for path in paths)
+
+
+SURVEY = CudaKernel("survey", POINTERS, LAYOUT, functools.partial(source, "survey.cu"))
+ROWS = CudaKernel("pack_rows", POINTERS, LAYOUT, functools.partial(source, "pack_rows.cu"))
+SEE, VALUES, FINISH = (
+    CudaKernel(name, POINTERS, LAYOUT, functools.partial(source, "pack_values.cu"))
+    for name in ("see_values", "pack_values", "finish_values")
+)
+
+
+def count(length: int, step: int = TILE) -> int:
+    """Return how many of `step` tokens, of tiles if nothing is said, cover a length."""
+    return -(-length // step)
+
+
+def _aligned(x: torch.Tensor) -> bool:
+    """Return whether the rows of x [B, H, L, D] consist of 16 bytes that are aligned."""
+    unit = ALIGNMENT // x.element_size()
+    rows = all(stride % unit == 0 for stride in x.stride()[:3])
+    return x.stride(3) == 1 and rows and x.data_ptr() % ALIGNMENT == 0
+
+
+def fits(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mode: Mode, p: Prologue) -> bool:
+    """Return whether `run` can do q, k, v and the prologue; v is read where the mode stores it."""
+    if q.device.type != "cuda" or q.shape[3] not in WIDTHS or nvrtc.missing():
+        return False
+    read = (q, k) if mode.storage is None else (q, k, v)
+    steps = (t for t in (p.q_weight, p.k_weight, p.cos, p.sin) if t is not None)
+    if not all(map(_aligned, read)) or any(t.data_ptr() % ALIGNMENT for t in steps):
+        return False
+    room = torch.cuda.get_device_properties(q.device).shared_memory_per_block_optin
+    return rows_bytes(q.shape[3], p) + EXCHANGED_BYTES <= room
+
+
+def rows_bytes(d: int, p: Prologue) -> int:
+    """Return the shared memory of a block for Q and K: a tile's angles and a head's rows."""
+    angles = 0 if p.cos is None else TILE * d * p.cos.element_size()
+    return max(angles + 2 * TILE * d, SUMS_BYTES)
+
+
+def values_bytes(d: int) -> int:
+    """Return the shared memory of a block for V: a tile, and a sum for each of its 16 keys."""
+    return max(TILE * d + TILE // 16 * 4 * d, SUMS_BYTES)
+
+
+def defined(
+    d: int,
+    x: torch.dtype,
+    p: Prologue,
+    mode: Mode,
+    groups: int,
+    swizzled: bool,
+    shift: bool,
+    rotate: bool,
+) -> tuple[tuple[str, int], ...]:
+    """Return the names that tokens.cu wants set, with their values."""
+
+    def code(t: torch.Tensor | None) -> int:
+        return ABSENT if t is None else DTYPES[t.dtype]
+
+    def split(t: torch.Tensor | None) -> int:
+        return int(t is not None and t.dim() == 2)
+
+    return (
+        *(("D", d), ("X", DTYPES[x]), ("NORM", 0 if p.norm is None else 1 + NORMS.index(p.norm))),
+        *(("Q_WEIGHT", code(p.q_weight)), ("K_WEIGHT", code(p.k_weight))),
+        *(("Q_SPLIT", split(p.q_weight)), ("K_SPLIT", split(p.k_weight))),
+        *(("ANGLES", code(p.cos)), ("ROTATE", int(rotate)), ("GROUPS", groups)),
+        *(("SWIZZLED", int(swizzled)), ("SHIFT", int(shift)), ("V", STORED[mode.storage])),
+        *(("Q_HEADS", Q_HEADS), ("K_HEADS", K_HEADS), ("SAMPLE", SAMPLE)),
+    )
+
+
+@functools.cache
+def _in_flight(device: torch.device, d: int) -> int:
+    """Return how many blocks the GPU has at once, at most."""
+    processors = torch.cuda.get_device_properties(device).multi_processor_count
+    return processors * (RESIDENT_THREADS // (THREADS_PER_CHANNEL * d))
+
+
+def _stream(ahead: int, after: int, units: int, in_flight: int) -> tuple[int, int]:
+    """Return the lag and the number of items of a `Stream` of pack_rows.cu.
+
+    ahead, after: items of a unit that are waited for, and that wait. Between the two there are
+    others for all blocks.
+    """
+    lag = min(units, count(in_flight, ahead + after) + 1) if ahead else 0
+    return lag, (units + lag) * (ahead + after)
+
+
+def run(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    factor: float,
+    mode: Mode,
+    groups: int,
+    swizzled: bool,
+    shift: bool,
+    p: Prologue,
+    rotate: bool,
+) -> tuple[torch.Tensor | None, ...]:
+    """Return the fields of `prepare.Prepared`, in their order, of what `fits`.
+
+    factor: what the logits are multiplied by, log2(e) among it.
+    """
+    device = q.device
+    (b, h, queries, d), (heads, keys) = q.shape, k.shape[1:3]
+    tiles, blocks, kv = count(queries), count(keys), b * heads
+    threads, stored = THREADS_PER_CHANNEL * d, mode.storage is not None
+
+    def made(wanted: bool, *shape: int, dtype: torch.dtype = torch.float32):
+        return empty(shape, dtype, device) if wanted else None
+
+    q_tiles, rows = made(True, b * h, tiles, TILE, d, dtype=torch.int8), (b * h, tiles * TILE)
+    of_q = (q_tiles, made(True, *rows), made(True, *rows), made(shift, b * h, queries))
+    k_tiles = made(True, kv, blocks, TILE, d, dtype=torch.int8)
+    of_k = (k_tiles, made(True, kv, blocks, groups), made(True, kv, blocks))
+    v_tiles = made(stored, kv, blocks, d, TILE, dtype=mode.storage)
+    of_v = (v_tiles, made(stored, kv, d), made(stored, kv, d), made(stored, kv, blocks, d))
+    by_token = p.norm == TOKEN
+    surveys = b * count(min(keys, SAMPLE), SURVEY_TOKENS)
+    integers = mode.storage == torch.int8
+    roomy = stored and not integers
+    scratch = (
+        *(made(True, surveys, heads, d), made(True, kv, d)),
+        *(made(stored, surveys, heads, d), made(roomy, surveys, 2, heads, d)),
+        made(by_token, b * tiles, count(h, Q_HEADS), TILE),
+        *(made(by_token, b, keys), made(stored, kv, d)),
+        *(made(stored, kv, 2, d, dtype=torch.int32), made(stored, kv, blocks, d)),
+        made(stored, kv, dtype=torch.int32),
+        made(True, 2 + b * (tiles + blocks), dtype=torch.int32),
+    )
+    in_flight, norms = _in_flight(device, d), TILE * WARP // threads if by_token else 0
+    k_lag, k_items = _stream(norms, count(heads, K_HEADS), b * blocks, in_flight)
+    items = kv * (1 + stored) + b * tiles * count(h, Q_HEADS) + k_items
+    arguments = (
+        *(q, k, v if stored else None, *of_q, *of_k, *of_v),
+        *(p.q_weight, p.k_weight, p.cos, p.sin, *scratch),
+        *(stride for x in (q, k, v) for stride in x.stride()[:3]),
+        *(b, h, heads, queries, keys, p.first, k_lag, items),
+        *(factor, mode.limit, p.eps),
+    )
+    names = defined(d, q.dtype, p, mode, groups, swizzled, shift, rotate)
+    # V does not depend on the rest: nothing more to compile.
+    alone = defined(d, q.dtype, NOTHING, mode, groups, swizzled, False, False)
+    parts = kv * count(blocks, VALUE_TILES) * stored
+    for kernel, programs, room, defines in (
+        (SURVEY, surveys, 0, names),
+        (ROWS, min(items, in_flight), rows_bytes(d, p), names),
+        (SEE, parts * integers, values_bytes(d), alone),
+        (VALUES, parts, values_bytes(d), alone),
+        (FINISH, kv * stored, values_bytes(d), alone),
+    ):
+        if programs:
+            options = {"threads": threads, "shared_bytes": room, "defined": defines}
+            launch(kernel, programs, arguments, options, None, device)
+    return *of_q[:3], *of_k, *of_v, of_q[3]

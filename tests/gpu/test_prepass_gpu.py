@@ -1,0 +1,245 @@
+"""The pre-pass of attention in CUDA C++ against the Triton kernels that do the same."""
+
+import math
+
+import pytest
+import torch
+
+from lowbit.ops import tuning
+from lowbit.ops.attention import Prologue, attention, prepare, prepass
+from lowbit.ops.attention.modes import MODES
+from lowbit.ops.attention.prologue import NOTHING
+from lowbit.ops.cuda import nvrtc
+from lowbit.ops.layout import Layout, Swizzle, key_order
+
+TILE = prepare.TILE
+SCALE = 0.1
+
+
+@pytest.fixture(autouse=True)
+def _compiler():
+    if nvrtc.missing():
+        pytest.skip(nvrtc.missing())
+
+
+def make(*shape: int, seed: int, dtype=torch.bfloat16) -> torch.Tensor:
+    generator = torch.Generator("cuda").manual_seed(seed)
+    return torch.randn(shape, generator=generator, device="cuda").to(dtype)
+
+
+def steps(name: str | None, h: int, kv: int, tokens: int, d: int, dtype=torch.float32) -> Prologue:
+    if name is None:
+        return NOTHING
+    angle = 3 * make(tokens, d // 2, seed=9, dtype=torch.float32)
+    angles = {"cos": angle.cos().to(dtype), "sin": angle.sin().to(dtype)}
+    if name == "rope":
+        return Prologue(**angles)
+    if name == "token":
+        shapes = (h * d, kv * d)
+    elif name == "head":
+        shapes = (d, d)
+    else:
+        shapes = ((2, d), (2, d))
+    sized = [shape if isinstance(shape, tuple) else (shape,) for shape in shapes]
+    weights = [(1 + 0.2 * make(*shape, seed=n)).to(dtype) for n, shape in enumerate(sized)]
+    norm = "token" if name == "token" else "head"
+    return Prologue(norm, 1e-6, *weights, 77 if name == "split" else 0, **angles)
+
+
+def both(monkeypatch, *given):
+    """What the CUDA C++ gives, of memory that was NaN, and what the Triton kernels give."""
+    with monkeypatch.context() as patch:
+        patch.setattr(prepass, "fits", lambda *_: False)
+        tuning.forget()
+        want = prepare.prepare(*given)
+    tuning.forget()
+    poison = [torch.full((1 << 22,), torch.nan, device="cuda") for _ in range(4)]
+    del poison
+    assert prepass.fits(*given[:3], given[4], given[8])
+    return prepare.prepare(*given), want
+
+
+def near(got: torch.Tensor, want: torch.Tensor, most: float) -> None:
+    error = (got.double() - want.double()).norm() / want.double().norm().clamp_min(1e-30)
+    assert error <= most, error
+
+
+def values(ready, keys: int, swizzled: bool) -> torch.Tensor:
+    """V as it is stored, in float64, [B · Hkv, Lk, D]."""
+    v = ready.v.double() if ready.v.dtype == torch.int8 else ready.v.float().double()
+    heads, blocks, d, _ = v.shape
+    if swizzled:
+        layout = Layout((d, TILE), (TILE, 1), Swizzle(3, 4, 3))
+        places = torch.tensor([[layout(row, byte) for byte in range(TILE)] for row in range(d)])
+        keys_of = (torch.arange(0, TILE, 16)[:, None] + torch.tensor(key_order())).flatten()
+        plain = torch.empty_like(v)
+        plain[..., keys_of.cuda()] = v.reshape(heads, blocks, -1)[..., places.cuda()]
+        v = plain
+    v = v.transpose(2, 3).reshape(heads, -1, d)[:, :keys]
+    return v * ready.v_scale.double()[:, None] + ready.v_offset.double()[:, None]
+
+
+SHAPES = {
+    "some": {"b": 1, "h": 2, "kv": 2, "length": 300, "keys": 1000},
+    "grouped": {"b": 2, "h": 4, "kv": 2, "length": 63, "keys": 129},
+    "odd": {"b": 1, "h": 3, "kv": 3, "length": 129, "keys": 2},
+    "wan": {"b": 1, "h": 40, "kv": 40, "length": 1000, "keys": 3000},
+    "long": {"b": 1, "h": 5, "kv": 5, "length": 20000, "keys": 20001},
+}
+
+
+@pytest.mark.parametrize("first", ["tokens", "heads"])
+@pytest.mark.parametrize(
+    ("mode", "swizzled", "rotate", "d"),
+    [
+        ("exact", True, False, 128),
+        ("fp8", True, True, 128),
+        ("int8", True, False, 128),
+        ("fp8", False, False, 128),
+        ("int8", False, True, 64),
+    ],
+)
+@pytest.mark.parametrize("name", [None, "token", "head", "split", "rope"])
+@pytest.mark.parametrize("shape", list(SHAPES))
+def test_copies_are_those_of_the_triton_kernels(
+    monkeypatch, shape, name, mode, swizzled, rotate, d, first
+):
+    b, h, kv, length, keys = SHAPES[shape].values()
+    dtype = torch.float16 if rotate else torch.bfloat16
+
+    def tensor(heads: int, tokens: int, seed: int) -> torch.Tensor:
+        if first == "tokens":
+            return make(b, tokens, heads, d, seed=seed, dtype=dtype).transpose(1, 2)
+        return make(b, heads, tokens, d, seed=seed, dtype=dtype)
+
+    q, k, v = tensor(h, length, 0), tensor(kv, keys, 1), tensor(kv, keys, 2)
+    k += 2 * make(1, 1, 1, d, seed=3, dtype=dtype)
+    v += 1
+    angles = torch.bfloat16 if mode == "int8" else torch.float32
+    p = steps(name, h, kv, max(length, keys), d, angles)
+    given = (q, k, v, SCALE, MODES[mode], 4 if swizzled else 1, swizzled, True, p, rotate)
+    got, want = both(monkeypatch, *given)
+    for field in ("q", "k"):
+        codes, others = getattr(got, field).int(), getattr(want, field).int()
+        assert (codes - others).abs().max() <= 1
+        # Sums in another order, and products rounded once instead of twice.
+        assert (codes != others).float().mean() <= 2e-3
+    for field in ("q_scale", "k_scale", "shift"):
+        near(getattr(got, field), getattr(want, field), 1e-5)
+    for field in ("q_bound", "k_bound"):
+        near(getattr(got, field), getattr(want, field), 1e-3)
+    assert (got.v is None) == (mode == "exact")
+    if mode == "exact":
+        return
+    true = v.reshape(b * kv, keys, d).double()
+    errors = [(values(ready, keys, swizzled) - true).norm() for ready in (got, want)]
+    assert errors[0] <= 1.02 * errors[1]
+    # The mean of each channel is kept.
+    mean = values(got, keys, swizzled).mean(1) - true.mean(1)
+    assert mean.abs().max() <= 1e-5
+
+
+def attend(q, k, v, mode: str = "fp8", **options) -> torch.Tensor:
+    return attention(q, k, v, mode, **options)
+
+
+def inputs(keys: int, seed: int = 0):
+    return [make(1, 2, length, 128, seed=seed + i) for i, length in enumerate((300, keys, keys))]
+
+
+def unsampled(keys: int) -> int:
+    """A key that is not in the sample."""
+    i = torch.arange(prepass.SAMPLE)
+    begin, end = i * keys // len(i), (i + 1) * keys // len(i)
+    taken = begin + ((i * 2654435761 % 2**32 >> 16) * (end - begin) >> 16)
+    return next(n for n in range(keys) if n not in set(taken.tolist()))
+
+
+@pytest.mark.parametrize("factor", [10.0, 300.0, 1e5])
+def test_values_far_beyond_the_sample_are_kept(factor):
+    """Beyond the room that FP8 has, a head is packed again; and other heads stay as they were."""
+    keys = 9000
+    q, k, v = inputs(keys)
+    want = attend(q, k, v)
+    v[0, 1, unsampled(keys), 7] = factor
+    got = attend(q, k, v)
+    assert torch.equal(got[:, 0], want[:, 0])
+    exact = attend(q, k, v, "exact", backend="reference")
+    error = (got[..., 7].double() - exact[..., 7].double())[0, 1].norm() / exact[0, 1, :, 7].norm()
+    assert error <= 0.1
+    others = [n for n in range(128) if n != 7]
+    rest = got[0, 1][:, others].double() - exact[0, 1][:, others].double()
+    assert rest.norm() / exact[0, 1][:, others].double().norm() <= MODES["fp8"].max_error
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("mode", list(MODES))
+def test_what_is_not_finite_is_seen_outside_of_the_sample_too(mode, bad):
+    keys = 9000
+    at = unsampled(keys)
+    q, k, v = inputs(keys)
+    v[0, 1, at, 9] = bad
+    out = attend(q, k, v, mode)
+    assert not out[0, 1, :, 9].isfinite().any()
+    out[0, 1, :, 9] = 0
+    assert out.isfinite().all()
+    q, k, v = inputs(keys)
+    k[0, 1, at, 9] = bad
+    out = attend(q, k, v, mode)
+    assert out[0, 1].isnan().all() and out[0, 0].isfinite().all()
+
+
+def test_channels_of_one_value_are_exact():
+    q, k, v = inputs(5000)
+    v[:, :, :, :64] = 5.0
+    for mode in MODES:
+        out = attend(q, k, v, mode)
+        assert (out[..., :64] == 5.0).all() and out.isfinite().all()
+
+
+@pytest.mark.parametrize("name", ["token", "split"])
+def test_results_do_not_depend_on_who_came_first(name):
+    """Blocks take items as they come; sums are always in the same order."""
+    q, k, v = (make(1, 8, 9000, 128, seed=n) for n in range(3))
+    p = steps(name, 8, 8, 9000, 128)
+    given = (q, k, v, SCALE, MODES["fp8"], 4, True, True, p)
+    want = prepare.prepare(*given)
+    other = torch.cuda.Stream()
+    for n in range(40):
+        with torch.cuda.stream(other):
+            # Takes some of the processors away.
+            make(1 << (20 + n % 4), seed=n)
+        got = prepare.prepare(*given)
+        for field, tensor in vars(want).items():
+            same = getattr(got, field).view(torch.uint8) == tensor.view(torch.uint8)
+            assert same.all(), field
+
+
+def test_two_streams_do_not_meet():
+    one, two = (make(1, 8, 9000, 128, seed=n) for n in range(2))
+    p = steps("token", 8, 8, 9000, 128)
+    want = [attend(x, x, x, prologue=p) for x in (one, two)]
+    torch.cuda.synchronize()
+    streams = [torch.cuda.Stream() for _ in range(2)]
+    results = [[], []]
+    for _ in range(20):
+        for stream, x, found in zip(streams, (one, two), results, strict=True):
+            with torch.cuda.stream(stream):
+                found.append(attend(x, x, x, prologue=p))
+    torch.cuda.synchronize()
+    for first, found in zip(want, results, strict=True):
+        assert all(torch.equal(first, x) for x in found)
+
+
+def test_a_graph_gives_the_same_for_other_numbers():
+    q, k, v = inputs(3000)
+    attend(q, k, v)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = attend(q, k, v)
+    for seed in (10, 20):
+        for x, fresh in zip((q, k, v), inputs(3000, seed), strict=True):
+            x.copy_(fresh)
+        graph.replay()
+        want = attend(q, k, v)
+        assert torch.equal(out, want) and math.isfinite(out.float().sum().item())
