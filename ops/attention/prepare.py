@@ -132,7 +132,7 @@ def prepare(
 def _prepared(q, k, v, scale, mode: str, groups, swizzled, shift, rotate, *steps) -> tuple:
     """Return the fields of `Prepared`; steps: the arguments of a prologue."""
     mode, prologue = MODES[mode], of_arguments(*steps)
-    if prepass.fits(q, k, v, mode, prologue):
+    if prepass.fits(q, k, v, mode, prologue, plain=groups == 1 and not swizzled):
         given = scale * LOG2E, mode, groups, swizzled, shift, prologue, rotate
         return prepass.run(q, k, v, *given)
     steps = _steps(prologue, "k", k)

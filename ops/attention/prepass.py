@@ -1,6 +1,7 @@
-"""The pre-pass of attention in CUDA C++: Q, K and V to 8 bits, each read once from memory.
+"""The pre-pass of attention in CUDA C++: Q, K and V to 8 bits, each read from memory once.
 
-`prepare.py` says what comes, and has the Triton kernels that do it where this does not fit.
+But V where it becomes integers: twice, as all of their range is used. `prepare.py` says what comes,
+and has the Triton kernels that do it where this does not fit.
 """
 
 import functools
@@ -17,16 +18,17 @@ from .prologue import NORMS, NOTHING, TOKEN, Prologue
 
 SOURCES = (FOLDER / "ampere.cu", FOLDER / "vector.cu")
 KERNELS = Path(__file__).with_name("kernels")
-# Head sizes that there is a kernel for.
-WIDTHS = (64, 128)
+# Head sizes that there is a kernel for, and that of them whose copies may be swizzled.
+WIDTHS, SWIZZLED_WIDTH = (64, 128), 128
 # As the sources number them.
 DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 ABSENT = -1
 STORED = {None: 0, torch.float8_e4m3fn: 1, torch.int8: 2}
-# The mean key, which the softmax does not see, whatever it is, is that of so many keys at most: off
-# by a 32nd of the keys' deviation, it moves the largest of what is rounded by 1% at most.
+# The mean key, which the softmax does not see, whatever it is, is that of so many keys at most. It
+# is mostly off by a 32nd of the keys' deviation and moves the largest of what is rounded by less
+# than 1%; one key of them that is x deviations away moves it by x / 1024 of these.
 SAMPLE = 1024
-# Of the sources: tokens of a tile, and of a block of the survey; tiles of V of a block.
+# Tokens of a tile, and of a block of the survey; tiles of V of a block.
 TILE, SURVEY_TOKENS, VALUE_TILES = 128, 8, 4
 # Heads of Q and of K that an item packs, one after the other, with the same angles.
 Q_HEADS, K_HEADS = 5, 3
@@ -66,9 +68,23 @@ def _aligned(x: torch.Tensor) -> bool:
     return x.stride(3) == 1 and rows and x.data_ptr() % ALIGNMENT == 0
 
 
-def fits(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mode: Mode, p: Prologue) -> bool:
-    """Return whether `run` can do q, k, v and the prologue; v is read where the mode stores it."""
+def fits(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mode: Mode,
+    p: Prologue = NOTHING,
+    plain: bool = False,
+) -> bool:
+    """Return whether `run` can do q, k, v and the prologue; v is read where the mode stores it.
+
+    plain: the copies are not swizzled, and 128 keys have one scale.
+    """
     if q.device.type != "cuda" or q.shape[3] not in WIDTHS or nvrtc.missing():
+        return False
+    if q.shape[3] != SWIZZLED_WIDTH and not plain:
+        return False
+    if p.cos is not None and p.cos.dtype != p.sin.dtype:
         return False
     read = (q, k) if mode.storage is None else (q, k, v)
     steps = (t for t in (p.q_weight, p.k_weight, p.cos, p.sin) if t is not None)
@@ -114,12 +130,19 @@ def defined(
         *(("ANGLES", code(p.cos)), ("ROTATE", int(rotate)), ("GROUPS", groups)),
         *(("SWIZZLED", int(swizzled)), ("SHIFT", int(shift)), ("V", STORED[mode.storage])),
         *(("Q_HEADS", Q_HEADS), ("K_HEADS", K_HEADS), ("SAMPLE", SAMPLE)),
+        *(("SURVEY_TOKENS", SURVEY_TOKENS), ("VALUE_TILES", VALUE_TILES)),
+        ("RMS_ITEMS", rms_items(d)),
     )
+
+
+def rms_items(d: int) -> int:
+    """Return the items of a tile of keys for their norms over all heads, a token for each warp."""
+    return TILE * WARP // (THREADS_PER_CHANNEL * d)
 
 
 @functools.cache
 def _in_flight(device: torch.device, d: int) -> int:
-    """Return how many blocks the GPU has at once, at most."""
+    """Return how many blocks are started, each for many items: what the GPU has at once."""
     processors = torch.cuda.get_device_properties(device).multi_processor_count
     return processors * (RESIDENT_THREADS // (THREADS_PER_CHANNEL * d))
 
@@ -132,6 +155,45 @@ def _stream(ahead: int, after: int, units: int, in_flight: int) -> tuple[int, in
     """
     lag = min(units, count(in_flight, ahead + after) + 1) if ahead else 0
     return lag, (units + lag) * (ahead + after)
+
+
+def _made(like: torch.Tensor, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return empty(shape, dtype, like.device)
+
+
+def _copies(q, k, mode: Mode, groups: int, shift: bool) -> tuple[tuple, tuple, tuple]:
+    """Return what is to be of q, k and v, in the order of `struct Params`; None for what is not."""
+    (b, h, length, d), (heads, keys) = q.shape, k.shape[1:3]
+    tiles, blocks, kv, byte = count(length), count(keys), b * heads, torch.int8
+    of_q = (
+        *(_made(q, b * h, tiles, TILE, d, dtype=byte), _made(q, b * h, tiles * TILE)),
+        *(_made(q, b * h, tiles * TILE), _made(q, b * h, length) if shift else None),
+    )
+    scales = _made(q, kv, blocks, groups), _made(q, kv, blocks)
+    of_k = _made(q, kv, blocks, TILE, d, dtype=byte), *scales
+    if mode.storage is None:
+        return of_q, of_k, (None,) * 4
+    v_tiles = _made(q, kv, blocks, d, TILE, dtype=mode.storage)
+    return of_q, of_k, (v_tiles, _made(q, kv, d), _made(q, kv, d), _made(q, kv, blocks, d))
+
+
+def _scratch(q, k, mode: Mode, p: Prologue, surveys: int) -> tuple[torch.Tensor | None, ...]:
+    """Return what kernels tell each other, from `sample` on in `struct Params`."""
+    (b, h, length, d), (heads, keys) = q.shape, k.shape[1:3]
+    tiles, blocks, kv, word = count(length), count(keys), b * heads, torch.int32
+    stored, by_token = mode.storage is not None, p.norm == TOKEN
+    return (
+        *(_made(q, surveys, heads, d), _made(q, kv, d)),
+        _made(q, surveys, heads, d) if stored else None,
+        _made(q, surveys, 2, heads, d) if stored and mode.storage != torch.int8 else None,
+        _made(q, b * tiles, count(h, Q_HEADS), TILE) if by_token else None,
+        _made(q, b, keys) if by_token else None,
+        _made(q, kv, d) if stored else None,
+        _made(q, kv, 2, d, dtype=word) if stored else None,
+        _made(q, kv, blocks, d) if stored else None,
+        _made(q, kv, dtype=word) if stored else None,
+        _made(q, 2 + b * (tiles + blocks), dtype=word),
+    )
 
 
 def run(
@@ -150,55 +212,32 @@ def run(
 
     factor: what the logits are multiplied by, log2(e) among it.
     """
-    device = q.device
     (b, h, queries, d), (heads, keys) = q.shape, k.shape[1:3]
-    tiles, blocks, kv = count(queries), count(keys), b * heads
-    threads, stored = THREADS_PER_CHANNEL * d, mode.storage is not None
-
-    def made(wanted: bool, *shape: int, dtype: torch.dtype = torch.float32):
-        return empty(shape, dtype, device) if wanted else None
-
-    q_tiles, rows = made(True, b * h, tiles, TILE, d, dtype=torch.int8), (b * h, tiles * TILE)
-    of_q = (q_tiles, made(True, *rows), made(True, *rows), made(shift, b * h, queries))
-    k_tiles = made(True, kv, blocks, TILE, d, dtype=torch.int8)
-    of_k = (k_tiles, made(True, kv, blocks, groups), made(True, kv, blocks))
-    v_tiles = made(stored, kv, blocks, d, TILE, dtype=mode.storage)
-    of_v = (v_tiles, made(stored, kv, d), made(stored, kv, d), made(stored, kv, blocks, d))
-    by_token = p.norm == TOKEN
-    surveys = b * count(min(keys, SAMPLE), SURVEY_TOKENS)
-    integers = mode.storage == torch.int8
-    roomy = stored and not integers
-    scratch = (
-        *(made(True, surveys, heads, d), made(True, kv, d)),
-        *(made(stored, surveys, heads, d), made(roomy, surveys, 2, heads, d)),
-        made(by_token, b * tiles, count(h, Q_HEADS), TILE),
-        *(made(by_token, b, keys), made(stored, kv, d)),
-        *(made(stored, kv, 2, d, dtype=torch.int32), made(stored, kv, blocks, d)),
-        made(stored, kv, dtype=torch.int32),
-        made(True, 2 + b * (tiles + blocks), dtype=torch.int32),
-    )
-    in_flight, norms = _in_flight(device, d), TILE * WARP // threads if by_token else 0
+    kv, blocks, stored = b * heads, count(keys), mode.storage is not None
+    surveys, in_flight = b * count(min(keys, SAMPLE), SURVEY_TOKENS), _in_flight(q.device, d)
+    of_q, of_k, of_v = _copies(q, k, mode, groups, shift)
+    norms = rms_items(d) if p.norm == TOKEN else 0
     k_lag, k_items = _stream(norms, count(heads, K_HEADS), b * blocks, in_flight)
-    items = kv * (1 + stored) + b * tiles * count(h, Q_HEADS) + k_items
+    items = kv * (1 + stored) + b * count(queries) * count(h, Q_HEADS) + k_items
     arguments = (
         *(q, k, v if stored else None, *of_q, *of_k, *of_v),
-        *(p.q_weight, p.k_weight, p.cos, p.sin, *scratch),
+        *(p.q_weight, p.k_weight, p.cos, p.sin, *_scratch(q, k, mode, p, surveys)),
         *(stride for x in (q, k, v) for stride in x.stride()[:3]),
         *(b, h, heads, queries, keys, p.first, k_lag, items),
         *(factor, mode.limit, p.eps),
     )
     names = defined(d, q.dtype, p, mode, groups, swizzled, shift, rotate)
-    # V does not depend on the rest: nothing more to compile.
-    alone = defined(d, q.dtype, NOTHING, mode, groups, swizzled, False, False)
-    parts = kv * count(blocks, VALUE_TILES) * stored
-    for kernel, programs, room, defines in (
+    # V does not depend on what is done to Q and K: one kernel for all of that.
+    alone = defined(d, q.dtype, NOTHING, mode, 1, swizzled, False, False)
+    parts, room = kv * count(blocks, VALUE_TILES) * stored, values_bytes(d)
+    for kernel, programs, room_of, defines in (
         (SURVEY, surveys, 0, names),
         (ROWS, min(items, in_flight), rows_bytes(d, p), names),
-        (SEE, parts * integers, values_bytes(d), alone),
-        (VALUES, parts, values_bytes(d), alone),
-        (FINISH, kv * stored, values_bytes(d), alone),
+        (SEE, parts * (mode.storage == torch.int8), room, alone),
+        (VALUES, parts, room, alone),
+        (FINISH, kv * stored, room, alone),
     ):
         if programs:
-            options = {"threads": threads, "shared_bytes": room, "defined": defines}
-            launch(kernel, programs, arguments, options, None, device)
+            sizes = {"threads": THREADS_PER_CHANNEL * d, "shared_bytes": room_of}
+            launch(kernel, programs, arguments, {**sizes, "defined": defines}, None, q.device)
     return *of_q[:3], *of_k, *of_v, of_q[3]

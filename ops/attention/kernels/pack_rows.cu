@@ -77,12 +77,13 @@ __device__ __forceinline__ void sample_values(const Params& p, int bh) {
     const int blocks = count_of(min(p.keys, SAMPLE), SURVEY_TOKENS), end = threadIdx.x / D;
     const int b = bh / p.kv_heads, h = bh % p.kv_heads, d = threadIdx.x % D;
     if (end >= 2) return;
-    const float* const from = p.v_sample_ends + ((b * blocks * 2 + end) * p.kv_heads + h) * D + d;
+    const long long first = ((long long)b * blocks * 2 + end) * p.kv_heads + h;
+    const float* const from = p.v_sample_ends + first * D + d;
     float largest = __ldcg(from);
     // NaN stays, Inf too.
 #pragma unroll 8
     for (int i = 1; i < blocks; ++i)
-        largest = larger_of(largest, __ldcg(from + (long long)i * 2 * p.kv_heads * D));
+        largest = highest(largest, __ldcg(from + (long long)i * 2 * p.kv_heads * D));
     p.v_ends[(bh * 2 + end) * D + d] = ordered(largest);
 }
 
@@ -412,15 +413,15 @@ __device__ __forceinline__ void pack_keys(const Params& p, int unit, int part) {
         const float over = over_of(step);
         const long long number = rows.number();
         char* const to = rows.place(p.k_codes);
-        int most = 0;
+        int longest = 0;
 #pragma unroll
         for (int j = 0; j < STEPS; ++j) {
             int squares;
             __stcs(reinterpret_cast<uint2*>(to + j * (ROWS * D)), codes_of(v[j], over, squares));
-            most = max(most, lanes_sum<1, LANES>(squares));
+            longest = max(longest, lanes_sum<1, LANES>(squares));
         }
-        most = warp_max(most);
-        if (in_warp == 0) exchange.squares[turn][warp] = most;
+        longest = warp_max(longest);
+        if (in_warp == 0) exchange.squares[turn][warp] = longest;
         if (in_warp == 0 && warp < GROUPS) p.k_scale[number * GROUPS + warp] = step;
         __syncthreads();
         if (warp == 0) {

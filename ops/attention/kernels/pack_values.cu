@@ -1,8 +1,6 @@
 // The pre-pass of attention for V: see tokens.cu. Codes are transposed: a channel's 16 keys of a chunk
 // are 16 bytes. A thread has 16 keys of two channels.
 
-// Tiles of a head that a block has, one after the other.
-const int VALUE_TILES = 4;
 const float MOST_E4M3 = 448.0f;
 // By how much values may exceed the sample's.
 const float HEADROOM = 16.0f;
@@ -40,8 +38,7 @@ struct Place {
 __device__ __forceinline__ void see(const Params& p, int bh, int tile, int end) {
     u32* const all = reinterpret_cast<u32*>(shared);
     const Place place(p, bh);
-    const u32 signs = 0x80008000, none = X == FP16 ? 0xfc00fc00 : 0xff80ff80;
-    u32 high = none, low = none, x[16], next[16];
+    u32 high = LOWEST, low = LOWEST, x[16], next[16];
     place.fetch(p, tile, next);
     for (; tile < end; ++tile) {
 #pragma unroll
@@ -50,7 +47,7 @@ __device__ __forceinline__ void see(const Params& p, int bh, int tile, int end) 
 #pragma unroll
         for (int key = 0; key < 16; ++key)
             if (key < place.keys(p, tile))
-                high = most(high, x[key]), low = most(low, x[key] ^ signs);
+                high = most(high, x[key]), low = most(low, x[key] ^ SIGNS);
     }
     all[place.chunk * D + place.pair] = high;
     all[place.chunk * D + D / 2 + place.pair] = low;
@@ -137,7 +134,7 @@ __device__ __forceinline__ float chunks_of(const u32 (&x)[16], const float2 mean
 }
 
 // The scales of two channels: of what was seen of them the largest distance from the mean over the
-// limit.
+// limit. The mean is between the ends, but for its last bits.
 __device__ __forceinline__ float2 scales_of(const Params& p, const Place& place, float2 mean,
                                             float limit) {
     const uint2* const ends = reinterpret_cast<const uint2*>(p.v_ends + place.bh * 2 * D);
@@ -210,7 +207,8 @@ see_values(const __grid_constant__ Params p) {
     see(p, blockIdx.x / parts, begin, min(tiles, begin + VALUE_TILES));
 }
 
-// E4M3 has room for values far beyond those of the sample, at no loss.
+// E4M3 has room for values beyond those of the sample: what is larger than an 1,800th of the sample's
+// largest is as exact without it.
 extern "C" __global__ void __launch_bounds__(THREADS, 1024 / THREADS)
 pack_values(const __grid_constant__ Params p) {
     const int tiles = count_of(p.keys, TILE), parts = count_of(tiles, VALUE_TILES);
@@ -220,7 +218,7 @@ pack_values(const __grid_constant__ Params p) {
 }
 
 // A block for each head: packs it again where values were beyond that room, by what all of its keys
-// need; and what gives its channels their mean.
+// need, which takes long and is seldom done; and what gives its channels their mean.
 extern "C" __global__ void __launch_bounds__(THREADS, 1024 / THREADS)
 finish_values(const __grid_constant__ Params p) {
     const int bh = blockIdx.x, tiles = count_of(p.keys, TILE), at = bh * D + threadIdx.x;

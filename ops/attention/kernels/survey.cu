@@ -73,8 +73,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) survey(const __grid_consta
             const long long token = sampled(i, total, p.keys);
             x[t].read(p.v + 2 * (b * p.v_b + h * p.v_h + token * p.v_l + lane * WIDTH), 0);
         }
-        const u32 none = X == FP16 ? 0xfc00fc00 : 0xff80ff80, signs = 0x80008000;
-        u32 high[4] = {none, none, none, none}, low[4] = {none, none, none, none};
+        u32 high[4] = {LOWEST, LOWEST, LOWEST, LOWEST}, low[4] = {LOWEST, LOWEST, LOWEST, LOWEST};
 #pragma unroll
         for (int n = 0; n < WIDTH; ++n) sums[n] = 0.0f;
 #pragma unroll
@@ -89,7 +88,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) survey(const __grid_consta
             // The last token again, where there is none: no maximum sees it.
 #pragma unroll
             for (int n = 0; n < 4; ++n)
-                high[n] = most(high[n], words[n]), low[n] = most(low[n], words[n] ^ signs);
+                high[n] = most(high[n], words[n]), low[n] = most(low[n], words[n] ^ SIGNS);
         }
         if (V == E4M3) {
             const long long begin = ((long long)blockIdx.x * 2 * side.heads + h) * D + lane * WIDTH;

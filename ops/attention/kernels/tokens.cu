@@ -2,9 +2,10 @@
 //
 // survey.cu reads a sample, pack_rows.cu Q and K, pack_values.cu V. The mean key is the sample's:
 // softmax does not see it, whatever it is. So is the mean value, which is put right at the end, and
-// E4M3's scale of V, which has room to spare. For a norm over all heads K is read twice, the second
-// time from the L2 cache: blocks do one item after the other in an order in which the norms of some
-// tiles come ahead of packing these. Where V becomes integers all of it is read for its range first.
+// E4M3's scale of V, which has room to spare: a head that needs more is packed again. For a norm
+// over all heads K is read twice, the second time from the L2 cache: blocks do one item after the
+// other in an order in which the norms of some tiles come ahead of packing these. Where V becomes
+// integers all of it is read for its range first.
 //
 // This file has what they share. prepass.py sets:
 //   D               channels of a head, 64 or 128
@@ -21,6 +22,9 @@
 //   V               what is stored of V: nothing, E4M3, or integers
 //   Q_HEADS, K_HEADS     that an item packs, one after the other
 //   SAMPLE          keys of which the mean key is taken, at most
+//   SURVEY_TOKENS   of these that a block of the survey has
+//   RMS_ITEMS       items of a tile of K for its norms over all heads, a token for each warp
+//   VALUE_TILES     tiles of a head of V that a block has, one after the other
 
 enum Norm { NO_NORM = 0, HEAD = 1, TOKEN = 2 };
 enum Stored { NOTHING = 0, E4M3 = 1, INTEGERS = 2 };
@@ -32,9 +36,9 @@ const int THREADS = 4 * D;
 const int WARPS = THREADS / 32;
 const int ROWS = THREADS / LANES;
 const int STEPS = TILE / ROWS;
-// Items of `inverse_rms` of a tile, of a token for each warp. Tokens of a block of the survey.
-const int RMS_ITEMS = TILE / WARPS;
-const int SURVEY_TOKENS = 8;
+static_assert(RMS_ITEMS * WARPS == TILE, "all of a tile's tokens have a norm");
+static_assert(GROUPS == 1 || 32 / LANES == 2, "the two rows of a warp are of one group");
+static_assert(!SWIZZLED || D >= 128, "rows of 128 bytes and more are swizzled");
 // A small float32 plus 1.5 · 2^23 is the nearest even integer, in the low bits of its mantissa.
 const float ROUND = 12582912.0f;
 // The smallest normal float32: the scale of zeros.
@@ -130,13 +134,17 @@ __device__ __forceinline__ void mean_of_sample(const Params& p, const float* sam
 #define PAIR "bf16x2"
 #endif
 
-// The largest of two pairs, NaN where there is one.
+// Pairs of 16-bit floats: their signs, and -Inf.
+const u32 SIGNS = 0x80008000;
+const u32 LOWEST = X == FP16 ? 0xfc00fc00 : 0xff80ff80;
+
+// The largest of two pairs, of two numbers; NaN where there is one.
 __device__ __forceinline__ u32 most(u32 a, u32 b) {
     u32 m;
     asm("max.NaN." PAIR " %0, %1, %2;" : "=r"(m) : "r"(a), "r"(b));
     return m;
 }
-__device__ __forceinline__ float larger_of(float a, float b) {
+__device__ __forceinline__ float highest(float a, float b) {
     float m;
     asm("max.NaN.f32 %0, %1, %2;" : "=f"(m) : "f"(a), "f"(b));
     return m;

@@ -106,6 +106,10 @@ def test_parameters_are_those_of_the_source(monkeypatch, mode, name):
     types = struct.Struct(prepass.LAYOUT)
     assert types.size % 8 == 0
     types.pack(*made[0][2][prepass.POINTERS :])
+    # V's kernels are compiled once, whatever is done to Q and K.
+    for *_, given, _, _ in made[2:]:
+        alone = dict(given["defined"])
+        assert alone["NORM"] == 0 and alone["ANGLES"] == prepass.ABSENT and alone["GROUPS"] == 1
     # In the order of `Prepared`, which `prepare` relies on.
     order = ("q_codes", "q_scale", "q_bound", "k_codes", "k_scale", "k_bound", "v_codes")
     order += ("v_scale", "v_offset", "v_sum", "shift")
@@ -159,9 +163,9 @@ def test_what_does_not_fit_is_left_to_triton(monkeypatch):
     monkeypatch.setattr(prepass.nvrtc, "missing", lambda: None)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Gpu)
 
-    def fits(q, mode="exact", p=NOTHING, v=None):
+    def fits(q, mode="exact", p=NOTHING, v=None, plain=False):
         q, v = (x.as_subclass(Somewhere) for x in (q, q if v is None else v))
-        return prepass.fits(q, q, v, MODES[mode], p)
+        return prepass.fits(q, q, v, MODES[mode], p, plain)
 
     whole = torch.zeros(1, 2, 9, 128, dtype=torch.float16)
     wide = torch.zeros(1, 2, 9, 256, dtype=torch.float16)
@@ -171,6 +175,11 @@ def test_what_does_not_fit_is_left_to_triton(monkeypatch):
     assert not fits(torch.zeros(1, 2, 9, 132, dtype=torch.float16)[..., :128])
     # V is read where the mode stores it.
     assert fits(whole, "exact", v=wide[..., ::2]) and not fits(whole, "fp8", v=wide[..., ::2])
+    narrow = torch.zeros(1, 2, 9, 64, dtype=torch.float16)
+    assert fits(narrow, plain=True) and not fits(narrow)
+    angles = torch.zeros(9, 64)
+    assert fits(whole, p=Prologue(cos=angles, sin=angles))
+    assert not fits(whole, p=Prologue(cos=angles, sin=angles.half()))
     apart = torch.zeros(9 * 64 + 1)[1:].view(9, 64)
     assert not fits(whole, p=Prologue(cos=apart, sin=apart))
     Gpu.shared_memory_per_block_optin = 65536
