@@ -1,10 +1,11 @@
 """Attention of real models: ours in each mode, and what else can be installed, side by side.
 
 Run on a GPU: `python -m tests.bench.bench_attention`, with `--short` for short sequences and texts,
-where quantizing weighs more, or `--masked`, where a text before an image has padding. Quantization
-of Q, K and V is included everywhere. SageAttention, which its users compile, takes part if it is
-installed. Prints a table and appends it to docs/results/attention.jsonl, attention_short.jsonl or
-attention_masked.jsonl.
+where quantizing weighs more, `--masked`, where a text before an image has padding, or
+`--sustained`, each by itself at the clock that its power allows instead of in turn. Quantization of
+Q, K and V is included everywhere. SageAttention, which its users compile, takes part if it is
+installed. Prints a table and appends it to docs/results/attention.jsonl, attention_short.jsonl,
+attention_masked.jsonl or attention_sustained.jsonl.
 """
 
 import argparse
@@ -88,7 +89,12 @@ def runs(q, k, v, mask: torch.Tensor | None = None) -> Iterator[tuple[str, Calla
             yield f"{backend} {mode}", lambda way=way: attention(q, k, v, **way)
 
 
-def bench(shape: Shape, skip: tuple[str, ...] = (), masked: bool = False) -> dict[str, dict]:
+def bench(
+    shape: Shape,
+    skip: tuple[str, ...] = (),
+    masked: bool = False,
+    measure: Callable[..., dict[str, runner.Timing]] = runner.measure,
+) -> dict[str, dict]:
     """Return times, error and rate by name of the way to run it, but of names that start so."""
     q, k, v = attention_data.make("normal", shape.heads, shape.queries, shape.keys)
     rows = slice(0, shape.queries, max(shape.queries // CHECKED_ROWS, 1))
@@ -111,7 +117,7 @@ def bench(shape: Shape, skip: tuple[str, ...] = (), masked: bool = False) -> dic
             "error": errors[name],
             "tflops": operations / timing.median_ms / 1e9,
         }
-        for name, timing in runner.measure(ways).items()
+        for name, timing in measure(ways).items()
     }
 
 
@@ -132,15 +138,18 @@ def main() -> None:
     """Time every shape, print the table, append the results."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", default="", help="only shapes whose model holds this")
-    parser.add_argument("--short", action="store_true", help="short sequences, and texts")
-    parser.add_argument("--masked", action="store_true", help="with a mask of keys")
+    other = parser.add_mutually_exclusive_group()
+    other.add_argument("--short", action="store_true", help="short sequences, and texts")
+    other.add_argument("--masked", action="store_true", help="with a mask of keys")
+    other.add_argument("--sustained", action="store_true", help="each by itself, not in turn")
     given = parser.parse_args()
-    kind = "_short" if given.short else "_masked" if given.masked else ""
+    kind = next((f"_{k}" for k in ("short", "masked", "sustained") if getattr(given, k)), "")
     for shape in SHORT if given.short else LONG:
         if given.only in shape.model:
-            # What is slower than cuDNN at length is not timed where sequences are short.
-            skip = ("triton", "kitchen", "flash") if given.short else ()
-            results = bench(shape, skip, given.masked)
+            # What is slower than cuDNN at length is left out there.
+            skip = ("triton", "kitchen", "flash") if given.short or given.sustained else ()
+            measure = runner.measure_sustained if given.sustained else runner.measure
+            results = bench(shape, skip, given.masked, measure)
             print(line(shape, results), flush=True)
             record = {**vars(shape), "head_size": D, "results": results}
             runner.append(f"attention{kind}", record)

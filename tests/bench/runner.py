@@ -5,6 +5,7 @@ import importlib.metadata
 import importlib.util
 import itertools
 import json
+import random
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -45,7 +46,8 @@ def measure(
 ) -> dict[str, Timing]:
     """Return how long each of `runs` takes, `clear_bytes` written before every sample.
 
-    Samples are taken in turn: a GPU that slows down as it heats slows down for all.
+    Samples are taken in turn: a GPU that slows down as it heats slows down for all. Each time in
+    another order: a run begins with the clock that power left to the one before.
     """
     clear = torch.empty(clear_bytes // 4, dtype=torch.int32, device="cuda")
     slowest = max(statistics.median(times) for times in _samples(runs, clear, 3).values())
@@ -67,8 +69,9 @@ def _samples(
     runs: Mapping[str, Callable], clear: torch.Tensor, count: int
 ) -> dict[str, list[float]]:
     events = {name: [] for name in runs}
+    order = random.Random(0)
     for _ in range(count):
-        for name, run in runs.items():
+        for name, run in order.sample(list(runs.items()), len(runs)):
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             clear.zero_()
             start.record()
