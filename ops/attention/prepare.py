@@ -136,13 +136,13 @@ def _prepared(q, k, v, scale, mode: str, groups, swizzled, shift, rotate, *steps
         given = scale * LOG2E, mode, groups, swizzled, shift, prologue, rotate
         return prepass.run(q, k, v, *given)
     steps = _steps(prologue, "k", k)
-    k_mean, _ = _statistics(k, None, steps)
+    k_mean = _center(k, steps)
     keys = _keys(k, k_mean, steps, groups, swizzled, rotate)
     steps = _steps(prologue, "q", q)
     *queries, shifts = _queries(q, k_mean, steps, scale, k.shape[1], swizzled, shift, rotate)
     values = (None, None, None, None)
     if mode.storage is not None:
-        values = _values(v, *_statistics(v, mode.limit, NO_STEPS), mode.storage, swizzled)
+        values = _values(v, *_statistics(v, mode.limit), mode.storage, swizzled)
     return *queries, *keys, *values, shifts
 
 
@@ -183,36 +183,62 @@ def _empty(x: torch.Tensor, *shape: int, dtype: torch.dtype = torch.float32) -> 
 
 
 @replayed
-def _statistics(x, limit: float | None, steps: tuple) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Return the mean token of x and, with a limit, each channel's scale, [B · Hkv, W].
+def _center(k: torch.Tensor, steps: tuple) -> torch.Tensor:
+    """Return what is taken off the keys, about the mean of a sample of them, [B · Hkv, W]."""
+    from .kernels.prepare import STEP, center_kernel, survey_kernel
 
-    Without a limit the mean may be that of a sample.
-    """
+    b, heads, keys, d = k.shape
+    total, part, bh, w = min(keys, prepass.SAMPLE), prepass.SURVEY_TOKENS, b * heads, width(d)
+    parts = -(-total // part)
+    means, center = _empty(k, bh, parts, w), _empty(k, bh, w)
+    sizes = (heads, total, keys, d, *k.stride(), parts)
+    constants = (part, w)
+    launch(
+        survey_kernel,
+        bh * -(-total // STEP.value),
+        (k, means, *sizes, *steps, *constants),
+        options(4),
+        (k.dtype, alignment(k), _key(*sizes), *_code_of(steps), constants),
+        k.device,
+    )
+    constants = (TOGETHER, w)
+    launch(
+        center_kernel,
+        bh,
+        (means, center, parts, *constants),
+        options(4),
+        (_key(parts), constants),
+        k.device,
+    )
+    return center
+
+
+@replayed
+def _statistics(v: torch.Tensor, limit: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the mean token of v and each channel's scale, [B · Hkv, W]."""
     from .kernels.prepare import gather_kernel, statistics_kernel
 
-    b, heads, keys, d = x.shape
-    total = keys if limit is not None else min(keys, prepass.SAMPLE)
-    bh, w, chunks = b * heads, width(d), -(-total // CHUNK_KEYS)
-    partial, mean = _empty(x, bh, chunks, 3, w), _empty(x, bh, w)
-    scale = None if limit is None else _empty(x, bh, w)
-    sizes = (heads, total, keys, d, *x.stride(), chunks)
-    constants = (CHUNK_KEYS, CHUNK_STAGES, w, limit is not None, total == keys)
+    b, heads, keys, d = v.shape
+    bh, w, chunks = b * heads, width(d), -(-keys // CHUNK_KEYS)
+    partial, mean, scale = _empty(v, bh, chunks, 3, w), _empty(v, bh, w), _empty(v, bh, w)
+    sizes = (heads, keys, d, *v.stride(), chunks)
+    constants = (CHUNK_KEYS, CHUNK_STAGES, w)
     launch(
         statistics_kernel,
         bh * chunks,
-        (x, partial, *sizes, *steps, *constants),
+        (v, partial, *sizes, *constants),
         options(MORE_WARPS if w > MANY_CHANNELS else CHUNK_WARPS),
-        (x.dtype, alignment(x), _key(*sizes), *_code_of(steps), constants),
-        x.device,
+        (v.dtype, alignment(v), _key(*sizes), constants),
+        v.device,
     )
-    constants = (limit, TOGETHER, w, limit is not None)
+    constants = (limit, TOGETHER, w)
     launch(
         gather_kernel,
         bh,
-        (partial, mean, scale, total, chunks, *constants),
+        (partial, mean, scale, keys, chunks, *constants),
         options(4),
-        (_key(total, chunks), constants),
-        x.device,
+        (_key(keys, chunks), constants),
+        v.device,
     )
     return mean, scale
 

@@ -24,11 +24,12 @@ WIDTHS, SWIZZLED_WIDTH = (64, 128), 128
 DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 ABSENT = -1
 STORED = {None: 0, torch.float8_e4m3fn: 1, torch.int8: 2}
-# The mean key, which the softmax does not see, whatever it is, is that of so many keys at most. It
-# is mostly off by a 32nd of the keys' deviation and moves the largest of what is rounded by less
-# than 1%; one key of them that is x deviations away moves it by x / 1024 of these.
+# What is taken off the keys, which the softmax does not see, whatever it is, is about the mean of
+# so many at most. It is mostly off by a 27th of the keys' deviation and moves the largest of what
+# is rounded by less than 1%.
 SAMPLE = 1024
-# Tokens of a tile, and of a block of the survey; tiles of V of a block.
+# Tokens of a tile, and of a block of the survey: blocks' means are compared, so that one token far
+# away counts for nothing; tiles of V of a block.
 TILE, SURVEY_TOKENS, VALUE_TILES = 128, 8, 4
 # Heads of Q and of K that an item packs, one after the other, with the same angles.
 Q_HEADS, K_HEADS = 5, 3

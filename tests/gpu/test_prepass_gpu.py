@@ -13,6 +13,7 @@ from lowbit.ops.attention.modes import MODES
 from lowbit.ops.attention.prologue import NOTHING
 from lowbit.ops.cuda import nvrtc
 from lowbit.ops.layout import Layout, Swizzle, key_order
+from tests.ops.attention.samples import sampled, unsampled
 
 TILE = prepare.TILE
 SCALE = 0.1
@@ -219,21 +220,14 @@ def inputs(keys: int, seed: int = 0):
     return [make(1, 2, length, 128, seed=seed + i) for i, length in enumerate((300, keys, keys))]
 
 
-def unsampled(keys: int) -> int:
-    """A key that is not in the sample."""
-    i = torch.arange(prepass.SAMPLE)
-    begin, end = i * keys // len(i), (i + 1) * keys // len(i)
-    taken = begin + ((i * 2654435761 % 2**32 >> 16) * (end - begin) >> 16)
-    return next(n for n in range(keys) if n not in set(taken.tolist()))
-
-
+@pytest.mark.parametrize("seen", [False, True])
 @pytest.mark.parametrize("factor", [10.0, 60.0, 300.0, 1e5])
-def test_values_far_beyond_the_sample_are_kept(factor):
+def test_values_far_away_are_kept(factor, seen):
     """Beyond the room that FP8 has, a head is packed again; and other heads stay as they were."""
     keys = 9000
     q, k, v = inputs(keys)
     want = attend(q, k, v)
-    v[0, 1, unsampled(keys), 7] = factor
+    v[0, 1, sampled(keys)[100] if seen else unsampled(keys), 7] = factor
     got = attend(q, k, v)
     assert torch.equal(got[:, 0], want[:, 0])
     exact = attend(q, k, v, "exact", backend="reference")
@@ -242,6 +236,50 @@ def test_values_far_beyond_the_sample_are_kept(factor):
     others = [n for n in range(128) if n != 7]
     rest = got[0, 1][:, others].double() - exact[0, 1][:, others].double()
     assert rest.norm() / exact[0, 1][:, others].double().norm() <= MODES["fp8"].max_error
+
+
+@pytest.mark.parametrize("where", ["sampled", "unsampled"])
+@pytest.mark.parametrize("far", [1e3, 1e4, 6e4])
+@pytest.mark.parametrize("mode", list(MODES))
+def test_a_token_far_away_that_a_mask_hides_costs_no_more_than_its_range(mode, far, where):
+    """In one channel of K and of V, as texts' padding may be: the rest is as exact as by Triton."""
+    keys = 20000
+    at = sampled(keys)[333] if where == "sampled" else unsampled(keys)
+    q, k, v = inputs(keys)
+    k[:, :, at, 3], v[:, :, at, 7] = far, far
+    mask = torch.ones(keys, dtype=torch.bool, device="cuda")
+    mask[at] = False
+    exact = attend(q, k, v, "exact", backend="reference", mask=mask)
+    found = []
+    for backend in ("hopper", "triton"):
+        got = attend(q, k, v, mode, backend=backend, mask=mask)
+        of_channel = got[..., 7].double() - exact[..., 7].double()
+        found.append(
+            (
+                (of_channel.norm() / exact[..., 7].double().norm()).item(),
+                ((got.double() - exact.double()).norm() / exact.double().norm()).item(),
+            )
+        )
+    for ours, theirs in zip(*found, strict=True):
+        assert ours <= 1.2 * theirs + 0.002, found
+
+
+@pytest.mark.parametrize("mode", list(MODES))
+def test_keys_far_away_cost_no_more_where_they_are_sampled(mode):
+    """Of rows that do not see them; the keys that share their scales are lost either way."""
+    keys = 20000
+    q, k, v = inputs(keys)
+    q[..., 3] = -q[..., 3].abs() - 0.5
+    places = sampled(keys)
+    errors = []
+    for at in (places[[333, 400, 900]], places[[333, 400, 900]] + 1):
+        far = k.clone()
+        far[:, :, at, 3] = 3e4
+        want = attend(q, far, v, "exact", backend="reference").double()
+        got = attend(q, far, v, mode).double()
+        errors.append(((got - want).norm() / want.norm()).item())
+    assert not set((places[[333, 400, 900]] + 1).tolist()) & set(places.tolist())
+    assert errors[0] <= 1.1 * errors[1], errors
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])

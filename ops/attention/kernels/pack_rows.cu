@@ -66,25 +66,34 @@ __device__ __forceinline__ void take_turns(u32* ticket, u32 items, Work work) {
 
 // ---- what comes of the sample
 
+// By how much a value may exceed, as a distance from the center, the largest of a few tokens on the
+// mean: the largest of the sample would have its scale by one that is far away. Of normal data it is 45
+// deviations.
+const float ROOM = 32.0f;
+
 __device__ __forceinline__ void mean_key(const Params& p, int bh) {
-    mean_of_sample(p, p.sample, p.k_mean, bh);
+    center_of_sample(p, p.sample, p.k_mean, bh);
     tell(Counters(p).means);
 }
 
 __device__ __forceinline__ void sample_values(const Params& p, int bh) {
-    mean_of_sample(p, p.v_sample, p.v_mean, bh);
+    const float* const center = center_of_sample(p, p.v_sample, p.v_mean, bh);
     if (V != E4M3) return;
     const int blocks = count_of(min(p.keys, SAMPLE), SURVEY_TOKENS), end = threadIdx.x / D;
     const int b = bh / p.kv_heads, h = bh % p.kv_heads, d = threadIdx.x % D;
     if (end >= 2) return;
     const long long first = ((long long)b * blocks * 2 + end) * p.kv_heads + h;
     const float* const from = p.v_sample_ends + first * D + d;
-    float largest = __ldcg(from);
+    float largest = __ldcg(from), sum = largest;
     // NaN stays, Inf too.
 #pragma unroll 8
-    for (int i = 1; i < blocks; ++i)
-        largest = highest(largest, __ldcg(from + (long long)i * 2 * p.kv_heads * D));
-    p.v_ends[(bh * 2 + end) * D + d] = ordered(largest);
+    for (int i = 1; i < blocks; ++i) {
+        const float other = __ldcg(from + (long long)i * 2 * p.kv_heads * D);
+        largest = highest(largest, other), sum += other;
+    }
+    const float middle = end ? -center[d] : center[d];
+    const float usual = fmaf(ROOM, sum / blocks - middle, middle);
+    p.v_ends[(bh * 2 + end) * D + d] = ordered(highest(largest, usual));
 }
 
 // ---- Q and K

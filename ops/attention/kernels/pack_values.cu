@@ -1,9 +1,8 @@
 // The pre-pass of attention for V: see tokens.cu. Codes are transposed: a channel's 16 keys of a chunk
 // are 16 bytes. A thread has 16 keys of two channels.
 
-const float MOST_E4M3 = 448.0f;
-// By how much values may exceed the sample's.
-const float HEADROOM = 16.0f;
+// What is rounded to E4M3's largest, 448.
+const float MOST_E4M3 = 464.0f;
 
 // The key that stands in a byte of a 16-byte chunk.
 __device__ __forceinline__ int key_of(int byte) {
@@ -134,19 +133,19 @@ __device__ __forceinline__ float chunks_of(const u32 (&x)[16], const float2 mean
 }
 
 // The scales of two channels: of what was seen of them the largest distance from the mean over the
-// limit. The mean is between the ends, but for its last bits.
-__device__ __forceinline__ float2 scales_of(const Params& p, const Place& place, float2 mean,
-                                            float limit) {
+// limit. The mean is between the ends, but for its last bits, so that both distances are positive.
+__device__ __forceinline__ float2 scales_of(const Params& p, const Place& place,
+                                            float2 mean) {
     const uint2* const ends = reinterpret_cast<const uint2*>(p.v_ends + place.bh * 2 * D);
     const uint2 high = __ldcg(ends + place.pair), low = __ldcg(ends + D / 2 + place.pair);
-    const float x = larger(of_ordered(high.x) - mean.x, of_ordered(low.x) + mean.x) / limit;
-    const float y = larger(of_ordered(high.y) - mean.y, of_ordered(low.y) + mean.y) / limit;
+    const float x = larger(of_ordered(high.x) - mean.x, of_ordered(low.x) + mean.x) / p.limit;
+    const float y = larger(of_ordered(high.y) - mean.y, of_ordered(low.y) + mean.y) / p.limit;
     // Not fmaxf, which would drop a NaN.
     return make_float2(x < TINY ? TINY : x, y < TINY ? TINY : y);
 }
 
 // Some tiles of a head, transposed; the first tile's also writes the scales.
-__device__ __forceinline__ void pack(const Params& p, int bh, int tile, int end, float limit) {
+__device__ __forceinline__ void pack(const Params& p, int bh, int tile, int end) {
     uint4* const staged = reinterpret_cast<uint4*>(shared);
     float* const part_left = reinterpret_cast<float*>(staged + D * 8);
     const Place place(p, bh);
@@ -154,7 +153,7 @@ __device__ __forceinline__ void pack(const Params& p, int bh, int tile, int end,
     u32 x[16];
     place.fetch(p, tile, x);
     const float2 mean = __ldcg(reinterpret_cast<const float2*>(p.v_mean + bh * D) + pair);
-    const float2 scale = scales_of(p, place, mean, limit);
+    const float2 scale = scales_of(p, place, mean);
     const float2 inverse = make_float2(1.0f / scale.x, 1.0f / scale.y);
     if (tile == 0 && chunk == 0) reinterpret_cast<float2*>(p.v_scale + bh * D)[pair] = scale;
     bool beyond = false;
@@ -207,14 +206,13 @@ see_values(const __grid_constant__ Params p) {
     see(p, blockIdx.x / parts, begin, min(tiles, begin + VALUE_TILES));
 }
 
-// E4M3 has room for values beyond those of the sample: what is larger than an 1,800th of the sample's
-// largest is as exact without it.
+// E4M3's scale has room for values beyond those of the sample, and is the less exact only for what is
+// smaller than a 28,000th of the largest that there is room for.
 extern "C" __global__ void __launch_bounds__(THREADS, 1024 / THREADS)
 pack_values(const __grid_constant__ Params p) {
     const int tiles = count_of(p.keys, TILE), parts = count_of(tiles, VALUE_TILES);
     const int begin = blockIdx.x % parts * VALUE_TILES;
-    const float limit = V == E4M3 ? p.limit / HEADROOM : p.limit;
-    pack(p, blockIdx.x / parts, begin, min(tiles, begin + VALUE_TILES), limit);
+    pack(p, blockIdx.x / parts, begin, min(tiles, begin + VALUE_TILES));
 }
 
 // A block for each head: packs it again where values were beyond that room, by what all of its keys
@@ -225,7 +223,7 @@ finish_values(const __grid_constant__ Params p) {
     const long long first = (long long)bh * tiles * D;
     if (V == E4M3 && p.v_beyond[bh]) {
         see(p, bh, 0, tiles);
-        pack(p, bh, 0, tiles, p.limit);
+        pack(p, bh, 0, tiles);
         __syncthreads();
     }
     float* const room = reinterpret_cast<float*>(shared);

@@ -123,28 +123,15 @@ def _spread(x, GROUPS: tl.constexpr):
 
 
 @triton.jit
-def _added(total, high, low, value, valid, RANGE: tl.constexpr, MASKED: tl.constexpr):
+def _added(total, high, low, value, valid, MASKED: tl.constexpr):
     """Return total, high and low with a value each. MASKED: only where `valid`, else it is 0."""
     value = value.to(tl.float32)
     total += value
-    if RANGE:
-        above, below = value, value
-        if MASKED:
-            above = tl.where(valid, value, float("-inf"))
-            below = tl.where(valid, value, float("inf"))
-        high = tl.maximum(high, above)
-        low = tl.minimum(low, below)
-    return total, high, low
-
-
-@triton.jit
-def _sampled(i, COUNT, KEYS, WHOLE: tl.constexpr):
-    """Return the i-th of COUNT keys that stand for all: as tokens.cu has it; WHOLE: i itself."""
-    if WHOLE:
-        return i
-    begin = (i.to(tl.int64) * KEYS // COUNT).to(tl.int32)
-    end = ((i + 1).to(tl.int64) * KEYS // COUNT).to(tl.int32)
-    return begin + (((i * SPREAD_BITS).to(tl.uint32) >> 16).to(tl.int32) * (end - begin) >> 16)
+    above, below = value, value
+    if MASKED:
+        above = tl.where(valid, value, float("-inf"))
+        below = tl.where(valid, value, float("inf"))
+    return total, tl.maximum(high, above), tl.minimum(low, below)
 
 
 @triton.jit
@@ -152,7 +139,6 @@ def statistics_kernel(
     x,
     partial,
     H,
-    COUNT,
     KEYS,
     D,
     x_b,
@@ -160,24 +146,13 @@ def statistics_kernel(
     x_l,
     x_d,
     CHUNKS,
-    inverse,
-    weight,
-    cos,
-    sin,
-    first,
-    eps,
-    NORM: tl.constexpr,
-    SPLIT: tl.constexpr,
     ROWS: tl.constexpr,
     STAGES: tl.constexpr,
     WIDTH: tl.constexpr,
-    RANGE: tl.constexpr,
-    WHOLE: tl.constexpr,
 ):
-    """partial[bh, chunk] = the sum over ROWS keys of x; RANGE: also the largest and the least.
+    """partial[bh, chunk] = the sum over ROWS keys of x, the largest and the least.
 
-    Of COUNT keys of all, WHOLE: which are all. They are those after the prologue's steps. STAGES:
-    without a prologue, so many times STEP keys are at hand or on their way.
+    STAGES: so many times STEP keys are at hand or on their way.
 
     partial: [B·H, CHUNKS, 3, WIDTH] float32.
     """
@@ -189,34 +164,25 @@ def statistics_kernel(
     total = tl.zeros((STEP, WIDTH), tl.float32)
     high = tl.full((STEP, WIDTH), float("-inf"), tl.float32)
     low = tl.full((STEP, WIDTH), float("inf"), tl.float32)
-    end = tl.minimum(COUNT - chunk * ROWS, ROWS)
+    end = tl.minimum(KEYS - chunk * ROWS, ROWS)
     inside = (column < D)[None, :]
     x += column.to(tl.int64)[None, :] * x_d
-    done = 0
-    if STAGES > 1 and (NORM == NO_NORM and (weight is None and cos is None)):
-        # Whole steps, which need no selections, on their way to shared memory while others are
-        # added up: a loop that is unrolled still reads one vector after the other.
-        done = end // STEP * STEP
-        for start in tl.range(0, done, STEP, num_stages=STAGES):
-            key = _sampled(rows + start, COUNT, KEYS, WHOLE)
-            value = tl.load(x + key.to(tl.int64)[:, None] * x_l, mask=inside, other=0.0)
-            total, high, low = _added(total, high, low, value, inside, RANGE, False)
-    for start in range(done, end, STEP):
-        counts = rows + start < COUNT
-        key = tl.where(counts, _sampled(rows + start, COUNT, KEYS, WHOLE), 0)
-        valid = counts[:, None] & inside
-        value = tl.load(x + key.to(tl.int64)[:, None] * x_l, mask=valid, other=0.0)
-        if NORM != NO_NORM or weight is not None or cos is not None:
-            value = apply(
-                *(value.to(tl.float32), key, counts, bh // H, bh % H, H, KEYS, D),
-                *(inverse, weight, cos, sin, first, eps, NORM, SPLIT, STEP, WIDTH),
-            )
-        total, high, low = _added(total, high, low, value, valid, RANGE, True)
+    # Whole steps, which need no selections, on their way to shared memory while others are added
+    # up: a loop that is unrolled still reads one vector after the other.
+    done = end // STEP * STEP
+    for start in tl.range(0, done, STEP, num_stages=STAGES):
+        key = (rows + start).to(tl.int64)
+        value = tl.load(x + key[:, None] * x_l, mask=inside, other=0.0)
+        total, high, low = _added(total, high, low, value, inside, False)
+    if done < end:
+        valid = (rows + done < KEYS)[:, None] & inside
+        key = (rows + done).to(tl.int64)
+        value = tl.load(x + key[:, None] * x_l, mask=valid, other=0.0)
+        total, high, low = _added(total, high, low, value, valid, True)
     at = partial + (bh * CHUNKS + chunk) * 3 * WIDTH + column
     tl.store(at, tl.sum(total, axis=0))
-    if RANGE:
-        tl.store(at + WIDTH, tl.max(high, axis=0))
-        tl.store(at + 2 * WIDTH, tl.min(low, axis=0))
+    tl.store(at + WIDTH, tl.max(high, axis=0))
+    tl.store(at + 2 * WIDTH, tl.min(low, axis=0))
 
 
 @triton.jit
@@ -229,11 +195,10 @@ def gather_kernel(
     LIMIT: tl.constexpr,
     TOGETHER: tl.constexpr,
     WIDTH: tl.constexpr,
-    RANGE: tl.constexpr,
 ):
     """mean, scale [B·H, WIDTH] = what `partial` adds up to, one program for each bh.
 
-    scale: with RANGE, the largest distance from the mean over LIMIT. A NaN stays: sums carry it.
+    scale: the largest distance from the mean over LIMIT. A NaN stays: sums carry it.
     """
     bh = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, WIDTH)
@@ -246,17 +211,97 @@ def gather_kernel(
         for i in tl.static_range(TOGETHER):
             inside = start + i < CHUNKS
             total += tl.load(at, mask=inside, other=0.0)
-            if RANGE:
-                high = tl.maximum(high, tl.load(at + WIDTH, mask=inside, other=float("-inf")))
-                low = tl.minimum(low, tl.load(at + 2 * WIDTH, mask=inside, other=float("inf")))
+            high = tl.maximum(high, tl.load(at + WIDTH, mask=inside, other=float("-inf")))
+            low = tl.minimum(low, tl.load(at + 2 * WIDTH, mask=inside, other=float("inf")))
             at += 3 * WIDTH
     middle = total / COUNT
     tl.store(mean + bh * WIDTH + column, middle)
-    if RANGE:
-        step = tl.maximum(high - middle, middle - low) / LIMIT
-        # A difference with NaN or Inf in it is neither above nor below.
-        step = tl.where(middle - middle == 0, step, middle - middle)
-        tl.store(scale + bh * WIDTH + column, tl.where(step < TINY, TINY, step))
+    step = tl.maximum(high - middle, middle - low) / LIMIT
+    # A difference with NaN or Inf in it is neither above nor below.
+    step = tl.where(middle - middle == 0, step, middle - middle)
+    tl.store(scale + bh * WIDTH + column, tl.where(step < TINY, TINY, step))
+
+
+@triton.jit
+def _sampled(i, COUNT, KEYS):
+    """Return the i-th of COUNT keys that stand for all: as tokens.cu has it."""
+    begin = (i.to(tl.int64) * KEYS // COUNT).to(tl.int32)
+    end = ((i + 1).to(tl.int64) * KEYS // COUNT).to(tl.int32)
+    offset = ((i * SPREAD_BITS).to(tl.uint32) >> 16).to(tl.int64) * (end - begin) >> 16
+    return begin + offset.to(tl.int32)
+
+
+@triton.jit
+def survey_kernel(
+    x,
+    means,
+    H,
+    COUNT,
+    KEYS,
+    D,
+    x_b,
+    x_h,
+    x_l,
+    x_d,
+    PARTS,
+    inverse,
+    weight,
+    cos,
+    sin,
+    first,
+    eps,
+    NORM: tl.constexpr,
+    SPLIT: tl.constexpr,
+    PART: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """means[bh, part] = the mean of PART of COUNT sampled keys of x, after the prologue's steps.
+
+    means: [B·H, PARTS, WIDTH] float32. A program has STEP keys.
+    """
+    steps = tl.cdiv(COUNT, STEP)
+    step = tl.program_id(0) % steps
+    bh = (tl.program_id(0) // steps).to(tl.int64)
+    column = tl.arange(0, WIDTH)
+    rows = step * STEP + tl.arange(0, STEP)
+    counts = rows < COUNT
+    key = tl.where(counts, _sampled(rows, COUNT, KEYS), 0)
+    x += bh // H * x_b + bh % H * x_h
+    at = key.to(tl.int64)[:, None] * x_l + column.to(tl.int64)[None, :] * x_d
+    valid = counts[:, None] & (column < D)[None, :]
+    value = tl.load(x + at, mask=valid, other=0.0).to(tl.float32)
+    if NORM != NO_NORM or weight is not None or cos is not None:
+        value = apply(
+            *(value, key, counts, bh // H, bh % H, H, KEYS, D),
+            *(inverse, weight, cos, sin, first, eps, NORM, SPLIT, STEP, WIDTH),
+        )
+    total = tl.sum(tl.reshape(value, (STEP // PART, PART, WIDTH)), axis=1)
+    part = step * (STEP // PART) + tl.arange(0, STEP // PART)
+    share = tl.maximum(tl.minimum(COUNT - part * PART, PART), 1).to(tl.float32)
+    to = means + (bh * PARTS + part[:, None]) * WIDTH + column[None, :]
+    tl.store(to, total / share[:, None], mask=(part < PARTS)[:, None])
+
+
+@triton.jit
+def center_kernel(means, center, PARTS, TOGETHER: tl.constexpr, WIDTH: tl.constexpr):
+    """center [B·H, WIDTH] = where most of `means` [B·H, PARTS, WIDTH] are, as tokens.cu has it.
+
+    Of each three, a third of the parts from each other, the one in the middle; the mean of these.
+    """
+    bh = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, WIDTH)
+    triples = tl.where(PARTS < 3, PARTS, PARTS // 3)
+    apart = tl.where(PARTS < 3, 0, triples)
+    total = tl.zeros((TOGETHER, WIDTH), tl.float32)
+    means += bh * PARTS * WIDTH + column[None, :]
+    for start in range(0, triples, TOGETHER):
+        part = start + tl.arange(0, TOGETHER)
+        inside = (part < triples)[:, None]
+        a = tl.load(means + part[:, None] * WIDTH, mask=inside, other=0.0)
+        b = tl.load(means + (part + apart)[:, None] * WIDTH, mask=inside, other=0.0)
+        c = tl.load(means + (part + 2 * apart)[:, None] * WIDTH, mask=inside, other=0.0)
+        total += tl.maximum(tl.minimum(a, b), tl.minimum(tl.maximum(a, b), c))
+    tl.store(center + bh * WIDTH + column, tl.sum(total, axis=0) / triples)
 
 
 @triton.jit

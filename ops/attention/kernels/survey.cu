@@ -1,5 +1,5 @@
-// The pre-pass of attention, before the others: sums over some keys, and over V of these; counters and
-// ranges begin at zero. See tokens.cu.
+// The pre-pass of attention, before the others: means of some keys, and of V of these. Sets counters
+// and ranges to zero for the others. See tokens.cu.
 
 __device__ __forceinline__ void store(float* to, const float (&v)[WIDTH]) {
     *reinterpret_cast<float4*>(to) = make_float4(v[0], v[1], v[2], v[3]);
@@ -20,6 +20,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) survey(const __grid_consta
         if (i < kv) p.v_beyond[i] = 0;
     }
     const int warp = threadIdx.x / 32, lane = threadIdx.x % LANES;
+    const float share = 1.0f / min(SURVEY_TOKENS, int(total) - part * SURVEY_TOKENS);
     if (NORM == TOKEN) {
         for (int t = warp; t < SURVEY_TOKENS; t += WARPS) {
             const u32 i = part * SURVEY_TOKENS + t;
@@ -65,6 +66,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) survey(const __grid_consta
         }
         if (mine > h) continue;
         const long long to = ((long long)blockIdx.x * side.heads + h) * D + lane * WIDTH;
+#pragma unroll
+        for (int n = 0; n < WIDTH; ++n) sums[n] *= share;
         store(p.sample + to, sums);
         if (!V) continue;
 #pragma unroll
@@ -101,6 +104,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) survey(const __grid_consta
             store(p.v_sample_ends + begin, v[0]);
             store(p.v_sample_ends + begin + side.heads * D, v[1]);
         }
+#pragma unroll
+        for (int n = 0; n < WIDTH; ++n) sums[n] *= share;
         store(p.v_sample + to, sums);
     }
 }

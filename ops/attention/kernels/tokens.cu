@@ -1,8 +1,9 @@
 // The pre-pass of attention: Q, K and V to 8 bits, each read once from memory.
 //
-// survey.cu reads a sample, pack_rows.cu Q and K, pack_values.cu V. The mean key is the sample's:
-// softmax does not see it, whatever it is. So is the mean value, which is put right at the end, and
-// E4M3's scale of V, which has room to spare: a head that needs more is packed again. For a norm
+// survey.cu reads a sample, pack_rows.cu Q and K, pack_values.cu V. What is taken off the keys comes
+// from the sample: softmax does not see it, whatever it is. So does what is taken off the values, which
+// is put right at the end, and E4M3's scale of V, which has room to spare: a head that needs more is
+// packed again. Both are where most of the sample is: a token far away must not move them. For a norm
 // over all heads K is read twice, the second time from the L2 cache: blocks do one item after the
 // other in an order in which the norms of some tiles come ahead of packing these. Where V becomes
 // integers all of it is read for its range first.
@@ -21,7 +22,7 @@
 //   SHIFT           what the log-sum-exp needs is written
 //   V               what is stored of V: nothing, E4M3, or integers
 //   Q_HEADS, K_HEADS     that an item packs, one after the other
-//   SAMPLE          keys of which the mean key is taken, at most
+//   SAMPLE          keys of the sample, at most
 //   SURVEY_TOKENS   of these that a block of the survey has
 //   RMS_ITEMS       items of a tile of K for its norms over all heads, a token for each warp
 //   VALUE_TILES     tiles of a head of V that a block has, one after the other
@@ -67,7 +68,7 @@ struct Params {
     const char* k_weight;
     const char* cos;
     const char* sin;
-    float* sample;     // [B, blocks of the survey, Hkv, D]: sums over the tokens of each
+    float* sample;     // [B, blocks of the survey, Hkv, D]: means over the tokens of each
     float* k_mean;     // [B·Hkv, D]
     float* v_sample;   // as `sample`
     float* v_sample_ends;  // [B, blocks of the survey, 2, Hkv, D]: maxima of V and of -V
@@ -115,15 +116,35 @@ __device__ __forceinline__ void add_up(float* sums, const float* from, int count
     __syncthreads();
 }
 
-// The mean of the sample of a head.
-__device__ __forceinline__ void mean_of_sample(const Params& p, const float* sample, float* mean,
-                                               int bh) {
+// Of three numbers; the larger of two if one is NaN.
+__device__ __forceinline__ float middle_of(float a, float b, float c) {
+    return fmaxf(fminf(a, b), fminf(fmaxf(a, b), c));
+}
+
+// Where most of the sample of a head is, also in shared memory, whose address is returned: of each
+// three blocks' means, a third of the sample apart, the one in the middle; the mean of these. A token
+// far away is in one block, and not in the middle. Ends with a barrier.
+__device__ __forceinline__ const float* center_of_sample(const Params& p, const float* sample,
+                                                         float* center, int bh) {
     float* const room = reinterpret_cast<float*>(shared);
-    const u32 total = min(p.keys, SAMPLE), blocks = count_of(total, SURVEY_TOKENS);
-    const int b = bh / p.kv_heads, h = bh % p.kv_heads;
-    const float* const from = sample + ((long long)b * blocks * p.kv_heads + h) * D;
-    add_up(room + THREADS, from, blocks, p.kv_heads * D, room);
-    if (threadIdx.x < D) mean[bh * D + threadIdx.x] = room[THREADS + threadIdx.x] / total;
+    float* const found = room + THREADS;
+    const int blocks = count_of(min(p.keys, SAMPLE), SURVEY_TOKENS);
+    const int triples = blocks < 3 ? blocks : blocks / 3, apart = blocks < 3 ? 0 : triples;
+    const int b = bh / p.kv_heads, h = bh % p.kv_heads, d = threadIdx.x % D, stride = p.kv_heads * D;
+    const float* const from = sample + ((long long)b * blocks * p.kv_heads + h) * D + d;
+    float sum = 0.0f;
+#pragma unroll 8
+    for (int i = threadIdx.x / D; i < triples; i += THREADS / D)
+        sum += middle_of(__ldcg(from + i * stride), __ldcg(from + (i + apart) * stride),
+                         __ldcg(from + (i + 2 * apart) * stride));
+    room[threadIdx.x] = sum;
+    __syncthreads();
+    if (threadIdx.x < D) {
+        for (int i = D; i < THREADS; i += D) sum += room[i + d];
+        found[d] = center[bh * D + d] = sum / triples;
+    }
+    __syncthreads();
+    return found;
 }
 
 // ---- maxima

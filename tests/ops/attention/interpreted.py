@@ -17,6 +17,7 @@ from lowbit.ops.attention import triton as backend
 from lowbit.ops.attention.kernels import values
 from lowbit.ops.attention.modes import MODES
 from lowbit.ops.layout import Layout, Swizzle, key_order
+from tests.ops.attention.samples import center, sampled
 
 TILE = module.TILE
 TINY = torch.finfo(torch.float32).tiny
@@ -191,14 +192,14 @@ def test_stored_queries_and_keys_are_those_of_torch(groups):
     assert torch.equal(got.q.reshape(codes.shape).float(), codes)
     torch.testing.assert_close(got.q_scale, step * torch.tensor(0.1 * LOG2E))
     torch.testing.assert_close(got.q_bound, got.q_scale * codes.norm(dim=2))
-    mean = k[0].float().mean(1, keepdim=True)
+    mean = center(k[0])[:, None]
     near = padded(k[0].float() - mean)
     tiles = near.reshape(2, -1, TILE // (2 * groups), groups, 2, 128)
     step = (tiles.abs().amax((2, 4, 5)) / 127).clamp_min(TINY)
     torch.testing.assert_close(got.k_scale, step)
     each = step[:, :, None, :, None, None]
     codes = got.k.reshape(tiles.shape).float()
-    # The mean is added up in another order: a value near half a step may go the other way.
+    # Means are added up in another order: a value near half a step may go the other way.
     assert ((codes * each - tiles).abs() <= each * 0.501).all()
     norms = (codes * each).norm(dim=5).amax((2, 3, 4))
     torch.testing.assert_close(got.k_bound, norms)
@@ -206,16 +207,8 @@ def test_stored_queries_and_keys_are_those_of_torch(groups):
     torch.testing.assert_close(got.shift, shift, rtol=1e-4, atol=1e-4)
 
 
-def sampled(keys: int) -> torch.Tensor:
-    """The keys of which the mean key is taken: one of each of as many parts, somewhere in it."""
-    total = min(keys, prepass.SAMPLE)
-    i = torch.arange(total)
-    begin, end = i * keys // total, (i + 1) * keys // total
-    return begin + ((i * 2654435761 % 2**32 >> 16) * (end - begin) >> 16)
-
-
-@pytest.mark.parametrize("keys", [1, 1000, 1024, 1025, 5000])
-def test_mean_key_is_that_of_a_sample(keys):
+@pytest.mark.parametrize("keys", [1, 9, 17, 24, 1000, 1024, 1025, 5000])
+def test_what_is_taken_off_the_keys_is_of_a_sample(keys):
     k = torch.randn(1, 1, keys, 64, generator=torch.Generator().manual_seed(0)).half()
     places = sampled(keys)
     assert (places.diff() > 0).all() and places[0] >= 0 and places[-1] < keys
@@ -224,9 +217,23 @@ def test_mean_key_is_that_of_a_sample(keys):
     elif keys > 2 * prepass.SAMPLE:
         # Not the same place of each part: images have rows.
         assert len((places - torch.arange(len(places)) * keys // len(places)).unique()) > 2
-    mean, _ = module._statistics(k, None, module.NO_STEPS)
-    want = k[0, 0, places].float().mean(0)
-    torch.testing.assert_close(mean[0], want, rtol=0, atol=1e-5)
+    got = module._center(k, module.NO_STEPS)
+    torch.testing.assert_close(got, center(k[0]), rtol=0, atol=1e-5)
+    # And about their mean.
+    deviation = got[0] - k[0, 0].float().mean(0)
+    assert deviation.square().mean() <= 2 * 1.4 / len(places)
+
+
+@pytest.mark.parametrize("far", [100.0, 6e4])
+def test_tokens_far_away_do_not_move_it(far):
+    """Of a sample that has some, in one channel; the others stay as they were, bit for bit."""
+    keys = 3000
+    k = torch.randn(1, 1, keys, 64, generator=torch.Generator().manual_seed(0)).half()
+    before = module._center(k, module.NO_STEPS)[0]
+    k[0, 0, sampled(keys)[[5, 400, 401, 1000]], 7] = far
+    after = module._center(k, module.NO_STEPS)[0]
+    assert 0 < (after - before).abs()[7] <= 0.1
+    assert torch.equal(after[8:], before[8:])
 
 
 @pytest.mark.parametrize("mode", ["fp8", "int8"])

@@ -14,6 +14,7 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
 from lowbit.ops.attention import prepare as prepare_module  # noqa: E402
+from lowbit.ops.attention import prepass  # noqa: E402
 from lowbit.ops.attention.kernels import prepare, prologue, values  # noqa: E402
 from lowbit.ops.attention.kernels.attend import attend_kernel  # noqa: E402
 from lowbit.ops.attention.modes import MODES  # noqa: E402
@@ -31,11 +32,12 @@ POINTERS = {
     **dict.fromkeys(("q", "k", "v", "x", "out"), "*bf16"),
     **dict.fromkeys(("q_scale", "k_scale", "v_scale", "v_offset", "v_sum", "lse"), "*fp32"),
     **dict.fromkeys(("partial", "k_mean", "v_mean", "scale", "bound", "shift", "sums"), "*fp32"),
+    **dict.fromkeys(("means", "center"), "*fp32"),
     **{"factor": "fp32", "mask": "*i1", "eps": "fp32"},
     **{"inverse": "*fp32", "weight": "*bf16", "cos": "*fp32", "sin": "*fp32"},
 }
 # Lengths, and strides of one element: of no known divisor, or one.
-ODD = ("ROWS", "KEYS", "LENGTH", "TILES", "BLOCKS", "CHUNKS", "H", "GROUP", "B", "first")
+ODD = ("ROWS", "KEYS", "LENGTH", "TILES", "BLOCKS", "CHUNKS", "PARTS", "H", "GROUP", "B", "first")
 UNIT = ("v_d", "k_d", "q_d", "x_d", "out_d", "mask_k")
 
 
@@ -146,14 +148,16 @@ def quantizers(steps: dict, arch: int, rotate: bool, width: int = 128) -> list:
     k_warps = prepare_module.k_warps(width, 1, k["SPREAD"])
     more = width > prepare_module.MANY_CHANNELS
     chunk_warps = prepare_module.MORE_WARPS if more else prepare_module.CHUNK_WARPS
-    statistics = {"ROWS": prepare_module.CHUNK_KEYS, "WIDTH": width, "RANGE": True, "D": width}
-    statistics |= {"STAGES": prepare_module.CHUNK_STAGES, "WHOLE": steps["NORM"] == 0}
+    statistics = {"ROWS": prepare_module.CHUNK_KEYS, "WIDTH": width, "D": width}
+    statistics |= {"STAGES": prepare_module.CHUNK_STAGES}
+    survey = {**steps, "PART": prepass.SURVEY_TOKENS, "WIDTH": width, "D": width}
     v = {**shared, "CHANNELS": prepare_module.V_CHANNELS}
     cases = [
         (prepare.quantize_q_kernel, q, 1, "i8"),
         (prepare.quantize_k_kernel, k, k_warps, "i8"),
         (values.quantize_v_kernel, {**v, "INTEGER": True}, prepare_module.V_WARPS, "i8"),
-        (prepare.statistics_kernel, {**statistics, **steps}, chunk_warps, "i8"),
+        (prepare.statistics_kernel, statistics, chunk_warps, "i8"),
+        (prepare.survey_kernel, survey, 4, "i8"),
     ]
     if arch >= 89:
         constants = {**v, "INTEGER": False}
@@ -171,7 +175,7 @@ def quantizers(steps: dict, arch: int, rotate: bool, width: int = 128) -> list:
 )
 def test_quantizers_keep_a_tile_in_registers(arch, name, rotate, tmp_path):
     for kernel, constants, warps, stored in quantizers(PROLOGUES[name], arch, rotate):
-        of_v = kernel is values.quantize_v_kernel
+        of_v = kernel in (values.quantize_v_kernel, prepare.statistics_kernel)
         # V has no prologue. Of Q what does more is in the cases with one.
         of_q = kernel is prepare.quantize_q_kernel
         if (of_v and name != "none") or (of_q and name == "none" and arch not in (80, HOPPER)):
@@ -200,12 +204,18 @@ def test_quantizers_of_other_widths_keep_a_tile_in_registers(width, tmp_path):
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_sums_of_parts_are_added_up_in_registers(arch, tmp_path):
-    gather = {"LIMIT": 448.0, "TOGETHER": prepare_module.TOGETHER, "WIDTH": 128, "RANGE": True}
+    together = {"TOGETHER": prepare_module.TOGETHER, "WIDTH": 128}
+    gather = {"LIMIT": 448.0, **together}
     sizes = (prepare_module.OFFSET_ROWS, prepare_module.OFFSET_COLUMNS, 128)
     offset = dict(zip(("ROWS", "COLUMNS", "WIDTH"), sizes, strict=True))
-    types = dict.fromkeys(("partial", "sums", "mean", "scale", "offset"), "*fp32")
+    names = ("partial", "sums", "mean", "means", "center", "scale", "offset")
+    types = dict.fromkeys(names, "*fp32")
     options = {"types": {**types, "factor": "fp32"}, **prepare_module.options(4)}
-    for kernel, constants in ((prepare.gather_kernel, gather), (values.offset_kernel, offset)):
+    cases = (
+        *((prepare.gather_kernel, gather), (prepare.center_kernel, together)),
+        (values.offset_kernel, offset),
+    )
+    for kernel, constants in cases:
         done = compiled(kernel, constants, arch, **options)
         assert spilled_bytes(done, tmp_path) == 0
 
