@@ -32,7 +32,7 @@ MAX_ERROR = 0.045
 HOPPER = ((9, 0), (10, 0))
 # One H200; docs/results/attention.md and block.md have the figures.
 AUTO = (
-    # In a block, where power limits what runs, 11% less time than by exact, and no larger an error.
+    # In a block, where power limits what runs, 10% less time than by exact, and no larger an error.
     Row(HOPPER, (128,), 16384, "lowbit_fp8", "hopper"),
     # Level with cuDNN at 4,096 tokens, slower below; with Qwen-Image's text masked faster than fp8.
     Row(HOPPER, (128,), 4096, "lowbit_exact", "hopper", (None, KEYS)),

@@ -66,10 +66,9 @@ __device__ __forceinline__ void take_turns(u32* ticket, u32 items, Work work) {
 
 // ---- what comes of the sample
 
-// By how much a value may exceed, as a distance from the center, the largest of a few tokens on the
-// mean: the largest of the sample would have its scale by one that is far away. Of normal data it is 45
-// deviations.
-const float ROOM = 32.0f;
+// How often as far from the mean a value may be as the largest of the sample; but if that is far away
+// from all others, as the largest of a few tokens is on the mean: else these had no range left.
+const float ROOM = 16.0f, USUAL_ROOM = 128.0f;
 
 __device__ __forceinline__ void mean_key(const Params& p, int bh) {
     center_of_sample(p, p.sample, p.k_mean, bh);
@@ -77,7 +76,7 @@ __device__ __forceinline__ void mean_key(const Params& p, int bh) {
 }
 
 __device__ __forceinline__ void sample_values(const Params& p, int bh) {
-    const float* const center = center_of_sample(p, p.v_sample, p.v_mean, bh);
+    const float* const mean = mean_of_sample(p, p.v_sample, p.v_mean, bh);
     if (V != E4M3) return;
     const int blocks = count_of(min(p.keys, SAMPLE), SURVEY_TOKENS), end = threadIdx.x / D;
     const int b = bh / p.kv_heads, h = bh % p.kv_heads, d = threadIdx.x % D;
@@ -91,9 +90,9 @@ __device__ __forceinline__ void sample_values(const Params& p, int bh) {
         const float other = __ldcg(from + (long long)i * 2 * p.kv_heads * D);
         largest = highest(largest, other), sum += other;
     }
-    const float middle = end ? -center[d] : center[d];
-    const float usual = fmaf(ROOM, sum / blocks - middle, middle);
-    p.v_ends[(bh * 2 + end) * D + d] = ordered(highest(largest, usual));
+    const float middle = end ? -mean[d] : mean[d];
+    const float room = fminf(ROOM * (largest - middle), USUAL_ROOM * (sum / blocks - middle));
+    p.v_ends[(bh * 2 + end) * D + d] = ordered(highest(largest, middle + room));
 }
 
 // ---- Q and K

@@ -3,7 +3,7 @@
 // survey.cu reads a sample, pack_rows.cu Q and K, pack_values.cu V. What is taken off the keys comes
 // from the sample: softmax does not see it, whatever it is. So does what is taken off the values, which
 // is put right at the end, and E4M3's scale of V, which has room to spare: a head that needs more is
-// packed again. Both are where most of the sample is: a token far away must not move them. For a norm
+// packed again. A token far away that is in the sample moves none of the three. For a norm
 // over all heads K is read twice, the second time from the L2 cache: blocks do one item after the
 // other in an order in which the norms of some tiles come ahead of packing these. Where V becomes
 // integers all of it is read for its range first.
@@ -116,18 +116,47 @@ __device__ __forceinline__ void add_up(float* sums, const float* from, int count
     __syncthreads();
 }
 
+// The mean of the sample of a head, also in shared memory, whose address is returned: each 16 blocks,
+// or more, without the largest and the least, which may have a token that is far away. FP8's sums want
+// the mean: tensor cores cut them off, and what is of one sign shrinks. Ends with a barrier.
+__device__ __forceinline__ const float* mean_of_sample(const Params& p, const float* sample,
+                                                       float* mean, int bh) {
+    float* const room = reinterpret_cast<float*>(shared);
+    float* const found = room + THREADS;
+    const int blocks = count_of(min(p.keys, SAMPLE), SURVEY_TOKENS), groups = max(blocks / 16, 1);
+    const int b = bh / p.kv_heads, h = bh % p.kv_heads, d = threadIdx.x % D, stride = p.kv_heads * D;
+    const float* const from = sample + ((long long)b * blocks * p.kv_heads + h) * D + d;
+    float all = 0.0f;
+    for (int group = threadIdx.x / D; group < groups; group += THREADS / D) {
+        float sum = 0.0f, largest = __ldcg(from + group * stride), least = largest;
+        int count = 0;
+#pragma unroll 8
+        for (int i = group; i < blocks; i += groups, ++count) {
+            const float x = __ldcg(from + i * stride);
+            sum += x, largest = fmaxf(largest, x), least = fminf(least, x);
+        }
+        all += count < 3 ? sum / count : (sum - largest - least) / (count - 2);
+    }
+    room[threadIdx.x] = all;
+    __syncthreads();
+    if (threadIdx.x < D) {
+        for (int i = D; i < THREADS; i += D) all += room[i + d];
+        found[d] = mean[bh * D + d] = all / groups;
+    }
+    __syncthreads();
+    return found;
+}
+
 // Of three numbers; the larger of two if one is NaN.
 __device__ __forceinline__ float middle_of(float a, float b, float c) {
     return fmaxf(fminf(a, b), fminf(fmaxf(a, b), c));
 }
 
-// Where most of the sample of a head is, also in shared memory, whose address is returned: of each
-// three blocks' means, a third of the sample apart, the one in the middle; the mean of these. A token
-// far away is in one block, and not in the middle. Ends with a barrier.
-__device__ __forceinline__ const float* center_of_sample(const Params& p, const float* sample,
-                                                         float* center, int bh) {
+// Where most of the sample of a head is: of each three blocks' means, a third of the sample apart, the
+// one in the middle; the mean of these. A token far away is in one block, and not in the middle.
+__device__ __forceinline__ void center_of_sample(const Params& p, const float* sample, float* center,
+                                                 int bh) {
     float* const room = reinterpret_cast<float*>(shared);
-    float* const found = room + THREADS;
     const int blocks = count_of(min(p.keys, SAMPLE), SURVEY_TOKENS);
     const int triples = blocks < 3 ? blocks : blocks / 3, apart = blocks < 3 ? 0 : triples;
     const int b = bh / p.kv_heads, h = bh % p.kv_heads, d = threadIdx.x % D, stride = p.kv_heads * D;
@@ -141,10 +170,8 @@ __device__ __forceinline__ const float* center_of_sample(const Params& p, const 
     __syncthreads();
     if (threadIdx.x < D) {
         for (int i = D; i < THREADS; i += D) sum += room[i + d];
-        found[d] = center[bh * D + d] = sum / triples;
+        center[bh * D + d] = sum / triples;
     }
-    __syncthreads();
-    return found;
 }
 
 // ---- maxima
