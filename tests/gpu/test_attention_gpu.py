@@ -211,7 +211,7 @@ def test_both_layouts_give_equal_results_and_strided_views_near_ones(way):
     wide = [torch.full((*x.shape[:3], 256), torch.nan, device="cuda").to(x) for x in (q, k, v)]
     for w, x in zip(wide, (q, k, v), strict=True):
         w[..., ::2] = x
-    # Other loads add up K's means in another order: a few codes round the other way. Of V all do, as
+    # Other loads add up K's means in another order: a few codes round the other way. Of V all do:
     # other kernels take another mean off.
     near = MODES[way["mode"]].max_error / (4 if way["mode"] == "exact" else 1)
     assert error(attention(*(w[..., ::2] for w in wide), **way), want) <= near

@@ -56,7 +56,9 @@ def both(monkeypatch, *given):
         tuning.forget()
         want = prepare.prepare(*given)
     tuning.forget()
-    poison = [torch.full((1 << 22,), torch.nan, device="cuda") for _ in range(4)]
+    # Of both of the pools that memory comes from.
+    sizes = (*[1 << 22] * 4, *[1 << n for n in range(8, 18)] * 8)
+    poison = [torch.full((size,), torch.nan, device="cuda") for size in sizes]
     del poison
     assert prepass.fits(*given[:3], given[4], given[8], plain=not given[6])
     return prepare.prepare(*given), want

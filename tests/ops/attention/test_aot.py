@@ -101,10 +101,11 @@ def instructions(mode, arch: int) -> tuple[str, str]:
         pv = {"exact": "f32.bf16.bf16", "fp8": "f32.e4m3.e4m3", "int8": "s32.s8.s8"}[mode.name]
         return r"wgmma.mma_async\S+s32.s8.s8", rf"wgmma.mma_async\S+{pv}"
     qk = r"mma.sync.aligned.m16n8k32\S+s32.s8.s8.s32"
-    if arch == 100 and mode.name != "int8":
-        return qk, r"tcgen05.mma|mma.sync"
     pv = {"exact": "f32.bf16.bf16.f32", "fp8": "f32.e4m3.e4m3.f32", "int8": "s32.s8.s8.s32"}
-    return qk, rf"mma.sync.aligned\S+{pv[mode.name]}"
+    of_pv = rf"mma.sync.aligned\S+{pv[mode.name]}"
+    if arch == 100 and mode.name != "int8":
+        of_pv = rf"tcgen05.mma|{of_pv}"
+    return qk, of_pv
 
 
 @pytest.mark.parametrize(("mode", "arch", "width"), cases())
