@@ -20,8 +20,9 @@ def unsampled(keys: int) -> int:
 
 
 def center(x: torch.Tensor) -> torch.Tensor:
-    """Where most of the sample of x [..., keys, D] is, [..., D] float32."""
-    parts = x[..., sampled(x.shape[-2]).to(x.device), :].float().split(prepass.SURVEY_TOKENS, -2)
+    """Where most of the sample of x [..., keys, D] is, [..., D], in float32 or float64."""
+    x = x[..., sampled(x.shape[-2]).to(x.device), :]
+    parts = x.to(torch.promote_types(x.dtype, torch.float32)).split(prepass.SURVEY_TOKENS, -2)
     means = torch.stack([part.mean(-2) for part in parts])
     if len(means) < 3:
         return means.mean(0)
