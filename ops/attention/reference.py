@@ -1,10 +1,13 @@
 """`attention` in plain torch, on any device: exact in float64, one head at a time."""
 
+import math
+
 import torch
 
 from ..registry import Backend, Needs, register
 from . import KINDS, OP, scheme
 from .modes import MODES
+from .prepare import Prepared
 from .prologue import NOTHING, TOKEN, Prologue
 
 # Tokens that `applied` has in float32 at a time.
@@ -59,6 +62,29 @@ def prepared(
         even, odd = x[..., ::2], x[..., 1::2]
         x = torch.stack((even * cos - odd * sin, even * sin + odd * cos), -1).flatten(-2)
     return x
+
+
+def of_copies(ready: Prepared, v: torch.Tensor, queries: int, keys: int) -> torch.Tensor:
+    """Return attention over Q, K and V as a mode stores them, [B · H, Lq, D] float64.
+
+    What a kernel gives besides is P's rounding. ready: of `prepare`, not swizzled. v: [B, Hkv, Lk,
+    D], which modes that store none of it read.
+    """
+    d, tile = v.shape[3], ready.k.shape[2]
+    q = ready.q.flatten(1, 2)[:, :queries].double() * ready.q_scale[:, :queries, None].double()
+    of_key = torch.arange(tile, device=v.device)
+    of_key = of_key % 8 // 2 if ready.k_scale.shape[2] > 1 else of_key * 0
+    k = (ready.k.double() * ready.k_scale.double()[:, :, of_key, None]).flatten(1, 2)[:, :keys]
+    if ready.v is None:
+        values = v.double().flatten(0, 1)
+    else:
+        # FP8 becomes float64 by float32 alone.
+        stored = ready.v.float().double().transpose(2, 3).flatten(1, 2)[:, :keys, :d]
+        scale, offset = (x[:, None, :d].double() for x in (ready.v_scale, ready.v_offset))
+        values = stored * scale + offset
+    group = len(q) // len(k)
+    k, values = (x.repeat_interleave(group, 0) for x in (k, values))
+    return (q @ k.mT * math.log(2)).softmax(-1) @ values
 
 
 def run(out, lse, q, k, v, mode, mask, causal, scale, prologue=NOTHING, rotate=False) -> None:

@@ -24,6 +24,8 @@ TINY = torch.finfo(torch.float32).tiny
 LOG2E = math.log2(math.e)
 # In the interpreter a mantissa of FP8 that rounds up does not carry into the exponent: P is off.
 FACTOR = {"exact": 1.0, "int8": 1.0, "fp8": 2.0}
+# Relative L2 error that P's rounding adds; of FP8 as the interpreter has it.
+ROUNDING_OF_P = {"exact": 0.0006, "int8": 0.008, "fp8": 0.07}
 # Log-sum-exp: the error of one logit, INT8 by INT8, of the largest among some hundred.
 LSE_ERROR = 0.05
 
@@ -81,6 +83,20 @@ each_mode = pytest.mark.parametrize("mode", MODES.values(), ids=lambda mode: mod
 )
 def test_attention_is_near_float64(mode, shape):
     check(attend(*inputs(**shape), mode), mode)
+
+
+@each_mode
+@pytest.mark.parametrize(
+    "shape", [{"length": 130, "keys": 1000, "d": 128}, {"b": 2, "h": 2, "kv": 1}], ids=str
+)
+def test_what_is_stored_is_attended_to(mode, shape):
+    """Nothing but P is rounded after that, and the result."""
+    q, k, v = inputs(**shape)
+    (out, _), _ = attend(q, k, v, mode)
+    ready = module.prepare(q, k, v, q.shape[3] ** -0.5, mode, 1, False, False)
+    want = reference.of_copies(ready, v, q.shape[2], k.shape[2])
+    error = (out.flatten(0, 1).double() - want).norm() / want.norm()
+    assert error <= ROUNDING_OF_P[mode.name]
 
 
 @each_mode
