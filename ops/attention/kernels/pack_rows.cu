@@ -69,6 +69,8 @@ __device__ __forceinline__ void take_turns(u32* ticket, u32 items, Work work) {
 // How often as far from the mean a value may be as the largest of the sample; but if that is far away
 // from all others, as the largest of a few tokens is on the mean: else these had no range left.
 const float ROOM = 16.0f, USUAL_ROOM = 128.0f;
+// Of any room: a scale stays finite where the values are.
+const float MOST_ROOM = 1e37f;
 
 __device__ __forceinline__ void mean_key(const Params& p, int bh) {
     center_of_sample(p, p.sample, p.k_mean, bh);
@@ -92,7 +94,7 @@ __device__ __forceinline__ void sample_values(const Params& p, int bh) {
     }
     const float middle = end ? -mean[d] : mean[d];
     const float room = fminf(ROOM * (largest - middle), USUAL_ROOM * (sum / blocks - middle));
-    p.v_ends[(bh * 2 + end) * D + d] = ordered(highest(largest, middle + room));
+    p.v_ends[(bh * 2 + end) * D + d] = ordered(highest(largest, middle + fminf(room, MOST_ROOM)));
 }
 
 // ---- Q and K

@@ -215,8 +215,8 @@ pack_values(const __grid_constant__ Params p) {
     pack(p, blockIdx.x / parts, begin, min(tiles, begin + VALUE_TILES));
 }
 
-// A block for each head: packs it again where values were beyond that room, by what all of its keys
-// need, which takes long and is seldom done; and what gives its channels their mean.
+// A block for each head: packs it again where values were beyond that room, with room for all of its
+// keys, which takes long and is seldom done; and what gives its channels their mean.
 extern "C" __global__ void __launch_bounds__(THREADS, 1024 / THREADS)
 finish_values(const __grid_constant__ Params p) {
     const int bh = blockIdx.x, tiles = count_of(p.keys, TILE), at = bh * D + threadIdx.x;

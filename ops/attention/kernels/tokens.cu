@@ -3,10 +3,11 @@
 // survey.cu reads a sample, pack_rows.cu Q and K, pack_values.cu V. What is taken off the keys comes
 // from the sample: softmax does not see it, whatever it is. So does what is taken off the values, which
 // is put right at the end, and E4M3's scale of V, which has room to spare: a head that needs more is
-// packed again. A token far away that is in the sample moves none of the three. For a norm
-// over all heads K is read twice, the second time from the L2 cache: blocks do one item after the
-// other in an order in which the norms of some tiles come ahead of packing these. Where V becomes
-// integers all of it is read for its range first.
+// packed again. A token far away that is in the sample moves neither of what is taken off, and leaves
+// the others the range that they would have without room. For a norm over all heads K is read twice,
+// the second time from the L2 cache: blocks do one item after the other in an order in which the norms
+// of some tiles come ahead of packing these. Where V becomes integers all of it is read for its range
+// first.
 //
 // This file has what they share. prepass.py sets:
 //   D               channels of a head, 64 or 128
@@ -147,7 +148,7 @@ __device__ __forceinline__ const float* mean_of_sample(const Params& p, const fl
     return found;
 }
 
-// Of three numbers; the larger of two if one is NaN.
+// Of three numbers. One that is NaN counts for nothing.
 __device__ __forceinline__ float middle_of(float a, float b, float c) {
     return fmaxf(fminf(a, b), fminf(fmaxf(a, b), c));
 }
