@@ -49,8 +49,28 @@ LONG_VARIANTS = {"exact": {"CLUSTER": 2, "DOUBLE": 0, "STAGES": 4}}
 ONES_ROWS = 8
 # Elements of a row of 128 bytes.
 BOX_COLUMNS = 64
+# Blocks of threads that may share the keys of their rows: so many of these rows at most, each with
+# so many tiles at least. What a block costs beside its tiles, as so many more: 7,000 to 8,000 cycles.
+MOST_PARTS, MIN_TILES, BLOCK_TILES = 16, 4, 4
+# Such blocks at most, of what the GPU runs at once: each leaves 70 KB to the last one.
+MOST_ROUNDS = 2
+# float32 of it, for each of 256 threads.
+PARTIAL = 256 * (64 + 4)
 # Elements after the biases of a tile of keys: the first says whether any is not zero.
 BIAS_MORE = 4
+
+
+class Divisor(ctypes.Structure):
+    """`struct Divisor` in machine.cu."""
+
+    _fields_ = tuple((name, ctypes.c_uint32) for name in ("divisor", "multiplier", "shift"))
+
+
+@functools.cache
+def divisor(d: int) -> Divisor:
+    """Return what a product takes to divide at most 2^31 - 1 by d, at least 1 (Granlund, 1994)."""
+    bits = (d - 1).bit_length()
+    return Divisor(d, 0, 0) if d == 1 else Divisor(d, -(-(1 << 31 + bits) // d), bits - 1)
 
 
 class Params(ctypes.Structure):
@@ -60,7 +80,10 @@ class Params(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("q", "k", "v", "q_scale", "k_scale", "v_scale")),
         *((name, ctypes.c_void_p) for name in ("v_offset", "q_bound", "k_bound", "out", "lse")),
         *((name, ctypes.c_longlong) for name in ("out_b", "out_h", "out_l")),
-        *((name, ctypes.c_int) for name in ("group", "rows", "keys", "tiles", "blocks")),
+        *((name, ctypes.c_int) for name in ("rows", "keys", "tiles", "blocks")),
+        ("whole", ctypes.c_uint32),
+        *((name, Divisor) for name in ("parts", "units", "heads", "group")),
+        *((name, ctypes.c_void_p) for name in ("partial", "done")),
         *(("bias", ctypes.c_void_p), ("bias_b", ctypes.c_longlong), ("bias_h", ctypes.c_longlong)),
     )
 
@@ -154,6 +177,28 @@ def _strides(bias: torch.Tensor | None) -> tuple[int, int]:
 
 
 @functools.cache
+def split(units: int, blocks: int, at_once: int) -> tuple[int, int]:
+    """Return how many units go whole, and into how many parts the keys of each other one.
+
+    units: clusters of blocks of threads, of which `at_once` run at a time. blocks: tiles of keys.
+    Those that would run last, with others idle, are split where this ends sooner.
+    """
+    left = units % at_once
+
+    def cost(parts: int) -> int:
+        return -(-left * parts // at_once) * (-(-blocks // parts) + BLOCK_TILES)
+
+    most = min(MOST_PARTS, blocks // MIN_TILES, MOST_ROUNDS * at_once // max(left, 1))
+    parts = min(range(1, max(most, 1) + 1), key=cost)
+    return (units, 1) if parts == 1 else (units - left, parts)
+
+
+@functools.cache
+def _processors(device: int) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@functools.cache
 def _kernel(kind: Kind, device: int) -> tuple[nvrtc.Kernel, int]:
     """Return the kernel, and how many blocks its clusters have."""
     code = nvrtc.machine_code(source(), kind.options)
@@ -173,15 +218,26 @@ def run(out, lse, q, k, v, mode, mask, causal, scale, prologue=NOTHING, rotate=F
         *(ready.v_offset, ready.q_bound, ready.k_bound, out, lse),
     )
     pointers = (None if t is None else t.data_ptr() for t in tensors)
-    sizes = (h // heads, length, keys, tiles, blocks)
+    sizes = (length, keys, tiles, blocks)
     added = (None if bias is None else bias.data_ptr(), *_strides(bias))
-    params = Params(*pointers, *out.stride()[:3], *sizes, *added)
-    with torch.cuda.device(q.device):
+    device = q.device.index
+    with torch.cuda.device(device):
         map_of_v = _map_of(v) if ready.v is None else no_map()
-        stream = torch.cuda.current_stream(q.device).cuda_stream
+        stream = torch.cuda.current_stream(device).cuda_stream
         kind = Kind(mode, q.dtype, causal, bias is not None, keys >= LONG_KEYS)
-        kernel, cluster = _kernel(kind, q.device.index)
-        grid = (-(-tiles // cluster) * cluster, h, b)
+        kernel, cluster = _kernel(kind, device)
+        of_head = -(-tiles // cluster)
+        units, at_once = of_head * h * b, _processors(device) // cluster
+        # Causal rows see few keys or many: the longest go first instead.
+        whole, parts = (units, 1) if causal else split(units, blocks, at_once)
+        shared, partial, done = (units - whole) * cluster, None, None
+        if shared:
+            partial = torch.empty(shared * parts * PARTIAL, device=q.device)
+            done = torch.zeros(shared, dtype=torch.int32, device=q.device)
+        room = (None if t is None else t.data_ptr() for t in (partial, done))
+        divisors = map(divisor, (parts, of_head, h, h // heads))
+        params = Params(*pointers, *out.stride()[:3], *sizes, whole, *divisors, *room, *added)
+        grid = (whole * cluster + shared * parts, 1, 1)
         kernel.launch(grid, THREADS, (params, map_of_v), stream)
     if lse is not None:
         lse += ready.shift.view_as(lse)

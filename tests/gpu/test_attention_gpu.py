@@ -27,9 +27,21 @@ def error(got: torch.Tensor, want: torch.Tensor) -> float:
     return ((got.double() - want.double()).norm() / want.double().norm()).item()
 
 
-@pytest.fixture(params=[(b, m) for b in BACKENDS for m in MODES], ids="-".join)
-def way(request):
-    backend, mode = request.param
+def unshared(units: int, blocks: int, at_once: int) -> tuple[int, int]:
+    """In the place of `hopper.split`: each block of threads has all keys of its rows."""
+    return units, 1
+
+
+WAYS = [(backend, mode) for backend in BACKENDS for mode in MODES]
+# Few rows share out their keys to many blocks; many, as in models, do not.
+WAYS += [("hopper", mode, "unshared") for mode in MODES]
+
+
+@pytest.fixture(params=WAYS, ids="-".join)
+def way(request, monkeypatch):
+    backend, mode, *more = request.param
+    if more:
+        monkeypatch.setattr(hopper, "split", unshared)
     needs = next(
         b.needs for b in registry.backends(OP) if b.name == backend and mode in str(b.needs)
     )
@@ -266,6 +278,8 @@ def test_blocks_that_share_their_copies_give_the_same_bits(monkeypatch, way, len
     """Odd and even numbers of tiles, more than one batch and head of K, many times."""
     if way["backend"] != "hopper" or way["mode"] not in hopper.LONG_VARIANTS:
         pytest.skip("the kernel of long sequences alone")
+    # They share copies by two, and so their keys with others.
+    monkeypatch.setattr(hopper, "split", unshared)
     q, k, v = inputs(b=2, h=4, kv=2, length=length, keys=3000)
     want = attention(q, k, v, **way, return_lse=True)
     monkeypatch.setattr(hopper, "LONG_KEYS", 3000)
@@ -274,6 +288,41 @@ def test_blocks_that_share_their_copies_give_the_same_bits(monkeypatch, way, len
         for x, y in zip(attention(q, k, v, **way, return_lse=True), want, strict=True):
             different += (x != y).sum()
     assert different == 0
+
+
+def shared(whole: int, parts: int):
+    """In the place of `hopper.split`: so many units whole, others in so many parts."""
+    return lambda units, blocks, at_once: (whole, parts)
+
+
+@pytest.mark.parametrize("whole, parts", [(0, 2), (6, 3), (7, 23)])
+@pytest.mark.parametrize("long", [False, True])
+def test_shared_keys_are_all_seen_once(monkeypatch, way, whole, parts, long):
+    """Two batches, two heads of Q for each of K, four tiles; also where copies are shared by two."""
+    if way["backend"] != "hopper":
+        pytest.skip("the Hopper kernel alone")
+    monkeypatch.setattr(hopper, "LONG_KEYS", 2900 if long else 32000)
+    q, k, v = inputs(b=2, h=4, kv=2, length=500, keys=2900)
+    for options in ({}, {"mask": masks_of_keys(2, 4, 2900)["some"]}, {"mask": ends(2900)}):
+        monkeypatch.setattr(hopper, "split", shared(whole, parts))
+        (out, lse), (want, want_lse) = runs(way, q, k, v, **options)
+        assert error(out, want) <= MODES[way["mode"]].max_error
+        assert (lse - want_lse).abs().max() <= LSE_ERROR
+        different = torch.zeros((), dtype=torch.int64, device="cuda")
+        for _ in range(100):
+            again = attention(q, k, v, **way, **options, return_lse=True)
+            different += (again[0] != out).sum() + (again[1] != lse).sum()
+        assert different == 0
+        monkeypatch.setattr(hopper, "split", unshared)
+        out, whole_lse = attention(q, k, v, **way, **options, return_lse=True)
+        assert error(out, want) <= MODES[way["mode"]].max_error
+        assert (lse - whole_lse).abs().max() <= LSE_ERROR / 3
+
+
+def ends(keys: int) -> torch.Tensor:
+    """Of the keys only the first and the last 300: most parts of them see none."""
+    index = torch.arange(keys, device="cuda")
+    return ((index < 300) | (index >= keys - 300)).view(1, 1, 1, keys)
 
 
 @pytest.mark.parametrize("growth", [3, 20, 100])

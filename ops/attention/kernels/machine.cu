@@ -31,6 +31,15 @@
 #define PV_FP8 1
 #define PV_INT8 2
 
+// What the host knows of a divisor, so that to divide takes a product: at most 2^31 - 1 is divided.
+struct Divisor {
+    u32 divisor, multiplier, shift;
+    __device__ __forceinline__ u32 divide(u32 x, u32& rest) const {
+        u32 quotient = divisor == 1 ? x : __umulhi(x, multiplier) >> shift;
+        rest = x - quotient * divisor;
+        return quotient;
+    }
+};
 struct Params {
     const char* q;         // [B·H, tiles, 128, 128] int8, swizzled
     const char* k;         // [B·Hkv, blocks, 128, 128] int8, swizzled
@@ -41,10 +50,16 @@ struct Params {
     const float* v_offset;   // [B·Hkv, 128], added after the sum; unused if exact
     const float* q_bound;  // [B·H, tiles · 128]: norm of the row, scaled
     const float* k_bound;  // [B·Hkv, blocks]: largest norm of a key, scaled
-    void* out;
+    void* out;             // rows of 128, at multiples of 16 bytes
     float* lse;            // [B·H, Lq] natural logarithm, or null
     long long out_b, out_h, out_l;
-    int group, rows, keys, tiles, blocks;
+    int rows, keys, tiles, blocks;
+    // Of `whole` clusters each block has all keys of its rows. Of the rows after these `parts` blocks
+    // each share the keys.
+    u32 whole;
+    Divisor parts, units, heads, group;  // units: clusters of a head; group: heads of Q of one of K
+    float* partial;        // [rows' tiles, parts, PARTIAL]: what each of them has
+    u32* done;        // [rows' tiles], 0: how many of them are done
     const float* bias;     // [blocks, 132]: of 128 keys, in log2 units; then 0 if all of them are
                            // 0, NaN if any is
     long long bias_b, bias_h;
@@ -63,6 +78,8 @@ constexpr int SUMS = PV == PV_FP8 ? 68 : 64;
 constexpr int Q_BYTES = M * D;
 constexpr int CONSUMERS = 2;
 constexpr int WARPS = CONSUMERS * 4;
+// Numbers that a block leaves to another: P·V, P's sums and the tops of a thread's rows.
+constexpr int PARTIAL = (64 + 4) * CONSUMERS * 128;
 // Rows' maxima start where FP8 keeps the most: 2^5, of at most 448.
 constexpr float SHIFT = PV == PV_FP8 ? 5.0f : 0.0f;
 // log2 of how far P may grow beyond the maximum it is scaled by before all is rescaled.
@@ -103,6 +120,7 @@ __device__ __forceinline__ void named_sync(int id) {
 __device__ __forceinline__ void named_arrive(int id) {
     asm volatile("bar.arrive %0, 256;" ::"r"(id) : "memory");
 }
+__device__ __forceinline__ void all_consumers() { named_sync(5); }
 // Whether a condition holds for all 128 threads of a warpgroup.
 __device__ __forceinline__ bool all_of_group(int id, bool condition) {
     int result;

@@ -63,9 +63,42 @@ def test_shared_memory_suffices(kind):
     assert kind.shared_bytes + 4096 <= SHARED_KIB * 1024
 
 
+@pytest.mark.parametrize(
+    "units, blocks, at_once, want",
+    [
+        # Qwen-Image: ten times 132, and 24 whose keys five blocks share.
+        (24 * 56, 56, 132, (1320, 5)),
+        # Wan at 720p, by blocks and by pairs of them; at 480p.
+        (40 * 591, 591, 132, (179 * 132, 11)),
+        (40 * 296, 591, 66, (179 * 66, 5)),
+        (40 * 256, 256, 132, (77 * 132, 3)),
+        # Nothing is left over, or so much that nothing would be won.
+        (264, 100, 132, (264, 1)),
+        (131, 100, 132, (131, 1)),
+        # Keys that are too few.
+        (10, 7, 132, (10, 1)),
+        (10, 8, 132, (0, 2)),
+        (1, 1000, 132, (0, 16)),
+    ],
+)
+def test_keys_are_shared_where_that_ends_sooner(units, blocks, at_once, want):
+    assert hopper.split(units, blocks, at_once) == want
+
+
 def test_parameters_are_laid_out_as_in_the_source():
     """Names and order of `struct Params`: ctypes and C lay out the same fields the same way."""
-    assert fields_of(hopper.source(), "Params") == [name for name, _ in hopper.Params._fields_]
+    names = [name.removeprefix("Divisor ") for name in fields_of(hopper.source(), "Params")]
+    assert names == [name for name, _ in hopper.Params._fields_]
+
+
+@pytest.mark.parametrize("d", [1, 2, 3, 5, 56, 128, 131, 591, 65537, 2**31 - 1])
+def test_product_divides(d):
+    given = hopper.divisor(d)
+    assert given.divisor == d and given.multiplier < 2**32
+    for x in (0, 1, d - 1, d, d + 1, 7 * d - 1, 23640, 2**31 - 1, (2**31 - 1) // d * d - 1):
+        if 0 <= x < 2**31:
+            quotient = x if d == 1 else (x * given.multiplier >> 32) >> given.shift
+            assert quotient == x // d
 
 
 def test_bias_of_a_mask_of_keys():
