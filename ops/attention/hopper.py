@@ -49,13 +49,12 @@ LONG_VARIANTS = {"exact": {"CLUSTER": 2, "DOUBLE": 0, "STAGES": 4}}
 ONES_ROWS = 8
 # Elements of a row of 128 bytes.
 BOX_COLUMNS = 64
-# Blocks of threads that may share the keys of their rows: so many of these rows at most, each with
-# so many tiles at least. What a block costs beside its tiles, as so many more: 7,000 to 8,000 cycles.
+# Of a tile of rows whose keys several blocks of threads share: blocks at most, tiles of keys that
+# each has at least, and what a block costs beside its tiles, in tiles (7,000 to 8,000 cycles).
 MOST_PARTS, MIN_TILES, BLOCK_TILES = 16, 4, 4
-# Such blocks at most, of what the GPU runs at once: each leaves 70 KB to the last one.
-MOST_ROUNDS = 2
-# float32 of it, for each of 256 threads.
-PARTIAL = 256 * (64 + 4)
+# All such blocks at most, in multiples of what the GPU runs at once: each leaves 70 KB to the last
+# block of its rows, 64 sums and 4 numbers of two rows for each of 256 threads.
+MOST_ROUNDS, PARTIAL = 2, 256 * (64 + 4)
 # Elements after the biases of a tile of keys: the first says whether any is not zero.
 BIAS_MORE = 4
 

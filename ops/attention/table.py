@@ -32,9 +32,10 @@ MAX_ERROR = 0.045
 HOPPER = ((9, 0), (10, 0))
 # One H200; docs/results/attention.md and block.md have the figures.
 AUTO = (
-    # In a block, where power limits what runs, 10% less time than by exact, and no larger an error.
+    # In a block, where power limits what runs, 13% less time than by exact, and no larger an error.
     Row(HOPPER, (128,), 16384, "lowbit_fp8", "hopper"),
-    # Level with cuDNN at 4,096 tokens, slower below; with Qwen-Image's text masked faster than fp8.
+    # 9 to 13% faster than cuDNN at 4,096 tokens, 5 to 9 at 3,072, where the host takes longer; fp8
+    # errs three times as much and is level with it up to here.
     Row(HOPPER, (128,), 4096, "lowbit_exact", "hopper", (None, KEYS)),
     # Texts among them: torch itself takes flash attention before cuDNN's, at half the speed.
     Row(HOPPER, (128,), 256, "cudnn"),

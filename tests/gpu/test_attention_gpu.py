@@ -298,7 +298,7 @@ def shared(whole: int, parts: int):
 @pytest.mark.parametrize("whole, parts", [(0, 2), (6, 3), (7, 23)])
 @pytest.mark.parametrize("long", [False, True])
 def test_shared_keys_are_all_seen_once(monkeypatch, way, whole, parts, long):
-    """Two batches, two heads of Q for each of K, four tiles; also where copies are shared by two."""
+    """Two batches, two heads of Q for each of K, four tiles; copies by blocks and by pairs."""
     if way["backend"] != "hopper":
         pytest.skip("the Hopper kernel alone")
     monkeypatch.setattr(hopper, "LONG_KEYS", 2900 if long else 32000)

@@ -91,6 +91,16 @@ def test_parameters_are_laid_out_as_in_the_source():
     assert names == [name for name, _ in hopper.Params._fields_]
 
 
+@pytest.mark.parametrize("at_once", [66, 108, 132])
+def test_blocks_that_share_keys_are_few_and_have_some_each(at_once):
+    for units in range(1, 3 * at_once, 7):
+        for blocks in (1, 8, 33, 256, 1182):
+            whole, parts = hopper.split(units, blocks, at_once)
+            assert 0 <= units - whole < at_once and (parts == 1) == (whole == units)
+            assert (units - whole) * parts <= 2 * at_once
+            assert parts == 1 or blocks // parts >= 4
+
+
 @pytest.mark.parametrize("d", [1, 2, 3, 5, 56, 128, 131, 591, 65537, 2**31 - 1])
 def test_product_divides(d):
     given = hopper.divisor(d)
