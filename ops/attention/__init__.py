@@ -47,6 +47,7 @@ def attention(
     A row for which no key counts gives zeros, and -inf. NaN in a row of q reaches that row; NaN in
     k or v reaches the rows or channels of its head. In a mask that is added -inf hides a key; NaN
     and +inf give NaN in the rows that see the key.
+    How many rows there are in all, and on which GPU, may change the last bits of a row.
     Raises ValueError or TypeError on other inputs, NoBackendError when no backend can run them.
     """
     check(q, k, v, mode, mask, scale)

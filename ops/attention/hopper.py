@@ -50,8 +50,11 @@ ONES_ROWS = 8
 # Elements of a row of 128 bytes.
 BOX_COLUMNS = 64
 # Of a tile of rows whose keys several blocks of threads share: blocks at most, tiles of keys that
-# each has at least, and what a block costs beside its tiles, in tiles (7,000 to 8,000 cycles).
-MOST_PARTS, MIN_TILES, BLOCK_TILES = 16, 4, 4
+# each has at least.
+MOST_PARTS, MIN_TILES = 16, 4
+# What it costs, in tiles of 2,000 cycles: a block beside its tiles; that any keys are shared, which
+# takes one more launch; and to add up what each block has.
+BLOCK_TILES, SHARED_TILES, PART_TILES = 4, 5, 1
 # All such blocks at most, in multiples of what the GPU runs at once: each leaves 70 KB to the last
 # block of its rows, 64 sums and 4 numbers of two rows for each of 256 threads.
 MOST_ROUNDS, PARTIAL = 2, 256 * (64 + 4)
@@ -130,7 +133,7 @@ class Kind:
         """Return NVRTC's options."""
         defined = {
             **{"PV": self.mode.code, "FP16": int(self.dtype == torch.float16), **self.variant},
-            **{"CAUSAL": int(self.causal), "BIASED": int(self.biased)},
+            **{"CAUSAL": int(self.causal), "BIASED": int(self.biased), "PARTIAL": PARTIAL},
         }
         return (*OPTIONS, *(f"-D{name}={value}" for name, value in defined.items()))
 
@@ -158,7 +161,7 @@ def bias_of(mask: torch.Tensor) -> torch.Tensor:
     """
     b, h, _, keys = mask.shape
     blocks = -(-keys // TILE)
-    bias = torch.full((b, h, blocks * TILE), -torch.inf, device=mask.device)
+    bias = torch.full((b, h, blocks * TILE), -torch.inf, dtype=torch.float32, device=mask.device)
     if mask.dtype == torch.bool:
         bias[..., :keys] = torch.where(mask[:, :, 0], 0.0, -torch.inf)
     else:
@@ -185,7 +188,8 @@ def split(units: int, blocks: int, at_once: int) -> tuple[int, int]:
     left = units % at_once
 
     def cost(parts: int) -> int:
-        return -(-left * parts // at_once) * (-(-blocks // parts) + BLOCK_TILES)
+        more = SHARED_TILES + PART_TILES * parts if parts > 1 else 0
+        return -(-left * parts // at_once) * (-(-blocks // parts) + BLOCK_TILES) + more
 
     most = min(MOST_PARTS, blocks // MIN_TILES, MOST_ROUNDS * at_once // max(left, 1))
     parts = min(range(1, max(most, 1) + 1), key=cost)
@@ -227,11 +231,12 @@ def run(out, lse, q, k, v, mode, mask, causal, scale, prologue=NOTHING, rotate=F
         kernel, cluster = _kernel(kind, device)
         of_head = -(-tiles // cluster)
         units, at_once = of_head * h * b, _processors(device) // cluster
-        # Causal rows see few keys or many: the longest go first instead.
+        # Causal rows see few keys or many: in each head the longest go first instead.
         whole, parts = (units, 1) if causal else split(units, blocks, at_once)
         shared, partial, done = (units - whole) * cluster, None, None
         if shared:
-            partial = torch.empty(shared * parts * PARTIAL, device=q.device)
+            size = shared * parts * PARTIAL
+            partial = torch.empty(size, dtype=torch.float32, device=q.device)
             done = torch.zeros(shared, dtype=torch.int32, device=q.device)
         room = (None if t is None else t.data_ptr() for t in (partial, done))
         divisors = map(divisor, (parts, of_head, h, h // heads))

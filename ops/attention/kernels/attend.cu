@@ -1,20 +1,20 @@
 // The kernel: who copies, who multiplies, in which order. See machine.cu.
 
-// What a block does: a tile of rows of a head, against some or all tiles of keys, the last one first.
+// What a block does: a tile of rows of a head, against tiles of keys, the last one first.
 struct Part {
     u32 batch, head, bh, kv_head, bkv, tile;
     int begin, end;   // tiles of keys
-    int split;        // number of the tile of rows, of those whose keys several blocks share; or -1
-    int index;        // of these blocks
+    int split;        // number of the tile of rows among those of shared keys; -1 if it is none
+    int index;        // of the block, of those that share them
 };
 // Computed anew from the block's number wherever it is wanted, and so not held in registers.
 __device__ __forceinline__ Part part_of(const Params& args) {
     u32 block;
-    asm volatile("mov.u32 %0, %ctaid.x;" : "=r"(block));
+    asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(block));
     u32 rank = block % CLUSTER, unit = block / CLUSTER, place, rest;
     Part part;
     part.begin = 0, part.end = args.blocks, part.split = -1, part.index = 0;
-    if (unit >= args.whole) {
+    if (!CAUSAL && unit >= args.whole) {
         u32 number = args.parts.divide(unit - args.whole, rest);
         part.index = rest;
         part.split = number * CLUSTER + rank;
@@ -329,8 +329,8 @@ __device__ __forceinline__ bool joined(const Params& args, const Part& part, flo
     return true;
 }
 
-// Of 16 words of each of four threads the first ones become those of words 0, 4, 8, 12 and so on: each
-// thread has four times four that lie side by side.
+// Transposes four times 4 × 4 words among four threads: a thread that had word n of 8 bytes each of
+// the four has four words that are neighbours in memory.
 __device__ __forceinline__ void exchange(u32 (&x)[16]) {
 #pragma unroll
     for (int step = 1; step < 4; step *= 2) {
@@ -356,7 +356,7 @@ __device__ __forceinline__ void finish(const Params& args, const Part& part, con
 #pragma unroll
     for (int j = 0; j < 16; ++j) {
 #if PV != PV_EXACT
-        // Read past all that is written here, and so ahead of it.
+        // By the path of what nobody writes, so that no load waits for the stores below.
         u64 channel = u64(part.bkv) * D + 8 * j + 2 * lane;
         float2 scale = __ldg(reinterpret_cast<const float2*>(args.v_scale + channel));
         float2 mean = __ldg(reinterpret_cast<const float2*>(args.v_offset + channel));
@@ -547,7 +547,7 @@ attention(const __grid_constant__ Params args, const __grid_constant__ TensorMap
             consume<false, false>(work, o, p, rows);
         part = part_of(args);
         sum_rows(o, rows);
-        if (part.split < 0 || joined(args, part, o, rows, &turn))
+        if (CAUSAL || part.split < 0 || joined(args, part, o, rows, &turn))
             finish(args, part, o, rows, part.tile * M + row_of_thread(group));
     }
     // No block leaves while another one may still write to its shared memory.

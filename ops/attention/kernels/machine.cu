@@ -1,6 +1,6 @@
 // Attention on Hopper: INT8 Q·Kᵀ, then P·V in 16 bits, FP8, or unsigned times signed 8 bits.
 //
-// A block of threads owns 128 rows of Q. One warp copies tiles of K and V to shared memory; two
+// A block of threads owns 128 rows of Q, and all keys or a part of them. One warp copies tiles of K and V to shared memory; two
 // warpgroups of 64 rows each multiply and take the softmax, so that one has the tensor cores while
 // the other computes exponentials. Within a warpgroup, P·V of a tile runs beside the softmax of
 // the next one.
@@ -23,6 +23,7 @@
 //   TILES_SUMMED    tiles of FP8 P·V that the tensor cores sum by themselves
 //   CAUSAL          a row sees the keys up to its own index
 //   BIASED          a number for each key is added to its logits, or hides it
+//   PARTIAL         numbers that a block leaves to another where they share the keys of rows
 
 #if CAUSAL && BIASED
 #error "not both"
@@ -31,7 +32,7 @@
 #define PV_FP8 1
 #define PV_INT8 2
 
-// What the host knows of a divisor, so that to divide takes a product: at most 2^31 - 1 is divided.
+// A divisor as the host prepares it: a quotient is a product's upper half, for x below 2^31.
 struct Divisor {
     u32 divisor, multiplier, shift;
     __device__ __forceinline__ u32 divide(u32 x, u32& rest) const {
@@ -54,12 +55,13 @@ struct Params {
     float* lse;            // [B·H, Lq] natural logarithm, or null
     long long out_b, out_h, out_l;
     int rows, keys, tiles, blocks;
-    // Of `whole` clusters each block has all keys of its rows. Of the rows after these `parts` blocks
-    // each share the keys.
-    u32 whole;
-    Divisor parts, units, heads, group;  // units: clusters of a head; group: heads of Q of one of K
-    float* partial;        // [rows' tiles, parts, PARTIAL]: what each of them has
-    u32* done;        // [rows' tiles], 0: how many of them are done
+    u32 whole;             // clusters whose blocks have all keys of their rows
+    Divisor parts;         // blocks that share the keys of a tile of the rows after these
+    Divisor units;         // clusters of a head
+    Divisor heads;         // of Q
+    Divisor group;         // heads of Q for one of K
+    float* partial;        // [tiles of shared keys, parts, PARTIAL]: what each block has
+    u32* done;             // [tiles of shared keys]: blocks that have left it there, at first 0
     const float* bias;     // [blocks, 132]: of 128 keys, in log2 units; then 0 if all of them are
                            // 0, NaN if any is
     long long bias_b, bias_h;
@@ -78,8 +80,7 @@ constexpr int SUMS = PV == PV_FP8 ? 68 : 64;
 constexpr int Q_BYTES = M * D;
 constexpr int CONSUMERS = 2;
 constexpr int WARPS = CONSUMERS * 4;
-// Numbers that a block leaves to another: P·V, P's sums and the tops of a thread's rows.
-constexpr int PARTIAL = (64 + 4) * CONSUMERS * 128;
+static_assert(PARTIAL == (64 + 4) * CONSUMERS * 128, "P·V, P's sums and tops of a thread's rows");
 // Rows' maxima start where FP8 keeps the most: 2^5, of at most 448.
 constexpr float SHIFT = PV == PV_FP8 ? 5.0f : 0.0f;
 // log2 of how far P may grow beyond the maximum it is scaled by before all is rescaled.

@@ -22,15 +22,14 @@ INSTRUCTIONS = {
 
 
 def kinds() -> list:
-    """Each kernel that is compiled, but for long sequences in bf16 alone."""
-    bf16 = torch.bfloat16
+    """Each kernel that is compiled."""
     found = []
     for mode in MODES.values():
-        for dtype in (bf16, torch.float16):
+        for dtype in (torch.bfloat16, torch.float16):
             found += [Kind(mode, dtype), Kind(mode, dtype, causal=True)]
             found.append(Kind(mode, dtype, biased=True))
-        if mode.name in hopper.LONG_VARIANTS:
-            found.append(Kind(mode, bf16, long=True))
+            if mode.name in hopper.LONG_VARIANTS:
+                found.append(Kind(mode, dtype, long=True))
     return found
 
 
@@ -77,7 +76,8 @@ def test_shared_memory_suffices(kind):
         (131, 100, 132, (131, 1)),
         # Keys that are too few.
         (10, 7, 132, (10, 1)),
-        (10, 8, 132, (0, 2)),
+        (24, 8, 132, (24, 1)),
+        (8, 64, 132, (0, 8)),
         (1, 1000, 132, (0, 16)),
     ],
 )
@@ -132,6 +132,14 @@ def test_bias_of_a_mask_of_keys():
         torch.tensor([0.0, torch.nan, 1.0])[:, None].expand(3, 4),
         equal_nan=True,
     )
+
+
+def test_bias_is_float32_whatever_torch_makes_by_default():
+    torch.set_default_dtype(torch.float16)
+    try:
+        assert hopper.bias_of(torch.ones(1, 1, 1, 9, dtype=torch.bool)).dtype == torch.float32
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 def test_mask_of_keys_is_made_once_for_all_heads():
