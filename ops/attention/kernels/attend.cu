@@ -3,9 +3,9 @@
 // What a block does: a tile of rows of a head, against tiles of keys, the last one first.
 struct Part {
     u32 batch, head, bh, kv_head, bkv, tile;
-    int begin, end;   // tiles of keys
-    int split;        // number of the tile of rows among those of shared keys; -1 if it is none
-    int index;        // of the block, of those that share them
+    int begin, end;  // tiles of keys
+    int split;       // number of the tile of rows among those of shared keys; -1 if it is none
+    int index;       // of the block, of those that share them
 };
 // Computed anew from the block's number wherever it is wanted, and so not held in registers.
 __device__ __forceinline__ Part part_of(const Params& args) {
@@ -14,7 +14,7 @@ __device__ __forceinline__ Part part_of(const Params& args) {
     u32 rank = block % CLUSTER, unit = block / CLUSTER, place, rest;
     Part part;
     part.begin = 0, part.end = args.blocks, part.split = -1, part.index = 0;
-    if (!CAUSAL && unit >= args.whole) {
+    if (unit >= args.whole) {
         u32 number = args.parts.divide(unit - args.whole, rest);
         part.index = rest;
         part.split = number * CLUSTER + rank;
@@ -29,8 +29,8 @@ __device__ __forceinline__ Part part_of(const Params& args) {
     // Blocks that fill up the last cluster do what the last tile's does.
     part.tile = CLUSTER == 1 ? place : min(place * CLUSTER + rank, u32(args.tiles - 1));
 #if CAUSAL
-    // Tiles of rows that see the most keys begin first. Of the last tile that they see some keys may
-    // be none, or later than a row.
+    // No keys are shared. Tiles of rows that see the most begin first. Of the last tile that they see
+    // some keys may be none, or later than a row.
     part.tile = args.tiles - 1 - part.tile;
     part.end = min(args.blocks, part.tile + 1);
 #endif
@@ -284,12 +284,13 @@ __device__ __forceinline__ void sum_rows(const float (&o)[SUMS], Rows& rows) {
 }
 
 // Where blocks share the keys of rows: leaves what this one has to the last of them to come here.
-// Returns whether that is this one, which has it all then: parts are added in their order, whichever
-// is the last.
+// Returns whether that is this one, which has it all then: parts are added in their order, whoever is
+// the last.
 __device__ __forceinline__ bool joined(const Params& args, const Part& part, float (&o)[SUMS],
                                        Rows& rows, u32* turn) {
     constexpr int THREADS = CONSUMERS * 128;
-    float* const of_rows = args.partial + u64(part.split) * args.parts.divisor * PARTIAL + threadIdx.x;
+    float* const of_rows =
+        args.partial + u64(part.split) * args.parts.divisor * PARTIAL + threadIdx.x;
     float* const mine = of_rows + part.index * PARTIAL;
 #pragma unroll
     for (int j = 0; j < 64; ++j) __stcg(mine + j * THREADS, o[j]);
@@ -329,8 +330,8 @@ __device__ __forceinline__ bool joined(const Params& args, const Part& part, flo
     return true;
 }
 
-// Transposes four times 4 × 4 words among four threads: a thread that had word n of 8 bytes each of
-// the four has four words that are neighbours in memory.
+// Transposes 4 × 4 words among four threads, four times: what lay 16 bytes apart in a thread is then
+// in four threads, and each has four words that are neighbours in memory.
 __device__ __forceinline__ void exchange(u32 (&x)[16]) {
 #pragma unroll
     for (int step = 1; step < 4; step *= 2) {
@@ -547,7 +548,7 @@ attention(const __grid_constant__ Params args, const __grid_constant__ TensorMap
             consume<false, false>(work, o, p, rows);
         part = part_of(args);
         sum_rows(o, rows);
-        if (CAUSAL || part.split < 0 || joined(args, part, o, rows, &turn))
+        if (part.split < 0 || joined(args, part, o, rows, &turn))
             finish(args, part, o, rows, part.tile * M + row_of_thread(group));
     }
     // No block leaves while another one may still write to its shared memory.

@@ -1,9 +1,9 @@
 // Attention on Hopper: INT8 Q·Kᵀ, then P·V in 16 bits, FP8, or unsigned times signed 8 bits.
 //
-// A block of threads owns 128 rows of Q, and all keys or a part of them. One warp copies tiles of K and V to shared memory; two
-// warpgroups of 64 rows each multiply and take the softmax, so that one has the tensor cores while
-// the other computes exponentials. Within a warpgroup, P·V of a tile runs beside the softmax of
-// the next one.
+// A block of threads owns 128 rows of Q, and all keys or a part of them. One warp copies tiles of K
+// and V to shared memory; two warpgroups of 64 rows each multiply and take the softmax, so that one
+// has the tensor cores while the other computes exponentials. Within a warpgroup, P·V of a tile runs
+// beside the softmax of the next one.
 //
 // Layouts (ops/layout, and its tests): rows of 128 bytes whose 16-byte chunks are XORed with the
 // row's number modulo 8, as wgmma's 128-byte swizzle reads them. 8-bit V is stored transposed, its
