@@ -235,12 +235,14 @@ def run(out, lse, q, k, v, mode, mask, causal, scale, prologue=NOTHING, rotate=F
         whole, parts = (units, 1) if causal else split(units, blocks, at_once)
         shared, partial, done = (units - whole) * cluster, None, None
         if shared:
-            size = shared * parts * PARTIAL
-            partial = torch.empty(size, dtype=torch.float32, device=q.device)
-            done = torch.zeros(shared, dtype=torch.int32, device=q.device)
-        room = (None if t is None else t.data_ptr() for t in (partial, done))
+            numbers = shared * parts * PARTIAL
+            room = torch.empty(numbers + shared, dtype=torch.float32, device=q.device)
+            partial = room.data_ptr()
+            done = partial + numbers * room.element_size()
+            nvrtc.clear(done, shared, stream)
         divisors = map(divisor, (parts, of_head, h, h // heads))
-        params = Params(*pointers, *out.stride()[:3], *sizes, whole, *divisors, *room, *added)
+        left = partial, done
+        params = Params(*pointers, *out.stride()[:3], *sizes, whole, *divisors, *left, *added)
         grid = (whole * cluster + shared * parts, 1, 1)
         kernel.launch(grid, THREADS, (params, map_of_v), stream)
     if lse is not None:

@@ -61,7 +61,8 @@ class Prepared:
     included. q_bound: norms of the stored rows, scaled. k: [B·Hkv, blocks, 128, W] int8. k_scale:
     [B·Hkv, blocks, groups]. k_bound: [B·Hkv, blocks], largest norms, scaled. v: [B·Hkv, blocks, W,
     128], or None where the mode reads V as it came; v_scale, v_offset: [B·Hkv, W], v ≈ stored ·
-    scale + offset, the mean kept exactly; v_sum: [B·Hkv, blocks, W], sums of the stored numbers.
+    scale + offset, the mean kept exactly; v_sum: [B·Hkv, blocks, W], sums of the stored numbers, or
+    None for Hopper, which does not read them.
     shift: [B·H, Lq], what the logits lost with the mean key, or None.
     """
 
@@ -329,4 +330,4 @@ def _values(
         (_key(blocks), constants),
         v.device,
     )
-    return stored, scale, offset, sums
+    return stored, scale, offset, None if swizzled else sums

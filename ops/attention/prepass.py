@@ -1,7 +1,7 @@
 """The pre-pass of attention in CUDA C++: Q, K and V to 8 bits, each read from memory once.
 
-But V where it becomes integers: twice, as all of their range is used. `prepare.py` says what comes,
-and has the Triton kernels that do it where this does not fit.
+But V twice where it becomes integers and the GPU cannot hold a head of it, as all of their range is
+used. `prepare.py` says what comes, and has the Triton kernels that do it where this does not fit.
 """
 
 import functools
@@ -33,14 +33,19 @@ SAMPLE = 1024
 TILE, SURVEY_TOKENS, VALUE_TILES = 128, 8, 4
 # Heads of Q and of K that an item packs, one after the other, with the same angles.
 Q_HEADS, K_HEADS = 5, 3
+# Tiles of V that a block holds until its head's range is known, where it has room for so many; with
+# fewer it would mostly wait. It waits for so many cycles at most.
+LEAST_HELD, MOST_HELD, PATIENCE = 2, 3, 1 << 21
 # Of a block: threads of a channel. Of a multiprocessor: threads of its blocks.
 THREADS_PER_CHANNEL, RESIDENT_THREADS = 4, 1024
 WARP = 32
 # Of shared memory: for sums of what others wrote; and, beside what a block asks for, for what its
 # warps tell each other.
 SUMS_BYTES, EXCHANGED_BYTES = 8192, 2048
+# Of shared memory that the driver has of each block.
+DRIVER_BYTES = 1024
 # `struct Params`: pointers, then the other fields.
-POINTERS, LAYOUT = 29, "9q8i3f4x"
+POINTERS, LAYOUT = 29, "9q9i3f"
 
 
 def source(name: str) -> str:
@@ -51,9 +56,9 @@ def source(name: str) -> str:
 
 SURVEY = CudaKernel("survey", POINTERS, LAYOUT, functools.partial(source, "survey.cu"))
 ROWS = CudaKernel("pack_rows", POINTERS, LAYOUT, functools.partial(source, "pack_rows.cu"))
-SEE, VALUES, FINISH = (
+HOLD, SEE, VALUES, FINISH = (
     CudaKernel(name, POINTERS, LAYOUT, functools.partial(source, "pack_values.cu"))
-    for name in ("see_values", "pack_values", "finish_values")
+    for name in ("hold_values", "see_values", "pack_values", "finish_values")
 )
 
 
@@ -106,6 +111,20 @@ def values_bytes(d: int) -> int:
     return max(TILE * d + TILE // 16 * 4 * d, SUMS_BYTES)
 
 
+def held_bytes(d: int, tiles: int) -> int:
+    """Return the shared memory of a block that holds so many tiles of V, and their maxima."""
+    return tiles * TILE * d * 2 + 8 * d * 4
+
+
+@functools.cache
+def _held(device: torch.device, d: int) -> int:
+    """Return the tiles of V that a block holds, with as many beside it as `_in_flight` says."""
+    room = torch.cuda.get_device_properties(device).shared_memory_per_block_optin + DRIVER_BYTES
+    of_block = room // (RESIDENT_THREADS // (THREADS_PER_CHANNEL * d)) - DRIVER_BYTES
+    fit = (n for n in range(MOST_HELD + 1) if held_bytes(d, n) + EXCHANGED_BYTES <= of_block)
+    return max(fit, default=0)
+
+
 def defined(
     d: int,
     x: torch.dtype,
@@ -132,7 +151,7 @@ def defined(
         *(("SWIZZLED", int(swizzled)), ("SHIFT", int(shift)), ("V", STORED[mode.storage])),
         *(("Q_HEADS", Q_HEADS), ("K_HEADS", K_HEADS), ("SAMPLE", SAMPLE)),
         *(("SURVEY_TOKENS", SURVEY_TOKENS), ("VALUE_TILES", VALUE_TILES)),
-        ("RMS_ITEMS", rms_items(d)),
+        *(("RMS_ITEMS", rms_items(d)), ("PATIENCE", PATIENCE)),
     )
 
 
@@ -219,26 +238,29 @@ def run(
     of_q, of_k, of_v = _copies(q, k, mode, groups, shift)
     norms = rms_items(d) if p.norm == TOKEN else 0
     k_lag, k_items = _stream(norms, count(heads, K_HEADS), b * blocks, in_flight)
+    held = _held(q.device, d)
     items = kv * (1 + stored) + b * count(queries) * count(h, Q_HEADS) + k_items
     arguments = (
         *(q, k, v if stored else None, *of_q, *of_k, *of_v),
         *(p.q_weight, p.k_weight, p.cos, p.sin, *_scratch(q, k, mode, p, surveys)),
         *(stride for x in (q, k, v) for stride in x.stride()[:3]),
-        *(b, h, heads, queries, keys, p.first, k_lag, items),
+        *(b, h, heads, queries, keys, p.first, k_lag, items, held),
         *(factor, mode.limit, p.eps),
     )
     names = defined(d, q.dtype, p, mode, groups, swizzled, shift, rotate)
     # V does not depend on what is done to Q and K: one kernel for all of that.
     alone = defined(d, q.dtype, NOTHING, mode, 1, swizzled, False, False)
-    parts, room = kv * count(blocks, VALUE_TILES) * stored, values_bytes(d)
-    for kernel, programs, room_of, defines in (
-        (SURVEY, surveys, 0, names),
-        (ROWS, min(items, in_flight), rows_bytes(d, p), names),
-        (SEE, parts * (mode.storage == torch.int8), room, alone),
-        (VALUES, parts, room, alone),
-        (FINISH, kv * stored, room, alone),
-    ):
-        if programs:
-            sizes = {"threads": THREADS_PER_CHANNEL * d, "shared_bytes": room_of}
-            launch(kernel, programs, arguments, {**sizes, "defined": defines}, None, q.device)
-    return *of_q[:3], *of_k, *of_v, of_q[3]
+    parts, room = kv * count(blocks, VALUE_TILES), values_bytes(d)
+    launches = [(SURVEY, surveys, 0, names), (ROWS, min(items, in_flight), rows_bytes(d, p), names)]
+    if mode.storage == torch.int8 and held >= LEAST_HELD and count(blocks, held) <= in_flight:
+        launches.append((HOLD, kv * count(blocks, held), held_bytes(d, held), alone))
+    elif stored:
+        seen = ((SEE, parts, room, alone),) if mode.storage == torch.int8 else ()
+        launches += (*seen, (VALUES, parts, room, alone))
+    if stored:
+        launches.append((FINISH, kv, room, alone))
+    for kernel, programs, room_of, defines in launches:
+        sizes = {"threads": THREADS_PER_CHANNEL * d, "shared_bytes": room_of}
+        launch(kernel, programs, arguments, {**sizes, "defined": defines}, None, q.device)
+    v_sum = None if swizzled else of_v[3]
+    return *of_q[:3], *of_k, *of_v[:3], v_sum, of_q[3]

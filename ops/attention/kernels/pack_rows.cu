@@ -8,13 +8,7 @@ const int ANGLE_TILES = ANGLES < 0 ? 0 : 2 * TILE * ANGLE_ROW;
 // Blocks take their items in order (`ticket`), and an item waits for earlier ones alone. Of all that
 // are not done the first one's block works on it, and so none waits for ever.
 
-// Of all threads of a block, once it has written what others wait for.
-__device__ __forceinline__ void tell(u32* counter) {
-    __syncthreads();
-    if (threadIdx.x == 0)
-        asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(counter) : "memory");
-}
-// The same; returns whether all `wanted` have told now, and what they wrote is to be seen.
+// `tell`; returns whether all `wanted` have told now, and what they wrote is to be seen.
 __device__ __forceinline__ bool tell_last(u32* counter, u32 wanted) {
     __shared__ u32 before;
     __syncthreads();
@@ -24,16 +18,6 @@ __device__ __forceinline__ bool tell_last(u32* counter, u32 wanted) {
     __syncthreads();
     return before + 1 == wanted;
 }
-// Of one thread.
-__device__ __forceinline__ void await(const u32* counter, u32 wanted) {
-    u32 seen;
-    while (true) {
-        asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(seen) : "l"(counter) : "memory");
-        if (seen >= wanted) return;
-        __nanosleep(64);
-    }
-}
-
 // Units (tiles, or heads) with some items that come `lag` units ahead of the others.
 struct Stream {
     u32 ahead, after, units, lag;

@@ -3,6 +3,10 @@
 
 // What is rounded to E4M3's largest, 448.
 const float MOST_E4M3 = 464.0f;
+// Of a head in `v_beyond`: it is to be packed again.
+const u32 AGAIN = 0x80000000;
+// Of a tile as it came.
+const int HELD_BYTES = TILE * D * 2;
 
 // The key that stands in a byte of a 16-byte chunk.
 __device__ __forceinline__ int key_of(int byte) {
@@ -31,37 +35,55 @@ struct Place {
                 asm volatile("ld.global.nc.L1::no_allocate.u32 %0, [%1];"
                              : "=r"(x[key]) : "l"(from + key * 2 * p.v_l));
     }
+    // The same of a tile that is held.
+    __device__ __forceinline__ void take(const char* held, u32 (&x)[16]) const {
+#pragma unroll
+        for (int key = 0; key < 16; ++key)
+            x[key] = *reinterpret_cast<const u32*>(held + (chunk * 16 + key) * (2 * D) + 4 * pair);
+    }
 };
 
-// Of some tiles of a head: the maxima of its channels, and of what is their negative.
+// The maxima of two channels, and of what is their negative, so far.
+struct Ends {
+    u32 high, low;
+
+    __device__ __forceinline__ void see(const u32 (&x)[16], int keys) {
+#pragma unroll
+        for (int key = 0; key < 16; ++key)
+            if (key < keys) high = most(high, x[key]), low = most(low, x[key] ^ SIGNS);
+    }
+    // Those of all threads of a block, by way of `all`.
+    __device__ __forceinline__ void gather(const Params& p, const Place& place, u32* all) const {
+        all[place.chunk * D + place.pair] = high;
+        all[place.chunk * D + D / 2 + place.pair] = low;
+        __syncthreads();
+        if (threadIdx.x < D) {
+            u32 ends = all[threadIdx.x];
+#pragma unroll
+            for (int n = 1; n < 8; ++n) ends = most(ends, all[n * D + threadIdx.x]);
+            float even, odd;
+            unpack<X>(ends, even, odd);
+            u32* const to = p.v_ends + (place.bh * 2 + threadIdx.x / (D / 2)) * D + 2 * place.pair;
+            atomicMax(to, ordered(even));
+            atomicMax(to + 1, ordered(odd));
+        }
+        __syncthreads();
+    }
+};
+
+// Of some tiles of a head: the range.
 __device__ __forceinline__ void see(const Params& p, int bh, int tile, int end) {
-    u32* const all = reinterpret_cast<u32*>(shared);
     const Place place(p, bh);
-    u32 high = LOWEST, low = LOWEST, x[16], next[16];
+    Ends ends = {LOWEST, LOWEST};
+    u32 x[16], next[16];
     place.fetch(p, tile, next);
     for (; tile < end; ++tile) {
 #pragma unroll
         for (int key = 0; key < 16; ++key) x[key] = next[key];
         if (tile + 1 < end) place.fetch(p, tile + 1, next);
-#pragma unroll
-        for (int key = 0; key < 16; ++key)
-            if (key < place.keys(p, tile))
-                high = most(high, x[key]), low = most(low, x[key] ^ SIGNS);
+        ends.see(x, place.keys(p, tile));
     }
-    all[place.chunk * D + place.pair] = high;
-    all[place.chunk * D + D / 2 + place.pair] = low;
-    __syncthreads();
-    if (threadIdx.x < D) {
-        u32 ends = all[threadIdx.x];
-#pragma unroll
-        for (int n = 1; n < 8; ++n) ends = most(ends, all[n * D + threadIdx.x]);
-        float even, odd;
-        unpack<X>(ends, even, odd);
-        u32* const to = p.v_ends + (bh * 2 + threadIdx.x / (D / 2)) * D + 2 * place.pair;
-        atomicMax(to, ordered(even));
-        atomicMax(to + 1, ordered(odd));
-    }
-    __syncthreads();
+    ends.gather(p, place, reinterpret_cast<u32*>(shared));
 }
 
 #if V == 1
@@ -144,27 +166,36 @@ __device__ __forceinline__ float2 scales_of(const Params& p, const Place& place,
     return make_float2(x < TINY ? TINY : x, y < TINY ? TINY : y);
 }
 
-// Some tiles of a head, transposed; the first tile's also writes the scales.
+// Some tiles of a head, transposed; the first tile's also writes the scales. HELD: they are in shared
+// memory, each of which is where its codes are staged.
+template <bool HELD>
 __device__ __forceinline__ void pack(const Params& p, int bh, int tile, int end) {
-    uint4* const staged = reinterpret_cast<uint4*>(shared);
-    float* const part_left = reinterpret_cast<float*>(staged + D * 8);
+    char* room = shared;
     const Place place(p, bh);
     const int tiles = count_of(p.keys, TILE), pair = place.pair, chunk = place.chunk;
     u32 x[16];
-    place.fetch(p, tile, x);
+    if (!HELD) place.fetch(p, tile, x);
     const float2 mean = __ldcg(reinterpret_cast<const float2*>(p.v_mean + bh * D) + pair);
     const float2 scale = scales_of(p, place, mean);
     const float2 inverse = make_float2(1.0f / scale.x, 1.0f / scale.y);
     if (tile == 0 && chunk == 0) reinterpret_cast<float2*>(p.v_scale + bh * D)[pair] = scale;
     bool beyond = false;
     for (; tile < end; ++tile) {
+        uint4* const staged = reinterpret_cast<uint4*>(room);
+        float* const part_left = reinterpret_cast<float*>(staged + D * 8);
         const int keys = place.keys(p, tile);
+        if (HELD) place.take(room, x);
         uint4 chunks[2];
         float2 left;
         const float largest = keys >= 16 ? chunks_of<true>(x, mean, inverse, 16, chunks, left)
                                          : chunks_of<false>(x, mean, inverse, keys, chunks, left);
         beyond |= V == E4M3 && !(largest <= MOST_E4M3);
-        if (tile + 1 < end) place.fetch(p, tile + 1, x);
+        if (HELD) {
+            __syncthreads();
+            room += HELD_BYTES;
+        } else if (tile + 1 < end) {
+            place.fetch(p, tile + 1, x);
+        }
         // Neighbouring lanes begin with the one or the other channel: no two of 8 in the same banks.
         const int begin = threadIdx.x >> 2 & 1;
 #pragma unroll
@@ -193,18 +224,80 @@ __device__ __forceinline__ void pack(const Params& p, int bh, int tile, int end)
         }
         __syncthreads();
     }
-    if (beyond) p.v_beyond[bh] = 1;
+    if (beyond) p.v_beyond[bh] = AGAIN;
 }
 
-// ---- kernels, one after the other; a block of the first two has VALUE_TILES tiles of a head
+// ---- kernels, one after the other; a block of `pack_values` and `see_values` has VALUE_TILES tiles
 
-// Integers use all of their range: they are rounded once it is known.
+#if V == 2
+// Whether all blocks of a head know their range, once they do; false where that takes too long.
+__device__ __forceinline__ bool range_is_known(u32* head, u32 blocks) {
+    const long long begin = clock64();
+    while (true) {
+        const u32 seen = told(head);
+        if (seen & AGAIN) return false;
+        if (seen == blocks) return true;
+        if (clock64() - begin >= PATIENCE) {
+            atomicOr(head, AGAIN);
+            return false;
+        }
+        __nanosleep(64);
+    }
+}
+
+// Until no more than `later` of the groups of copies that this thread has begun are on their way.
+__device__ __forceinline__ void await_groups(int later) {
+    if (later >= 2) asm volatile("cp.async.wait_group 2;" ::: "memory");
+    else if (later == 1) asm volatile("cp.async.wait_group 1;" ::: "memory");
+    else asm volatile("cp.async.wait_group 0;" ::: "memory");
+}
+
+// Integers use all of their range: a block holds v_held tiles of a head until it is known. All blocks of
+// a head run at once, unless others have the GPU: none waits for ever, and the head is packed at the end
+// where one did not.
+extern "C" __global__ void __launch_bounds__(THREADS, 1024 / THREADS)
+hold_values(const __grid_constant__ Params p) {
+    __shared__ bool known;
+    const int tiles = count_of(p.keys, TILE), blocks = count_of(tiles, p.v_held);
+    const int bh = blockIdx.x / blocks, begin = blockIdx.x % blocks * p.v_held;
+    const int end = min(tiles, begin + p.v_held);
+    const char* const v = p.v + 2 * ((long long)(bh / p.kv_heads) * p.v_b
+                                     + (bh % p.kv_heads) * p.v_h + begin * TILE * p.v_l);
+    const int row = threadIdx.x / LANES, lane = threadIdx.x % LANES;
+    for (int first = 0; first < (end - begin) * TILE; first += TILE) {
+#pragma unroll
+        for (int j = 0; j < STEPS; ++j) {
+            const int key = first + j * ROWS + row;
+            if (begin * TILE + key < p.keys)
+                copy_async(shared + (key * LANES + lane) * 16, v + 2 * (key * p.v_l + lane * WIDTH));
+        }
+        asm volatile("cp.async.commit_group;" ::: "memory");
+    }
+    const Place place(p, bh);
+    Ends ends = {LOWEST, LOWEST};
+    for (int tile = begin; tile < end; ++tile) {
+        await_groups(end - 1 - tile);
+        __syncthreads();
+        u32 x[16];
+        place.take(shared + (tile - begin) * HELD_BYTES, x);
+        ends.see(x, place.keys(p, tile));
+    }
+    ends.gather(p, place, reinterpret_cast<u32*>(shared + p.v_held * HELD_BYTES));
+    u32* const head = p.v_beyond + bh;
+    tell(head);
+    if (threadIdx.x == 0) known = range_is_known(head, blocks);
+    __syncthreads();
+    if (known) pack<true>(p, bh, begin, end);
+}
+
+// The same in two kernels, which read V twice, where a head has more keys than the GPU can hold.
 extern "C" __global__ void __launch_bounds__(THREADS, 1024 / THREADS)
 see_values(const __grid_constant__ Params p) {
     const int tiles = count_of(p.keys, TILE), parts = count_of(tiles, VALUE_TILES);
     const int begin = blockIdx.x % parts * VALUE_TILES;
     see(p, blockIdx.x / parts, begin, min(tiles, begin + VALUE_TILES));
 }
+#endif
 
 // E4M3's scale has room for values beyond those of the sample, and is the less exact only for what is
 // smaller than a 28,000th of the largest that there is room for.
@@ -212,18 +305,18 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1024 / THREADS)
 pack_values(const __grid_constant__ Params p) {
     const int tiles = count_of(p.keys, TILE), parts = count_of(tiles, VALUE_TILES);
     const int begin = blockIdx.x % parts * VALUE_TILES;
-    pack(p, blockIdx.x / parts, begin, min(tiles, begin + VALUE_TILES));
+    pack<false>(p, blockIdx.x / parts, begin, min(tiles, begin + VALUE_TILES));
 }
 
-// A block for each head: packs it again where values were beyond that room, with room for all of its
-// keys, which takes long and is seldom done; and what gives its channels their mean.
+// A block for each head: packs it again where values were beyond that room, or not all blocks of
+// `hold_values` ran at once, which takes long and is seldom done; and what gives its channels their mean.
 extern "C" __global__ void __launch_bounds__(THREADS, 1024 / THREADS)
 finish_values(const __grid_constant__ Params p) {
     const int bh = blockIdx.x, tiles = count_of(p.keys, TILE), at = bh * D + threadIdx.x;
     const long long first = (long long)bh * tiles * D;
-    if (V == E4M3 && p.v_beyond[bh]) {
+    if (p.v_beyond[bh] & AGAIN) {
         see(p, bh, 0, tiles);
-        pack(p, bh, 0, tiles);
+        pack<false>(p, bh, 0, tiles);
         __syncthreads();
     }
     float* const room = reinterpret_cast<float*>(shared);

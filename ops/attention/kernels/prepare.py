@@ -270,11 +270,10 @@ def survey_kernel(
     at = key.to(tl.int64)[:, None] * x_l + column.to(tl.int64)[None, :] * x_d
     valid = counts[:, None] & (column < D)[None, :]
     value = tl.load(x + at, mask=valid, other=0.0).to(tl.float32)
-    if NORM != NO_NORM or weight is not None or cos is not None:
-        value = apply(
-            *(value, key, counts, bh // H, bh % H, H, KEYS, D),
-            *(inverse, weight, cos, sin, first, eps, NORM, SPLIT, STEP, WIDTH),
-        )
+    value = apply(
+        *(value, key, counts, bh // H, bh % H, H, KEYS, D),
+        *(inverse, weight, cos, sin, first, eps, NORM, SPLIT, STEP, WIDTH),
+    )
     total = tl.sum(tl.reshape(value, (STEP // PART, PART, WIDTH)), axis=1)
     part = step * (STEP // PART) + tl.arange(0, STEP // PART)
     share = tl.maximum(tl.minimum(COUNT - part * PART, PART), 1).to(tl.float32)

@@ -6,8 +6,8 @@
 // packed again. A token far away that is in the sample moves neither of what is taken off, and leaves
 // the others the range that they would have without room. For a norm over all heads K is read twice,
 // the second time from the L2 cache: blocks do one item after the other in an order in which the norms
-// of some tiles come ahead of packing these. Where V becomes integers all of it is read for its range
-// first.
+// of some tiles come ahead of packing these. Integers have no room to spare: blocks hold their tiles of V
+// until the range of the head is known, or, where the GPU cannot hold a head, read them twice.
 //
 // This file has what they share. prepass.py sets:
 //   D               channels of a head, 64 or 128
@@ -27,6 +27,7 @@
 //   SURVEY_TOKENS   of these that a block of the survey has
 //   RMS_ITEMS       items of a tile of K for its norms over all heads, a token for each warp
 //   VALUE_TILES     tiles of a head of V that a block has, one after the other
+//   PATIENCE        cycles that a block which holds tiles of V waits for those of others
 
 enum Norm { NO_NORM = 0, HEAD = 1, TOKEN = 2 };
 enum Stored { NOTHING = 0, E4M3 = 1, INTEGERS = 2 };
@@ -78,10 +79,10 @@ struct Params {
     float* v_mean;     // [B·Hkv, D], of the sample
     u32* v_ends;       // [B·Hkv, 2, D]: maxima of V and of -V, as `ordered`
     float* v_left;     // [B·Hkv, tiles, D]: sums of V less v_mean
-    u32* v_beyond;     // [B·Hkv]: whether a value is larger than E4M3's largest
+    u32* v_beyond;     // [B·Hkv]: AGAIN, and how many blocks of `hold_values` know their range
     u32* done;
     long long q_b, q_h, q_l, k_b, k_h, k_l, v_b, v_h, v_l;
-    int batches, heads, kv_heads, queries, keys, first, k_lag, row_items;
+    int batches, heads, kv_heads, queries, keys, first, k_lag, row_items, v_held;
     float factor, limit, eps;
 };
 
@@ -97,6 +98,25 @@ struct Counters {
         end = k + p.batches * count_of(p.keys, TILE);
     }
 };
+
+// ---- what blocks tell each other
+
+// Of all threads of a block, once it has written what others wait for.
+__device__ __forceinline__ void tell(u32* counter) {
+    __syncthreads();
+    if (threadIdx.x == 0)
+        asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(counter) : "memory");
+}
+// How many have told; what they wrote before is to be seen then.
+__device__ __forceinline__ u32 told(const u32* counter) {
+    u32 seen;
+    asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(seen) : "l"(counter) : "memory");
+    return seen;
+}
+// Of one thread.
+__device__ __forceinline__ void await(const u32* counter, u32 wanted) {
+    while (told(counter) < wanted) __nanosleep(64);
+}
 
 // ---- sums over what blocks wrote, always in the same order
 

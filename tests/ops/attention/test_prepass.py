@@ -94,6 +94,7 @@ def launches(monkeypatch, mode: str, p: Prologue, **shape) -> tuple[list[tuple],
     """What `run` launches on a GPU of 132 processors, and what it returns."""
     made = []
     monkeypatch.setattr(prepass, "_in_flight", lambda device, d: 264)
+    monkeypatch.setattr(prepass, "_held", lambda device, d: shape.get("held", 3))
     monkeypatch.setattr(prepass, "launch", lambda *given: made.append(given))
     b, h, heads, queries, keys = (shape.get(n, 2) for n in ("b", "h", "heads", "queries", "keys"))
     q = torch.zeros(b, h, queries, D, dtype=torch.bfloat16)
@@ -122,9 +123,9 @@ def test_parameters_are_those_of_the_source(monkeypatch, mode, name):
         assert alone["NORM"] == 0 and alone["ANGLES"] == prepass.ABSENT and alone["GROUPS"] == 1
     # In the order of `Prepared`, which `prepare` relies on.
     order = ("q_codes", "q_scale", "q_bound", "k_codes", "k_scale", "k_bound", "v_codes")
-    order += ("v_scale", "v_offset", "v_sum", "shift")
+    order += ("v_scale", "v_offset", None, "shift")
     for name_of, tensor in zip(order, fields, strict=True):
-        assert arguments[name_of] is tensor
+        assert arguments.get(name_of) is tensor
     assert (fields[6] is None) == (mode == "exact")
     assert arguments["q_weight"] is p.q_weight and arguments["sin"] is p.sin
     assert (
@@ -134,9 +135,51 @@ def test_parameters_are_those_of_the_source(monkeypatch, mode, name):
     assert (arguments["k_inverse"] is None) == (p.norm != "token")
     started = [kernel._name for kernel, *_ in made]
     assert started[:2] == ["survey", "pack_rows"]
-    more = {"exact": [], "fp8": ["pack_values", "finish_values"]}
-    more["int8"] = ["see_values", *more["fp8"]]
-    assert started[2:] == more[mode]
+    more = {"exact": [], "fp8": ["pack_values"], "int8": ["hold_values"]}[mode]
+    assert started[2:] == [*more, "finish_values"] * (mode != "exact")
+    assert arguments["v_held"] == 3
+
+
+@pytest.mark.parametrize(
+    ("keys", "held", "once"),
+    [(264 * 3 * 128, 3, True), (264 * 3 * 128 + 1, 3, False), (300, 2, True), (300, 1, False)],
+)
+def test_integers_are_read_once_where_the_gpu_holds_a_head(monkeypatch, keys, held, once):
+    made, _ = launches(monkeypatch, "int8", NOTHING, heads=2, b=1, keys=keys, held=held)
+    started = {kernel._name: programs for kernel, programs, *_ in made}
+    assert ("hold_values" in started) == once
+    assert ("see_values" in started) == ("pack_values" in started) == (not once)
+    blocks = prepass.count(keys)
+    if once:
+        assert started["hold_values"] == 2 * prepass.count(blocks, held)
+    else:
+        assert started["see_values"] == 2 * prepass.count(blocks, prepass.VALUE_TILES)
+
+
+@pytest.mark.parametrize(
+    ("optin", "processor", "held"),
+    [
+        (232448, 233472, {64: 3, 128: 3}),
+        (166912, 167936, {64: 2, 128: 2}),
+        (101376, 102400, {64: 1, 128: 1}),
+    ],
+)
+def test_blocks_that_hold_values_run_beside_others(monkeypatch, optin, processor, held):
+    """Of a GPU's multiprocessor: shared memory of a block at most, and all of it."""
+
+    class Gpu:
+        shared_memory_per_block_optin = optin
+
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Gpu)
+    for d in prepass.WIDTHS:
+        prepass._held.cache_clear()
+        n = prepass._held(torch.device("cuda"), d)
+        prepass._held.cache_clear()
+        assert n == held[d]
+        blocks = prepass.RESIDENT_THREADS // (prepass.THREADS_PER_CHANNEL * d)
+        assert blocks * (prepass.held_bytes(d, n) + prepass.DRIVER_BYTES + 64) <= processor
+        # A tile's codes and sums are staged where it was.
+        assert prepass.values_bytes(d) <= 2 * prepass.TILE * d
 
 
 def test_norms_come_so_far_ahead_that_all_blocks_have_other_work(monkeypatch):
