@@ -233,15 +233,14 @@ def run(out, lse, q, k, v, mode, mask, causal, scale, prologue=NOTHING, rotate=F
         units, at_once = of_head * h * b, _processors(device) // cluster
         # Causal rows see few keys or many: in each head the longest go first instead.
         whole, parts = (units, 1) if causal else split(units, blocks, at_once)
-        shared, partial, done = (units - whole) * cluster, None, None
+        shared, left = (units - whole) * cluster, (None, None)
         if shared:
             numbers = shared * parts * PARTIAL
             room = torch.empty(numbers + shared, dtype=torch.float32, device=q.device)
-            partial = room.data_ptr()
-            done = partial + numbers * room.element_size()
-            nvrtc.clear(done, shared, stream)
+            # What each block leaves, and how many have.
+            left = room.data_ptr(), room.data_ptr() + numbers * room.element_size()
+            nvrtc.clear(left[1], shared, stream)
         divisors = map(divisor, (parts, of_head, h, h // heads))
-        left = partial, done
         params = Params(*pointers, *out.stride()[:3], *sizes, whole, *divisors, *left, *added)
         grid = (whole * cluster + shared * parts, 1, 1)
         kernel.launch(grid, THREADS, (params, map_of_v), stream)

@@ -34,7 +34,7 @@ TILE, SURVEY_TOKENS, VALUE_TILES = 128, 8, 4
 # Heads of Q and of K that an item packs, one after the other, with the same angles.
 Q_HEADS, K_HEADS = 5, 3
 # Tiles of V that a block holds until its head's range is known, where it has room for so many; with
-# fewer it would mostly wait. It waits for so many cycles at most.
+# fewer it would mostly wait. It waits for so many cycles, about what to pack a head again takes.
 LEAST_HELD, MOST_HELD, PATIENCE = 2, 3, 1 << 21
 # Of a block: threads of a channel. Of a multiprocessor: threads of its blocks.
 THREADS_PER_CHANNEL, RESIDENT_THREADS = 4, 1024
@@ -212,7 +212,7 @@ def _scratch(q, k, mode: Mode, p: Prologue, surveys: int) -> tuple[torch.Tensor 
         _made(q, kv, 2, d, dtype=word) if stored else None,
         _made(q, kv, blocks, d) if stored else None,
         _made(q, kv, dtype=word) if stored else None,
-        _made(q, 2 + b * (tiles + blocks), dtype=word),
+        _made(q, 3 + b * (tiles + blocks), dtype=word),
     )
 
 
@@ -262,5 +262,6 @@ def run(
     for kernel, programs, room_of, defines in launches:
         sizes = {"threads": THREADS_PER_CHANNEL * d, "shared_bytes": room_of}
         launch(kernel, programs, arguments, {**sizes, "defined": defines}, None, q.device)
+    # Hopper's kernel does not read V's sums.
     v_sum = None if swizzled else of_v[3]
     return *of_q[:3], *of_k, *of_v[:3], v_sum, of_q[3]

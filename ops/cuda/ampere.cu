@@ -52,6 +52,13 @@ __device__ __forceinline__ void copy_async(void* to, const void* from) {
     const u32 at = static_cast<u32>(__cvta_generic_to_shared(to));
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(at), "l"(from) : "memory");
 }
+// Ends a group of these copies. Then: until at most `later` groups, of 3, are on their way.
+__device__ __forceinline__ void end_group() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+__device__ __forceinline__ void await_groups(int later) {
+    if (later >= 2) asm volatile("cp.async.wait_group 2;" ::: "memory");
+    else if (later == 1) asm volatile("cp.async.wait_group 1;" ::: "memory");
+    else asm volatile("cp.async.wait_group 0;" ::: "memory");
+}
 // Until all that this thread copies is there, for this thread.
 __device__ __forceinline__ void await_copies() {
     asm volatile("cp.async.wait_all;" ::: "memory");

@@ -310,35 +310,6 @@ def test_channels_of_one_value_are_exact():
         assert (out[..., :64] == 5.0).all() and out.isfinite().all()
 
 
-WAYS = {"held": {}, "read twice": {"LEAST_HELD": 9}, "given up": {"PATIENCE": 0}}
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(
-    ("b", "heads", "keys", "d"),
-    [(1, 2, 1, 128), (2, 3, 129, 128), (1, 40, 3000, 128), (2, 2, 20001, 64), (1, 3, 100001, 128)],
-)
-def test_integers_are_the_same_held_or_read_twice_or_packed_again(
-    monkeypatch, b, heads, keys, d, dtype
-):
-    q = make(b, heads, 128, d, seed=0, dtype=dtype)
-    k, v = (make(b, keys, heads, d, seed=n, dtype=dtype).transpose(1, 2) for n in (1, 2))
-    v[:, 0, keys // 2, 5], v[:, -1, keys - 1, 6] = 300, -torch.inf
-    found = {}
-    for way, constants in WAYS.items():
-        with monkeypatch.context() as patch:
-            for name, value in constants.items():
-                patch.setattr(prepass, name, value)
-            tuning.forget()
-            given = (q, k, v, SCALE, MODES["int8"], 4 if d == 128 else 1, d == 128, False)
-            found[way] = [
-                t.view(torch.uint8) for t in vars(prepare.prepare(*given)).values() if t is not None
-            ]
-        tuning.forget()
-    for way in WAYS:
-        assert all(map(torch.equal, found[way], found["read twice"])), way
-
-
 @pytest.mark.parametrize("mode", ["fp8", "int8"])
 @pytest.mark.parametrize("name", ["token", "split"])
 def test_results_do_not_depend_on_who_came_first(name, mode):

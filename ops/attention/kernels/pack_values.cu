@@ -3,7 +3,7 @@
 
 // What is rounded to E4M3's largest, 448.
 const float MOST_E4M3 = 464.0f;
-// Of a head in `v_beyond`: it is to be packed again.
+// Of a head's `v_state`: it is to be packed again.
 const u32 AGAIN = 0x80000000;
 // Of a tile as it came.
 const int HELD_BYTES = TILE * D * 2;
@@ -224,32 +224,26 @@ __device__ __forceinline__ void pack(const Params& p, int bh, int tile, int end)
         }
         __syncthreads();
     }
-    if (beyond) p.v_beyond[bh] = AGAIN;
+    if (beyond) p.v_state[bh] = AGAIN;
 }
 
 // ---- kernels, one after the other; a block of `pack_values` and `see_values` has VALUE_TILES tiles
 
 #if V == 2
-// Whether all blocks of a head know their range, once they do; false where that takes too long.
-__device__ __forceinline__ bool range_is_known(u32* head, u32 blocks) {
+// Whether all blocks of a head have told their range, once they have. false where that takes too long, or
+// took for another head.
+__device__ __forceinline__ bool range_is_known(u32* head, u32 blocks, u32* gave_up) {
     const long long begin = clock64();
     while (true) {
         const u32 seen = told(head);
         if (seen & AGAIN) return false;
         if (seen == blocks) return true;
-        if (clock64() - begin >= PATIENCE) {
-            atomicOr(head, AGAIN);
-            return false;
-        }
+        if (clock64() - begin >= PATIENCE || told(gave_up)) break;
         __nanosleep(64);
     }
-}
-
-// Until no more than `later` of the groups of copies that this thread has begun are on their way.
-__device__ __forceinline__ void await_groups(int later) {
-    if (later >= 2) asm volatile("cp.async.wait_group 2;" ::: "memory");
-    else if (later == 1) asm volatile("cp.async.wait_group 1;" ::: "memory");
-    else asm volatile("cp.async.wait_group 0;" ::: "memory");
+    atomicOr(head, AGAIN);
+    atomicExch(gave_up, 1);
+    return false;
 }
 
 // Integers use all of their range: a block holds v_held tiles of a head until it is known. All blocks of
@@ -271,7 +265,7 @@ hold_values(const __grid_constant__ Params p) {
             if (begin * TILE + key < p.keys)
                 copy_async(shared + (key * LANES + lane) * 16, v + 2 * (key * p.v_l + lane * WIDTH));
         }
-        asm volatile("cp.async.commit_group;" ::: "memory");
+        end_group();
     }
     const Place place(p, bh);
     Ends ends = {LOWEST, LOWEST};
@@ -283,9 +277,8 @@ hold_values(const __grid_constant__ Params p) {
         ends.see(x, place.keys(p, tile));
     }
     ends.gather(p, place, reinterpret_cast<u32*>(shared + p.v_held * HELD_BYTES));
-    u32* const head = p.v_beyond + bh;
-    tell(head);
-    if (threadIdx.x == 0) known = range_is_known(head, blocks);
+    tell(p.v_state + bh);
+    if (threadIdx.x == 0) known = range_is_known(p.v_state + bh, blocks, Counters(p).gave_up);
     __syncthreads();
     if (known) pack<true>(p, bh, begin, end);
 }
@@ -314,8 +307,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1024 / THREADS)
 finish_values(const __grid_constant__ Params p) {
     const int bh = blockIdx.x, tiles = count_of(p.keys, TILE), at = bh * D + threadIdx.x;
     const long long first = (long long)bh * tiles * D;
-    if (p.v_beyond[bh] & AGAIN) {
-        see(p, bh, 0, tiles);
+    if (p.v_state[bh] & AGAIN) {
+        // What `hold_values` told is of all keys.
+        if (V == E4M3) see(p, bh, 0, tiles);
         pack<false>(p, bh, 0, tiles);
         __syncthreads();
     }

@@ -17,7 +17,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) survey(const __grid_consta
     const u32 kv = V ? p.batches * p.kv_heads : 0;
     for (u32 i = blockIdx.x * THREADS + threadIdx.x; i < 2 * D * kv; i += gridDim.x * THREADS) {
         p.v_ends[i] = 0;
-        if (i < kv) p.v_beyond[i] = 0;
+        if (i < kv) p.v_state[i] = 0;
     }
     const int warp = threadIdx.x / 32, lane = threadIdx.x % LANES;
     const float share = 1.0f / min(SURVEY_TOKENS, int(total) - part * SURVEY_TOKENS);

@@ -27,7 +27,7 @@
 //   SURVEY_TOKENS   of these that a block of the survey has
 //   RMS_ITEMS       items of a tile of K for its norms over all heads, a token for each warp
 //   VALUE_TILES     tiles of a head of V that a block has, one after the other
-//   PATIENCE        cycles that a block which holds tiles of V waits for those of others
+//   PATIENCE        cycles that a block which holds tiles of V waits for others
 
 enum Norm { NO_NORM = 0, HEAD = 1, TOKEN = 2 };
 enum Stored { NOTHING = 0, E4M3 = 1, INTEGERS = 2 };
@@ -79,7 +79,7 @@ struct Params {
     float* v_mean;     // [B·Hkv, D], of the sample
     u32* v_ends;       // [B·Hkv, 2, D]: maxima of V and of -V, as `ordered`
     float* v_left;     // [B·Hkv, tiles, D]: sums of V less v_mean
-    u32* v_beyond;     // [B·Hkv]: AGAIN, and how many blocks of `hold_values` know their range
+    u32* v_state;      // [B·Hkv]: AGAIN, and how many blocks of `hold_values` have told their range
     u32* done;
     long long q_b, q_h, q_l, k_b, k_h, k_l, v_b, v_h, v_l;
     int batches, heads, kv_heads, queries, keys, first, k_lag, row_items, v_held;
@@ -88,14 +88,16 @@ struct Params {
 
 __device__ __forceinline__ int count_of(int length, int step) { return (length + step - 1) / step; }
 
-// Items that are done, from `done` on: the ticket; mean keys; norms of each tile of Q and of K.
+// Items that are done, from `done` on: the ticket; mean keys; norms of each tile of Q and of K. Then
+// whether a block of `hold_values` gave up.
 struct Counters {
-    u32 *ticket, *means, *q, *k, *end;
+    u32 *ticket, *means, *q, *k, *gave_up, *end;
 
     __device__ __forceinline__ explicit Counters(const Params& p) {
         ticket = p.done, means = ticket + 1, q = means + 1;
         k = q + p.batches * count_of(p.queries, TILE);
-        end = k + p.batches * count_of(p.keys, TILE);
+        gave_up = k + p.batches * count_of(p.keys, TILE);
+        end = gave_up + 1;
     }
 };
 

@@ -68,10 +68,13 @@ def test_rows_hardly_leave_registers(name, rotate, shift, tmp_path):
     assert ("HMMA.1688" in sass) == (name == "token")
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("d", prepass.WIDTHS)
 @pytest.mark.parametrize("mode", ["fp8", "int8"])
-def test_values_stay_in_registers_and_their_sums_are_products(mode, tmp_path):
-    sass, stacks = usage("pack_values.cu", (9, 0), names("none", mode), tmp_path)
-    assert max(stacks) == 0
+def test_values_stay_in_registers_and_their_sums_are_products(mode, d, dtype, tmp_path):
+    given = names("none", mode, d=d, dtype=dtype)
+    sass, stacks = usage("pack_values.cu", (9, 0), given, tmp_path)
+    assert max(stacks) == 0 and len(stacks) == (4 if mode == "int8" else 2)
     assert ("HMMA.16816" in sass) == (mode == "fp8") and ("IDP.4A" in sass) == (mode == "int8")
 
 
@@ -83,8 +86,9 @@ def test_survey_stays_in_registers(name, tmp_path):
 @pytest.mark.parametrize("capability", [(8, 0), (8, 6), (8, 9), (10, 0), (12, 0)])
 @pytest.mark.parametrize("d", prepass.WIDTHS)
 def test_other_gpus_have_all_instructions(capability, d, tmp_path):
-    mode = "int8" if capability < (8, 9) else "fp8"
-    for file in FILES:
+    modes = ("int8",) if capability < (8, 9) else ("fp8", "int8")
+    files = [(file, modes[0]) for file in FILES] + [("pack_values.cu", mode) for mode in modes[1:]]
+    for file, mode in files:
         given = names("token", mode, d=d, dtype=torch.float16)
         _, stacks = usage(file, capability, given, tmp_path)
         assert max(stacks) <= 2 * STACK_BYTES
@@ -123,9 +127,10 @@ def test_parameters_are_those_of_the_source(monkeypatch, mode, name):
         assert alone["NORM"] == 0 and alone["ANGLES"] == prepass.ABSENT and alone["GROUPS"] == 1
     # In the order of `Prepared`, which `prepare` relies on.
     order = ("q_codes", "q_scale", "q_bound", "k_codes", "k_scale", "k_bound", "v_codes")
-    order += ("v_scale", "v_offset", None, "shift")
+    order += ("v_scale", "v_offset", "v_sum", "shift")
     for name_of, tensor in zip(order, fields, strict=True):
-        assert arguments.get(name_of) is tensor
+        # Swizzled copies come without V's sums.
+        assert tensor is (None if name_of == "v_sum" else arguments[name_of])
     assert (fields[6] is None) == (mode == "exact")
     assert arguments["q_weight"] is p.q_weight and arguments["sin"] is p.sin
     assert (
