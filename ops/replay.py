@@ -8,12 +8,15 @@ of a call is kept but these: neither tensors nor their addresses.
 import functools
 import threading
 from collections.abc import Callable, Iterable
+from typing import NamedTuple
 
 import torch
 
 from . import launch as launching
 from . import tuning
 
+# Of what is between two kernels; torch's own is no less.
+BETWEEN_ALIGNMENT = 512
 # Bits of an address that tell whether it is aligned.
 MISALIGNED = launching.ALIGNMENT - 1
 _here = threading.local()
@@ -151,15 +154,29 @@ class _Plan:
     """
 
     def __init__(
-        self, made: list[tuple], launches: list[tuple], results: int | tuple[int | None, ...]
+        self,
+        made: list[tuple | int],
+        size: int,
+        launches: list[tuple],
+        results: int | tuple[int | None, ...],
     ):
+        """made: shape, dtype and device of a tensor, or its place in memory of `size` bytes."""
         self._made = made
+        self._size = size
         self._launches = launches
         self._results = results
 
     def run(self, tensors: list) -> torch.Tensor | tuple[torch.Tensor, ...]:
         """Launch for `tensors`, the arguments, and return what the function would."""
-        for shape, dtype, device in self._made:
+        if self._size:
+            # Held until the last launch.
+            memory = torch.empty(self._size, dtype=torch.uint8, device=self._launches[0][1][-1])
+            start = memory.data_ptr()
+        for made in self._made:
+            if type(made) is int:
+                tensors.append(start + made)
+                continue
+            shape, dtype, device = made
             tensors.append(torch.empty(shape, dtype=dtype, device=device))
         for compiled, (kernel, programs, template, *rest, device), places in self._launches:
             arguments = template.copy()
@@ -196,9 +213,53 @@ def _planned(record: _Record, flat: list, result) -> _Plan | None:
     results = (result,) if single else result
     if not launches or any(x is not None and id(x) not in source for x in results):
         return None
-    made = [(tuple(x.shape), x.dtype, x.device) for x in record.made]
     places = tuple([None if x is None else source[id(x)] for x in results])
-    return _Plan(made, launches, places[0] if single else places)
+    made, size = [(tuple(x.shape), x.dtype, x.device) for x in record.made], 0
+    # Kernels that take addresses need no tensors for what is between them.
+    if all(getattr(compiled, "by_address", False) for compiled, *_ in launches):
+        first = len(flat) - len(made)
+        between = {i for i in range(len(made)) if first + i not in places}
+        used = [{place[1] for place in given} for *_, given in launches]
+        spans = {i: _Span.of(record.made[i], first + i, used) for i in between}
+        starts, size = packed(spans)
+        made = [starts.get(i, kind) for i, kind in enumerate(made)]
+    return _Plan(made, size, launches, places[0] if single else places)
+
+
+class _Span(NamedTuple):
+    """Bytes of a tensor, and the first and the last launch that it is used by."""
+
+    size: int
+    first: int
+    last: int
+
+    @classmethod
+    def of(cls, x: torch.Tensor, source: int, used: list[set[int]]) -> "_Span":
+        """Return that of a tensor known by its source; used: the sources of each launch."""
+        by = [i for i, sources in enumerate(used) if source in sources] or [0]
+        return cls(x.numel() * x.element_size(), by[0], by[-1])
+
+
+def packed(spans: dict[int, _Span]) -> tuple[dict[int, int], int]:
+    """Return where each is to stand, and the bytes of all: side by side only where both are used.
+
+    The largest first, each as far to the front as there is room.
+    """
+    starts: dict[int, int] = {}
+    for i in sorted(spans, key=lambda i: -spans[i].size):
+        size, first, last = spans[i]
+        taken = sorted(
+            (starts[j], starts[j] + spans[j].size)
+            for j in starts
+            if spans[j].first <= last and first <= spans[j].last
+        )
+        start = 0
+        for begin, end in taken:
+            if start + size <= begin:
+                break
+            start = max(start, -(-end // BETWEEN_ALIGNMENT) * BETWEEN_ALIGNMENT)
+        starts[i] = start
+    return starts, max((starts[i] + spans[i].size for i in starts), default=0)
 
 
 def _is_descriptor(given) -> bool:

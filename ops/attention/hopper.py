@@ -2,6 +2,7 @@
 
 import ctypes
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,13 +11,15 @@ import torch
 from ..cuda import nvrtc
 from ..cuda.hopper import HOPPER, OPTIONS, missing
 from ..cuda.hopper import source as cuda_source
+from ..cuda.kernel import CudaKernel, address
 from ..cuda.tensor_map import TensorMap, no_map, tensor_map
 from ..launch import TRITON_MIN
 from ..registry import Backend, Needs, register
+from ..replay import empty, launch, replayed
 from . import CAUSAL, KEYS, OP, scheme
 from .modes import MODES, Mode
 from .prepare import LOG2E, TILE, prepare
-from .prologue import NOTHING
+from .prologue import NOTHING, of_arguments
 
 D = 128
 THREADS = 384
@@ -60,6 +63,10 @@ BLOCK_TILES, SHARED_TILES, PART_TILES = 4, 5, 1
 MOST_ROUNDS, PARTIAL = 2, 256 * (64 + 4)
 # Elements after the biases of a tile of keys: the first says whether any is not zero.
 BIAS_MORE = 4
+
+
+# The first fields of `Params`, which are tensors.
+POINTERS = 11
 
 
 class Divisor(ctypes.Structure):
@@ -201,51 +208,98 @@ def _processors(device: int) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
+class _Loaded(nvrtc.Kernel):
+    """The kernel of one kind, on the current device."""
+
+    by_address = True
+
+    def start(self, programs: int, arguments: Sequence) -> None:
+        """Run so many blocks on the current stream of a device, which is the current one.
+
+        arguments: as `_attend` lists them.
+        """
+        room, bias, v, device, shared, partial, *numbers = arguments[POINTERS:]
+        stream = torch._C._cuda_getCurrentRawStream(device)
+        left = (None, None)
+        if shared:
+            # What each block leaves, and how many have.
+            left = address(room), address(room) + partial
+            nvrtc.clear(left[1], shared, stream)
+        pointers = map(address, arguments[:POINTERS])
+        params = Params(*pointers, *numbers[:-2], *left, address(bias), *numbers[-2:])
+        map_of_v = _nothing() if v is None else _map_of(v)
+        self.launch((programs, 1, 1), THREADS, (params, map_of_v), stream)
+
+
+class _Attention(CudaKernel):
+    """The kernel as `ops.launch` takes it, which `_Loaded.start` then runs."""
+
+    def __init__(self):
+        self.fn = self
+
+    def load(self, device: torch.device, kind: Kind, variant: tuple) -> _Loaded:
+        """Compile and load a kind, whose variant is given, for `device`, the current one."""
+        code = nvrtc.machine_code(source(), kind.options)
+        return _Loaded(code, "attention", kind.shared_bytes)
+
+
+ATTENTION = _Attention()
+
+
 @functools.cache
-def _kernel(kind: Kind, device: int) -> tuple[nvrtc.Kernel, int]:
-    """Return the kernel, and how many blocks its clusters have."""
-    code = nvrtc.machine_code(source(), kind.options)
-    return nvrtc.Kernel(code, "attention", kind.shared_bytes), kind.variant["CLUSTER"]
+def _nothing() -> TensorMap:
+    return no_map()
 
 
-def run(out, lse, q, k, v, mode, mask, causal, scale, prologue=NOTHING, rotate=False) -> None:
-    """Write to out and lse what `attention` describes; a mask is of keys, and not with causal."""
+@replayed
+def _attend(
+    out, lse, q, k, v, bias, mode: str, causal: bool, scale: float, rotate: bool, *steps
+) -> torch.Tensor:
+    """Write to out and lse; return what lse lacks, [B · H, Lq], or out.
+
+    v: where the mode reads it as it came, by a map. bias: of `bias_of`. steps: of a prologue.
+    """
+    mode, prologue = MODES[mode], of_arguments(*steps)
     ready = prepare(q, k, v, scale, mode, GROUPS, True, lse is not None, prologue, rotate)
     (b, h, length, _), (heads, keys) = q.shape, k.shape[1:3]
-    # Held until the launch: the map has its address.
-    v = _readable(v)
-    bias = None if mask is None else bias_of(_once(mask))
     tiles, blocks = ready.q.shape[1], ready.k.shape[1]
+    kind = Kind(mode, q.dtype, causal, bias is not None, keys >= LONG_KEYS)
+    cluster = kind.variant["CLUSTER"]
+    of_head = -(-tiles // cluster)
+    units, at_once = of_head * h * b, _processors(q.device.index) // cluster
+    # Causal rows see few keys or many: in each head the longest go first instead.
+    whole, parts = (units, 1) if causal else split(units, blocks, at_once)
+    shared = (units - whole) * cluster
+    partial, room = shared * parts * PARTIAL, None
+    if shared:
+        room = empty((partial + shared,), torch.float32, q.device)
     tensors = (
         *(ready.q, ready.k, ready.v, ready.q_scale, ready.k_scale, ready.v_scale),
         *(ready.v_offset, ready.q_bound, ready.k_bound, out, lse),
     )
-    pointers = (None if t is None else t.data_ptr() for t in tensors)
-    sizes = (length, keys, tiles, blocks)
-    added = (None if bias is None else bias.data_ptr(), *_strides(bias))
-    device = q.device.index
-    with torch.cuda.device(device):
-        map_of_v = _map_of(v) if ready.v is None else no_map()
-        stream = torch.cuda.current_stream(device).cuda_stream
-        kind = Kind(mode, q.dtype, causal, bias is not None, keys >= LONG_KEYS)
-        kernel, cluster = _kernel(kind, device)
-        of_head = -(-tiles // cluster)
-        units, at_once = of_head * h * b, _processors(device) // cluster
-        # Causal rows see few keys or many: in each head the longest go first instead.
-        whole, parts = (units, 1) if causal else split(units, blocks, at_once)
-        shared, left = (units - whole) * cluster, (None, None)
-        if shared:
-            numbers = shared * parts * PARTIAL
-            room = torch.empty(numbers + shared, dtype=torch.float32, device=q.device)
-            # What each block leaves, and how many have.
-            left = room.data_ptr(), room.data_ptr() + numbers * room.element_size()
-            nvrtc.clear(left[1], shared, stream)
-        divisors = map(divisor, (parts, of_head, h, h // heads))
-        params = Params(*pointers, *out.stride()[:3], *sizes, whole, *divisors, *left, *added)
-        grid = (whole * cluster + shared * parts, 1, 1)
-        kernel.launch(grid, THREADS, (params, map_of_v), stream)
+    numbers = (
+        *(*out.stride()[:3], length, keys, tiles, blocks, whole),
+        *map(divisor, (parts, of_head, h, h // heads)),
+        *_strides(bias),
+    )
+    given = (
+        *(*tensors, room, bias, v if ready.v is None else None),
+        *(q.device.index, shared, partial * torch.float32.itemsize, *numbers),
+    )
+    options = {"kind": kind, "variant": tuple(kind.variant.items())}
+    launch(ATTENTION, whole * cluster + shared * parts, given, options, None, q.device)
+    return out if lse is None else ready.shift
+
+
+def run(out, lse, q, k, v, mode, mask, causal, scale, prologue=NOTHING, rotate=False) -> None:
+    """Write to out and lse what `attention` describes; a mask is of keys, and not with causal."""
+    bias = None if mask is None else bias_of(_once(mask))
+    if mode.storage is None:
+        v = _readable(v)
+    steps = prologue.arguments
+    shift = _attend(out, lse, q, k, v, bias, mode.name, causal, scale, rotate, *steps)
     if lse is not None:
-        lse += ready.shift.view_as(lse)
+        lse += shift.view_as(lse)
 
 
 NEEDS = Needs(

@@ -17,6 +17,13 @@ from . import nvrtc
 _Parameters = ctypes.c_char_p * 1
 
 
+def address(x: torch.Tensor | int | None) -> int:
+    """Return where a tensor starts; an address is itself, None is 0."""
+    if x is None:
+        return 0
+    return x if type(x) is int else x.data_ptr()
+
+
 class CudaKernel:
     """A kernel as `ops.launch` takes it, in place of one of Triton's."""
 
@@ -68,6 +75,9 @@ def _cu_launch_kernel() -> Callable:
 class Loaded(nvrtc.Kernel):
     """A `CudaKernel` on the current device."""
 
+    # `start` takes addresses in place of tensors.
+    by_address = True
+
     def prepare(self, pointers: int, layout: str, threads: int, device: int) -> None:
         """Set what all launches have in common."""
         self._pointers = pointers
@@ -79,11 +89,10 @@ class Loaded(nvrtc.Kernel):
     def start(self, programs: int, arguments: Sequence) -> None:
         """Run so many blocks on the current stream.
 
-        arguments: tensors or None for the pointers, then the other fields. Raises NvrtcError.
+        arguments: what `address` takes for the pointers, then the other fields. Raises NvrtcError.
         """
         n = self._pointers
-        addresses = [0 if x is None else x.data_ptr() for x in arguments[:n]]
-        parameters = _Parameters(self._pack(*addresses, *arguments[n:]))
+        parameters = _Parameters(self._pack(*map(address, arguments[:n]), *arguments[n:]))
         # As `torch.cuda.current_stream` finds it, without an object for it.
         stream = torch._C._cuda_getCurrentRawStream(self._device)
         launch, rest = _cu_launch_kernel(), (*self._sizes, stream, parameters, None)

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 
+from lowbit.ops import tuning
 from lowbit.ops.attention import attention, hopper
 from tests.bench import attention_data, runner
 from tests.bench.attention_data import D
@@ -29,11 +30,6 @@ VARIANTS = {
 SETTLE_S, SUSTAINED_S, ROUNDS = 0.5, 0.7, 2
 QUERY = ("nvidia-smi", "--query-gpu=power.draw,clocks.sm", "--format=csv,noheader,nounits")
 EVERY_MS = "100"
-
-
-# Compiled kernels, by mode and what differs.
-KERNELS: dict[tuple, Callable] = {}
-_compile = hopper._kernel.__wrapped__
 
 
 def shapes() -> Iterator[tuple[int, int]]:
@@ -53,22 +49,10 @@ def _runs(q, k, v, only: str) -> Iterator[tuple[str, dict, Callable]]:
             def run(mode=mode, changed=changed) -> torch.Tensor:
                 # Every length is a long one here, and is told its variant.
                 hopper.LONG_KEYS, hopper.LONG_VARIANTS[mode] = 0, changed
-                hopper._kernel = KERNELS.setdefault((mode, *changed.items()), _fresh())
+                tuning.forget()
                 return attention(q, k, v, mode, backend="hopper")
 
             yield mode, changed, run
-
-
-def _fresh() -> Callable:
-    """Return `hopper._kernel` with a memory of its own: it knows a kind, not a variant."""
-    made = {}
-
-    def kernel(*kind):
-        if kind not in made:
-            made[kind] = _compile(*kind)
-        return made[kind]
-
-    return kernel
 
 
 def _sustained(run: Callable) -> dict[str, float]:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lowbit.ops import registry
+from lowbit.ops import registry, tuning
 from lowbit.ops.attention import OP, Prologue, attention, hopper, reference, scheme
 from lowbit.ops.attention.modes import MODES
 
@@ -42,11 +42,18 @@ WAYS += [("hopper", mode, "shared") for mode in MODES]
 SPLIT = hopper.split
 
 
+def change(monkeypatch, name: str, value) -> None:
+    """Set what calls are prepared by, also those that were before."""
+    monkeypatch.setattr(hopper, name, value)
+    tuning.forget()
+
+
 @pytest.fixture(params=WAYS, ids="-".join)
 def way(request, monkeypatch):
     backend, mode, *more = request.param
+    tuning.forget()
     if more:
-        monkeypatch.setattr(hopper, "split", shared_by_three)
+        change(monkeypatch, "split", shared_by_three)
     needs = next(
         b.needs for b in registry.backends(OP) if b.name == backend and mode in str(b.needs)
     )
@@ -286,10 +293,10 @@ def test_blocks_that_share_their_copies_give_the_same_bits(monkeypatch, way, len
     if hopper.split is not SPLIT:
         pytest.skip("sets what is shared itself")
     # They share copies by two, and so their keys with others.
-    monkeypatch.setattr(hopper, "split", unshared)
+    change(monkeypatch, "split", unshared)
     q, k, v = inputs(b=2, h=4, kv=2, length=length, keys=3000)
     want = attention(q, k, v, **way, return_lse=True)
-    monkeypatch.setattr(hopper, "LONG_KEYS", 3000)
+    change(monkeypatch, "LONG_KEYS", 3000)
     different = torch.zeros((), dtype=torch.int64, device="cuda")
     for _ in range(200):
         for x, y in zip(attention(q, k, v, **way, return_lse=True), want, strict=True):
@@ -310,10 +317,10 @@ def test_shared_keys_are_all_seen_once(monkeypatch, way, whole, parts, long):
         pytest.skip("the Hopper kernel alone, which is told here what is shared")
     if long and way["mode"] not in hopper.LONG_VARIANTS:
         pytest.skip("has one kernel for all lengths")
-    monkeypatch.setattr(hopper, "LONG_KEYS", 2900 if long else 32000)
+    change(monkeypatch, "LONG_KEYS", 2900 if long else 32000)
     q, k, v = inputs(b=2, h=4, kv=2, length=500, keys=2900)
     for options in ({}, {"mask": masks_of_keys(2, 4, 2900)["some"]}, {"mask": ends(2900)}):
-        monkeypatch.setattr(hopper, "split", shared(whole, parts))
+        change(monkeypatch, "split", shared(whole, parts))
         (out, lse), (want, want_lse) = runs(way, q, k, v, **options)
         assert error(out, want) <= MODES[way["mode"]].max_error
         assert (lse - want_lse).abs().max() <= LSE_ERROR
@@ -322,7 +329,7 @@ def test_shared_keys_are_all_seen_once(monkeypatch, way, whole, parts, long):
             again = attention(q, k, v, **way, **options, return_lse=True)
             different += (again[0] != out).sum() + (again[1] != lse).sum()
         assert different == 0
-        monkeypatch.setattr(hopper, "split", unshared)
+        change(monkeypatch, "split", unshared)
         out, whole_lse = attention(q, k, v, **way, **options, return_lse=True)
         assert error(out, want) <= MODES[way["mode"]].max_error
         assert (lse - whole_lse).abs().max() <= LSE_ERROR / 3

@@ -215,3 +215,51 @@ def test_call_during_which_entries_are_forgotten_is_prepared_again(launched):
     for _ in range(3):
         run(torch.ones(2))
     assert len(prepared) == 2 and len(launched) == 3
+
+
+class ByAddress:
+    """A compiled kernel that takes addresses of what is between two launches."""
+
+    by_address = True
+
+
+def test_what_is_between_kernels_is_one_piece_of_memory(run, prepared, launched, monkeypatch):
+    kernel = ByAddress()
+    again = []
+    monkeypatch.setattr(launch, "launch", lambda *given: kernel)
+    monkeypatch.setattr(launch, "again", lambda compiled, *given: again.append(given[1]))
+
+    @replay.replayed
+    def two(x):
+        sums, codes, out = (replay.empty((n,), torch.float32, x.device) for n in (3, 1000, 4))
+        room = replay.empty((5000,), torch.uint8, x.device)
+        replay.launch("kernel", 1, (x, sums, codes, None, 7), {}, "key", x.device)
+        replay.launch("kernel", 1, (codes, room, out), {}, "key", x.device)
+        return out
+
+    two(torch.zeros(2))
+    given = torch.zeros(2)
+    out = two(given)
+    (x, sums, codes, none, seven), (codes_again, room, made) = again
+    assert x is given and made is out and (none, seven) == (None, 7)
+    assert type(sums) is type(codes) is type(room) is int and codes == codes_again
+    # The sums are not read any more where the room is.
+    starts = {"sums": 0, "codes": codes - min(sums, codes, room), "room": 0}
+    spans = {"sums": replay._Span(12, 0, 0), "codes": replay._Span(4000, 0, 1)}
+    spans["room"] = replay._Span(5000, 1, 1)
+    assert (starts, 5120 + 4000) == replay.packed(spans)
+
+
+def test_only_what_is_used_at_once_is_side_by_side():
+    sizes = torch.randint(0, 3000, (40,), generator=torch.Generator().manual_seed(0)).tolist()
+    spans = {i: replay._Span(n, i % 7, i % 7 + i % 3) for i, n in enumerate(sizes)}
+    starts, size = replay.packed(spans)
+    for i, a in spans.items():
+        assert starts[i] % replay.BETWEEN_ALIGNMENT == 0 and starts[i] + a.size <= size
+        for j, b in spans.items():
+            at_once = i < j and a.first <= b.last and b.first <= a.last
+            assert not at_once or starts[i] + a.size <= starts[j] or starts[j] + b.size <= starts[i]
+    # As much as is used at any time, and some gaps.
+    most = max(sum(s.size for s in spans.values() if s.first <= n <= s.last) for n in range(9))
+    assert most <= size <= 1.25 * most
+    assert replay.packed({}) == ({}, 0)

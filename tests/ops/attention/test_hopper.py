@@ -6,7 +6,8 @@ import re
 import pytest
 import torch
 
-from lowbit.ops.attention import hopper
+from lowbit.ops import launch, tuning
+from lowbit.ops.attention import hopper, prepass
 from lowbit.ops.attention.hopper import Kind
 from lowbit.ops.attention.modes import MODES
 
@@ -162,3 +163,83 @@ def test_v_that_a_map_cannot_describe_is_copied():
         v[:, :1].expand(1, 4, 9, 128),
     ):
         assert hopper._readable(bad).is_contiguous()
+
+
+class Nothing:
+    """A kernel of the pre-pass that does nothing."""
+
+    by_address = True
+
+    def start(self, programs, arguments):
+        pass
+
+
+@pytest.fixture
+def started(monkeypatch):
+    """What the kernel is started with on a GPU of 132 processors, and what is cleared before."""
+    found, cleared = [], []
+    loaded = object.__new__(hopper._Loaded)
+    monkeypatch.setattr(
+        loaded,
+        "launch",
+        lambda grid, n, given, stream: found.append((grid[0], given)),
+        raising=False,
+    )
+    kernels = {id(hopper.ATTENTION): loaded}
+    monkeypatch.setattr(
+        launch,
+        "launch",
+        lambda kernel, programs, arguments, *rest: again(
+            kernels.get(id(kernel), Nothing()), programs, arguments
+        ),
+    )
+    monkeypatch.setattr(launch, "again", lambda *given: again(*given[:3]))
+
+    def again(compiled, programs, arguments):
+        compiled.start(programs, arguments)
+        return compiled
+
+    monkeypatch.setattr(hopper.nvrtc, "clear", lambda *given: cleared.append(given[:2]))
+    monkeypatch.setattr(hopper, "_processors", lambda device: 132)
+    monkeypatch.setattr(hopper, "_map_of", lambda v: v)
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 0, raising=False)
+    monkeypatch.setattr(prepass, "fits", lambda *_, **__: True)
+    monkeypatch.setattr(prepass, "_in_flight", lambda device, d: 264)
+    monkeypatch.setattr(prepass, "_held", lambda device, d: 3)
+    tuning.forget()
+    yield found, cleared
+    tuning.forget()
+
+
+@pytest.mark.parametrize("lse", [False, True])
+@pytest.mark.parametrize("mode", list(MODES))
+def test_second_call_starts_the_same_for_other_tensors(started, mode, lse):
+    """Heads that share those of K, and three blocks for the keys of each tile of rows."""
+    found, cleared = started
+    b, h, kv, length, keys = 1, 4, 2, 1100, 9000
+    seen = []
+    for _ in range(3):
+        q, k, v, out = (
+            torch.zeros(b, n, heads, 128, dtype=torch.bfloat16).transpose(1, 2)
+            for n, heads in ((length, h), (keys, kv), (keys, kv), (length, h))
+        )
+        sums = torch.zeros(b, h, length) if lse else None
+        hopper.run(out, sums, q, k, v, MODES[mode], None, False, 0.1)
+        blocks, (params, of_v) = found[-1]
+        assert (params.out, params.lse) == (out.data_ptr(), sums.data_ptr() if lse else None)
+        assert (of_v is v) == (mode == "exact") and (params.v is None) == (mode == "exact")
+        whole, parts = hopper.split(36, 71, 132)
+        assert (whole, parts) == (0, 3) and blocks == 36 * 3
+        assert cleared[-1] == (params.done, 36)
+        assert params.done - params.partial == 36 * 3 * hopper.PARTIAL * 4
+        numbers = [getattr(params, n) for n in ("rows", "keys", "tiles", "blocks", "whole")]
+        assert numbers == [length, keys, 9, 71, 0]
+        assert (params.out_b, params.out_h, params.out_l) == out.stride()[:3]
+        divisors = [getattr(params, n).divisor for n in ("parts", "units", "heads", "group")]
+        assert divisors == [3, 9, 4, 2]
+        assert params.bias is None
+        pointers = {n: getattr(params, n) for n, _ in hopper.Params._fields_[: hopper.POINTERS]}
+        seen.append({n for n, x in pointers.items() if x})
+        there = [x for x in pointers.values() if x] + [params.partial]
+        assert len(set(there)) == len(there)
+    assert seen[0] == seen[1] == seen[2] and len(found) == 3
