@@ -15,8 +15,9 @@ import torch
 from . import launch as launching
 from . import tuning
 
-# Of what is between two kernels; torch's own is no less.
-BETWEEN_ALIGNMENT = 512
+# Of what is between two kernels, as torch aligns it; and what is larger stays apart: calls of such
+# sizes do not wait for the host, and their pieces are found more easily than one for all.
+BETWEEN_ALIGNMENT, MOST_BETWEEN = 512, 32 << 20
 # Bits of an address that tell whether it is aligned.
 MISALIGNED = launching.ALIGNMENT - 1
 _here = threading.local()
@@ -160,7 +161,10 @@ class _Plan:
         launches: list[tuple],
         results: int | tuple[int | None, ...],
     ):
-        """made: shape, dtype and device of a tensor, or its place in memory of `size` bytes."""
+        """made: shape, dtype and device of a tensor, or its place in memory of `size` bytes.
+
+        What has a place is known by its address, which the launches take in place of a tensor.
+        """
         self._made = made
         self._size = size
         self._launches = launches
@@ -168,6 +172,7 @@ class _Plan:
 
     def run(self, tensors: list) -> torch.Tensor | tuple[torch.Tensor, ...]:
         """Launch for `tensors`, the arguments, and return what the function would."""
+        start = 0
         if self._size:
             # Held until the last launch.
             memory = torch.empty(self._size, dtype=torch.uint8, device=self._launches[0][1][-1])
@@ -213,17 +218,17 @@ def _planned(record: _Record, flat: list, result) -> _Plan | None:
     results = (result,) if single else result
     if not launches or any(x is not None and id(x) not in source for x in results):
         return None
-    places = tuple([None if x is None else source[id(x)] for x in results])
+    returned = tuple([None if x is None else source[id(x)] for x in results])
     made, size = [(tuple(x.shape), x.dtype, x.device) for x in record.made], 0
     # Kernels that take addresses need no tensors for what is between them.
     if all(getattr(compiled, "by_address", False) for compiled, *_ in launches):
         first = len(flat) - len(made)
-        between = {i for i in range(len(made)) if first + i not in places}
-        used = [{place[1] for place in given} for *_, given in launches]
+        between = [i for i in range(len(made)) if first + i not in returned]
+        used = [{place[1] for place in places} for *_, places in launches]
         spans = {i: _Span.of(record.made[i], first + i, used) for i in between}
-        starts, size = packed(spans)
+        starts, size = packed({i: x for i, x in spans.items() if x.size <= MOST_BETWEEN})
         made = [starts.get(i, kind) for i, kind in enumerate(made)]
-    return _Plan(made, size, launches, places[0] if single else places)
+    return _Plan(made, size, launches, returned[0] if single else returned)
 
 
 class _Span(NamedTuple):
@@ -236,8 +241,8 @@ class _Span(NamedTuple):
     @classmethod
     def of(cls, x: torch.Tensor, source: int, used: list[set[int]]) -> "_Span":
         """Return that of a tensor known by its source; used: the sources of each launch."""
-        by = [i for i, sources in enumerate(used) if source in sources] or [0]
-        return cls(x.numel() * x.element_size(), by[0], by[-1])
+        by = [i for i, sources in enumerate(used) if source in sources]
+        return cls(x.numel() * x.element_size(), by[0], by[-1]) if by else cls(0, 0, 0)
 
 
 def packed(spans: dict[int, _Span]) -> tuple[dict[int, int], int]:

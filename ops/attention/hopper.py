@@ -2,6 +2,7 @@
 
 import ctypes
 import functools
+import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ from ..cuda import nvrtc
 from ..cuda.hopper import HOPPER, OPTIONS, missing
 from ..cuda.hopper import source as cuda_source
 from ..cuda.kernel import CudaKernel, address
-from ..cuda.tensor_map import TensorMap, no_map, tensor_map
+from ..cuda.tensor_map import TensorMap, tensor_map, unused_map
 from ..launch import TRITON_MIN
 from ..registry import Backend, Needs, register
 from ..replay import empty, launch, replayed
@@ -75,11 +76,10 @@ class Divisor(ctypes.Structure):
     _fields_ = tuple((name, ctypes.c_uint32) for name in ("divisor", "multiplier", "shift"))
 
 
-@functools.cache
-def divisor(d: int) -> Divisor:
-    """Return what a product takes to divide at most 2^31 - 1 by d, at least 1 (Granlund, 1994)."""
+def divisor(d: int) -> tuple[int, int, int]:
+    """Return `Divisor` of d, at least 1, by which products divide below 2^31 (Granlund, 1994)."""
     bits = (d - 1).bit_length()
-    return Divisor(d, 0, 0) if d == 1 else Divisor(d, -(-(1 << 31 + bits) // d), bits - 1)
+    return (d, 0, 0) if d == 1 else (d, -(-(1 << 31 + bits) // d), bits - 1)
 
 
 class Params(ctypes.Structure):
@@ -95,6 +95,10 @@ class Params(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("partial", "done")),
         *(("bias", ctypes.c_void_p), ("bias_b", ctypes.c_longlong), ("bias_h", ctypes.c_longlong)),
     )
+
+
+# `Params` packed in one step: with its fields given one by one it took the host 7 µs.
+PACKED = struct.Struct("11P3q4i13I3P2q")
 
 
 def _map_of(v: torch.Tensor) -> TensorMap:
@@ -211,23 +215,25 @@ def _processors(device: int) -> int:
 class _Loaded(nvrtc.Kernel):
     """The kernel of one kind, on the current device."""
 
+    # As in `cuda.kernel.Loaded`.
     by_address = True
 
     def start(self, programs: int, arguments: Sequence) -> None:
         """Run so many blocks on the current stream of a device, which is the current one.
 
-        arguments: as `_attend` lists them.
+        arguments: as `_attend` lists them, V as a tensor.
         """
-        room, bias, v, device, shared, partial, *numbers = arguments[POINTERS:]
+        room, bias, v, device, counters, partial_bytes, strides, *numbers = arguments[POINTERS:]
         stream = torch._C._cuda_getCurrentRawStream(device)
-        left = (None, None)
-        if shared:
-            # What each block leaves, and how many have.
-            left = address(room), address(room) + partial
-            nvrtc.clear(left[1], shared, stream)
+        # What each block leaves, and how many have.
+        partial = address(room)
+        done = partial + partial_bytes
+        if counters:
+            nvrtc.clear(done, counters, stream)
         pointers = map(address, arguments[:POINTERS])
-        params = Params(*pointers, *numbers[:-2], *left, address(bias), *numbers[-2:])
-        map_of_v = _nothing() if v is None else _map_of(v)
+        packed = PACKED.pack(*pointers, *numbers, partial, done, address(bias), *strides)
+        params = Params.from_buffer_copy(packed)
+        map_of_v = unused_map() if v is None else _map_of(v)
         self.launch((programs, 1, 1), THREADS, (params, map_of_v), stream)
 
 
@@ -246,16 +252,11 @@ class _Attention(CudaKernel):
 ATTENTION = _Attention()
 
 
-@functools.cache
-def _nothing() -> TensorMap:
-    return no_map()
-
-
 @replayed
 def _attend(
     out, lse, q, k, v, bias, mode: str, causal: bool, scale: float, rotate: bool, *steps
-) -> torch.Tensor:
-    """Write to out and lse; return what lse lacks, [B · H, Lq], or out.
+) -> tuple[torch.Tensor | None]:
+    """Write to out and lse; return what lse lacks, [B · H, Lq], if there is one.
 
     v: where the mode reads it as it came, by a map. bias: of `bias_of`. steps: of a prologue.
     """
@@ -269,26 +270,26 @@ def _attend(
     units, at_once = of_head * h * b, _processors(q.device.index) // cluster
     # Causal rows see few keys or many: in each head the longest go first instead.
     whole, parts = (units, 1) if causal else split(units, blocks, at_once)
-    shared = (units - whole) * cluster
-    partial, room = shared * parts * PARTIAL, None
-    if shared:
-        room = empty((partial + shared,), torch.float32, q.device)
+    # A counter for each tile of rows whose keys are shared.
+    counters = (units - whole) * cluster
+    partial, room = counters * parts * PARTIAL, None
+    if counters:
+        room = empty((partial + counters,), torch.float32, q.device)
     tensors = (
         *(ready.q, ready.k, ready.v, ready.q_scale, ready.k_scale, ready.v_scale),
         *(ready.v_offset, ready.q_bound, ready.k_bound, out, lse),
     )
     numbers = (
         *(*out.stride()[:3], length, keys, tiles, blocks, whole),
-        *map(divisor, (parts, of_head, h, h // heads)),
-        *_strides(bias),
+        *(number for d in (parts, of_head, h, h // heads) for number in divisor(d)),
     )
     given = (
         *(*tensors, room, bias, v if ready.v is None else None),
-        *(q.device.index, shared, partial * torch.float32.itemsize, *numbers),
+        *(q.device.index, counters, partial * torch.float32.itemsize, _strides(bias), *numbers),
     )
     options = {"kind": kind, "variant": tuple(kind.variant.items())}
-    launch(ATTENTION, whole * cluster + shared * parts, given, options, None, q.device)
-    return out if lse is None else ready.shift
+    launch(ATTENTION, whole * cluster + counters * parts, given, options, None, q.device)
+    return (ready.shift,)
 
 
 def run(out, lse, q, k, v, mode, mask, causal, scale, prologue=NOTHING, rotate=False) -> None:
@@ -297,7 +298,7 @@ def run(out, lse, q, k, v, mode, mask, causal, scale, prologue=NOTHING, rotate=F
     if mode.storage is None:
         v = _readable(v)
     steps = prologue.arguments
-    shift = _attend(out, lse, q, k, v, bias, mode.name, causal, scale, rotate, *steps)
+    (shift,) = _attend(out, lse, q, k, v, bias, mode.name, causal, scale, rotate, *steps)
     if lse is not None:
         lse += shift.view_as(lse)
 

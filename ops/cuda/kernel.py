@@ -75,7 +75,8 @@ def _cu_launch_kernel() -> Callable:
 class Loaded(nvrtc.Kernel):
     """A `CudaKernel` on the current device."""
 
-    # `start` takes addresses in place of tensors.
+    # `start` takes addresses in place of tensors that `ops.replay` makes, and the kernel begins
+    # when the one before it has ended.
     by_address = True
 
     def prepare(self, pointers: int, layout: str, threads: int, device: int) -> None:

@@ -27,9 +27,15 @@ class TensorMap(ctypes.Structure):
 
 
 def no_map() -> TensorMap:
-    """Return a map that says nothing, for kernels that take one but do not use it."""
+    """Return a new map that says nothing."""
     memory = ctypes.create_string_buffer(MAP_BYTES + MAP_ALIGNMENT)
     return TensorMap.from_buffer(memory, -ctypes.addressof(memory) % MAP_ALIGNMENT)
+
+
+@functools.cache
+def unused_map() -> TensorMap:
+    """Return the one map that says nothing, which is not to be written to."""
+    return no_map()
 
 
 def tensor_map(x: torch.Tensor, box: Sequence[int], swizzle: int = 128) -> TensorMap:

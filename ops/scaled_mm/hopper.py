@@ -13,7 +13,7 @@ from ..cuda import nvrtc
 from ..cuda.hopper import HOPPER, OPTIONS, missing
 from ..cuda.hopper import source as cuda_source
 from ..cuda.kernel import CudaKernel
-from ..cuda.tensor_map import TensorMap, encoded, no_map, tensor_map
+from ..cuda.tensor_map import TensorMap, encoded, tensor_map, unused_map
 from ..registry import Backend, Needs, register
 from ..replay import empty, launch
 from . import OP
@@ -161,8 +161,8 @@ class _Loaded(nvrtc.Kernel):
         tensors, (a, b, residual) = arguments[:GIVEN], arguments[GIVEN : GIVEN + 3]
         pointers = [None if x is None else x.data_ptr() for x in tensors]
         params = Params(*pointers, *NO_TERM, *arguments[GIVEN + 3 :])
-        no_term = (_nothing(),) * 3
-        maps = (*_factors(a, b), *no_term, _nothing() if residual is None else _rows(residual))
+        no_term = (unused_map(),) * 3
+        maps = (*_factors(a, b), *no_term, unused_map() if residual is None else _rows(residual))
         self.run(programs, params, maps, a.device.index)
 
     def run(self, blocks: int, params: Params, maps: Sequence[TensorMap], device: int) -> None:
@@ -196,11 +196,6 @@ PRODUCT = _Product()
 @functools.cache
 def _processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
-
-
-@functools.cache
-def _nothing() -> TensorMap:
-    return no_map()
 
 
 def _aligned(x: torch.Tensor) -> torch.Tensor:
@@ -270,7 +265,7 @@ class _Term:
 
     @property
     def maps(self) -> tuple[TensorMap, TensorMap, TensorMap]:
-        down = _nothing() if self.down is None else _map(self.down.stored, MADE_RANKS)
+        down = unused_map() if self.down is None else _map(self.down.stored, MADE_RANKS)
         return *_factors(self.h, self.u), down
 
     @property
@@ -352,7 +347,7 @@ def run(
         arguments = (*tensors, a, b, residual, *numbers)
         launch(PRODUCT, blocks, arguments, {"variant": variant}, None, a.device)
         return out
-    maps = (*_factors(a, b), *term.maps, _nothing() if residual is None else _rows(residual))
+    maps = (*_factors(a, b), *term.maps, unused_map() if residual is None else _rows(residual))
     pointers = [None if x is None else x.data_ptr() for x in tensors]
     params = Params(*pointers, *term.pointers, *numbers)
     _kernel(a.device.index, variant).run(blocks, params, maps, a.device.index)

@@ -244,10 +244,26 @@ def test_what_is_between_kernels_is_one_piece_of_memory(run, prepared, launched,
     assert x is given and made is out and (none, seven) == (None, 7)
     assert type(sums) is type(codes) is type(room) is int and codes == codes_again
     # The sums are not read any more where the room is.
-    starts = {"sums": 0, "codes": codes - min(sums, codes, room), "room": 0}
-    spans = {"sums": replay._Span(12, 0, 0), "codes": replay._Span(4000, 0, 1)}
-    spans["room"] = replay._Span(5000, 1, 1)
-    assert (starts, 5120 + 4000) == replay.packed(spans)
+    assert sums == room and codes == room + 5120
+
+
+def test_large_pieces_and_unused_ones_stay_apart(launched, monkeypatch):
+    again = []
+    monkeypatch.setattr(launch, "launch", lambda *given: ByAddress())
+    monkeypatch.setattr(launch, "again", lambda compiled, *given: again.append(given[1]))
+    monkeypatch.setattr(replay, "MOST_BETWEEN", 4000)
+
+    @replay.replayed
+    def one(x, n):
+        large, small, _ = (replay.empty((i,), torch.uint8, x.device) for i in (4001, n, 9))
+        replay.launch("kernel", 1, (x, large, small), {}, "key", x.device)
+        return (None,)
+
+    for n in (4000, 0):
+        for _ in range(2):
+            assert one(torch.zeros(2), n) == (None,)
+        large, small = again[-1][1:]
+        assert large.shape == (4001,) and type(small) is int and (small == 0) == (n == 0)
 
 
 def test_only_what_is_used_at_once_is_side_by_side():

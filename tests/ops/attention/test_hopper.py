@@ -1,5 +1,6 @@
 """The CUDA C++ source of the Hopper kernel: compiled by NVRTC where it is installed."""
 
+import ctypes
 import math
 import re
 
@@ -90,6 +91,7 @@ def test_parameters_are_laid_out_as_in_the_source():
     """Names and order of `struct Params`: ctypes and C lay out the same fields the same way."""
     names = [name.removeprefix("Divisor ") for name in fields_of(hopper.source(), "Params")]
     assert names == [name for name, _ in hopper.Params._fields_]
+    assert hopper.PACKED.size == ctypes.sizeof(hopper.Params)
 
 
 @pytest.mark.parametrize("at_once", [66, 108, 132])
@@ -104,8 +106,8 @@ def test_blocks_that_share_keys_are_few_and_have_some_each(at_once):
 
 @pytest.mark.parametrize("d", [1, 2, 3, 5, 56, 128, 131, 591, 65537, 2**31 - 1])
 def test_product_divides(d):
-    given = hopper.divisor(d)
-    assert given.divisor == d and given.multiplier < 2**32
+    given = hopper.Divisor(*hopper.divisor(d))
+    assert given.divisor == d and given.multiplier == hopper.divisor(d)[1] < 2**32
     for x in (0, 1, d - 1, d, d + 1, 7 * d - 1, 23640, 2**31 - 1, (2**31 - 1) // d * d - 1):
         if 0 <= x < 2**31:
             quotient = x if d == 1 else (x * given.multiplier >> 32) >> given.shift
