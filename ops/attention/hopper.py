@@ -64,8 +64,6 @@ BLOCK_TILES, SHARED_TILES, PART_TILES = 4, 5, 1
 MOST_ROUNDS, PARTIAL = 2, 256 * (64 + 4)
 # Elements after the biases of a tile of keys: the first says whether any is not zero.
 BIAS_MORE = 4
-
-
 # The first fields of `Params`, which are tensors.
 POINTERS = 11
 

@@ -9,6 +9,7 @@ import torch
 from ..cuda import nvrtc
 from ..cuda.hopper import HOPPER, OPTIONS, missing
 from ..cuda.hopper import source as cuda_source
+from ..cuda.kernel import address
 from ..cuda.tensor_map import tensor_map
 from ..quantize_rows.order import BLOCK
 from ..registry import Backend, Needs, register
@@ -109,7 +110,7 @@ def run_tile(
     scale_columns = k // group // SCALE_COLUMNS
     tensors = (scale, x_scale, tensor_scale, bias, out)
     params = Params(
-        *(None if t is None else t.data_ptr() for t in tensors),
+        *map(address, tensors),
         int(x_scale.numel() > 1),
         0 if bias is None else TYPES[bias.dtype],
         *(n, m, k // BLOCK),

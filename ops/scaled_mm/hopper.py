@@ -12,7 +12,7 @@ import torch
 from ..cuda import nvrtc
 from ..cuda.hopper import HOPPER, OPTIONS, missing
 from ..cuda.hopper import source as cuda_source
-from ..cuda.kernel import CudaKernel
+from ..cuda.kernel import CudaKernel, address
 from ..cuda.tensor_map import TensorMap, encoded, tensor_map, unused_map
 from ..registry import Backend, Needs, register
 from ..replay import empty, launch
@@ -159,8 +159,7 @@ class _Loaded(nvrtc.Kernel):
         arguments: the first tensors of `Params`; a, b and the residual; the numbers of `Params`.
         """
         tensors, (a, b, residual) = arguments[:GIVEN], arguments[GIVEN : GIVEN + 3]
-        pointers = [None if x is None else x.data_ptr() for x in tensors]
-        params = Params(*pointers, *NO_TERM, *arguments[GIVEN + 3 :])
+        params = Params(*map(address, tensors), *NO_TERM, *arguments[GIVEN + 3 :])
         no_term = (unused_map(),) * 3
         maps = (*_factors(a, b), *no_term, unused_map() if residual is None else _rows(residual))
         self.run(programs, params, maps, a.device.index)
@@ -275,7 +274,7 @@ class _Term:
             return NO_TERM
         flags, (_, scale, shift) = self.ready, self.down
         tensors = self.h, flags, flags[-1:], scale, shift
-        return [None if x is None else x.data_ptr() for x in tensors]
+        return list(map(address, tensors))
 
 
 def _term(low_rank, m: int) -> _Term:
@@ -348,7 +347,7 @@ def run(
         launch(PRODUCT, blocks, arguments, {"variant": variant}, None, a.device)
         return out
     maps = (*_factors(a, b), *term.maps, unused_map() if residual is None else _rows(residual))
-    pointers = [None if x is None else x.data_ptr() for x in tensors]
+    pointers = map(address, tensors)
     params = Params(*pointers, *term.pointers, *numbers)
     _kernel(a.device.index, variant).run(blocks, params, maps, a.device.index)
     return out

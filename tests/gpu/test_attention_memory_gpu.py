@@ -36,7 +36,8 @@ def expected(h: int, kv: int, queries: int, keys: int, mode: str, norm: bool, ls
     sums = FLOAT * (several * of_sample + stored * 2 * kv * blocks * D)
     if norm:
         sums += FLOAT * (prepass.count(h, prepass.Q_HEADS) * tiles * prepare.TILE + keys)
-    cluster = 2 if mode == "exact" and keys >= hopper.LONG_KEYS else 1
+    kind = hopper.Kind(MODES[mode], torch.bfloat16, long=keys >= hopper.LONG_KEYS)
+    cluster = kind.variant["CLUSTER"]
     units = prepass.count(tiles, cluster) * h
     at_once = torch.cuda.get_device_properties(0).multi_processor_count // cluster
     whole, parts = hopper.split(units, blocks, at_once)
