@@ -48,7 +48,7 @@ SOURCES = {
     ),
     "attention": (
         *("attention/*.py", "attention/kernels/*.py", "attention/kernels/*.cu"),
-        "cuda/hopper.cu",
+        *("cuda/*.cu", "cuda/*.py", "replay.py", "launch.py"),
     ),
 }
 # Calls that are remembered; to look one up again costs microseconds.

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from ..cuda import FOLDER as CUDA
 from ..cuda import nvrtc
 from ..cuda.hopper import HOPPER, OPTIONS, missing
 from ..cuda.hopper import source as cuda_source
@@ -19,7 +20,8 @@ from ..registry import Backend, Needs, register
 from ..replay import empty, launch, replayed
 from . import CAUSAL, KEYS, OP, scheme
 from .modes import MODES, Mode
-from .prepare import LOG2E, TILE, prepare
+from .prepare import TILE, prepare
+from .prepass import DTYPES
 from .prologue import NOTHING, of_arguments
 
 D = 128
@@ -62,8 +64,10 @@ BLOCK_TILES, SHARED_TILES, PART_TILES = 4, 5, 1
 # All such blocks at most, in multiples of what the GPU runs at once: each leaves 70 KB to the last
 # block of its rows, 64 sums and 4 numbers of two rows for each of 256 threads.
 MOST_ROUNDS, PARTIAL = 2, 256 * (64 + 4)
-# Elements after the biases of a tile of keys: the first says whether any is not zero.
+# Elements after the biases of a tile of keys: whether any is not zero.
 BIAS_MORE = 4
+# Of masks, as bias.cu numbers them.
+MASKS = {**DTYPES, torch.bool: 3}
 # The first fields of `Params`, which are tensors.
 POINTERS = 11
 
@@ -118,6 +122,20 @@ def source() -> str:
     return cuda_source(*(FOLDER / name for name in SOURCES))
 
 
+def bias_source() -> str:
+    """Return the CUDA C++ source of the kernel that reads masks."""
+    paths = CUDA / "ampere.cu", FOLDER / "bias.cu"
+    return "\n".join(path.read_text(encoding="utf-8") for path in paths)
+
+
+def bias_defined(dtype: torch.dtype) -> tuple[tuple[str, int], ...]:
+    """Return the names that bias.cu wants set, with their values, for masks of a dtype."""
+    return ("MASK", MASKS[dtype]), ("TILE", TILE), ("MORE", BIAS_MORE)
+
+
+BIAS = CudaKernel("bias_of_mask", 2, "3q3i", bias_source)
+
+
 @dataclass(frozen=True)
 class Kind:
     """What one compiled kernel is for. biased: there is a mask of keys. long: LONG_KEYS or more."""
@@ -165,19 +183,18 @@ def _once(mask: torch.Tensor) -> torch.Tensor:
 def bias_of(mask: torch.Tensor) -> torch.Tensor:
     """Return a mask of keys [B, H, 1, Lk] as [B, H, blocks, 132] float32: what the logits gain.
 
-    In log2 units, -inf for hidden keys and for those that fill the last block of 128; after them 0
-    where all of the 128 are zero, NaN where any is NaN, else their largest magnitude, at most 1.
+    mask: of a dtype in MASKS. In log2 units, -inf for hidden keys and for those that fill the last
+    block of 128; after them four times 0 where all of the 128 are zero, NaN where any is NaN, else
+    1.
     """
     b, h, _, keys = mask.shape
     blocks = -(-keys // TILE)
-    bias = torch.full((b, h, blocks * TILE), -torch.inf, dtype=torch.float32, device=mask.device)
-    if mask.dtype == torch.bool:
-        bias[..., :keys] = torch.where(mask[:, :, 0], 0.0, -torch.inf)
-    else:
-        bias[..., :keys] = mask[:, :, 0].float() * LOG2E
-    tiles = bias.unflatten(2, (blocks, TILE))
-    some = tiles.abs().clamp_max(1).amax(3, keepdim=True)
-    return torch.cat((tiles, some.expand(-1, -1, -1, BIAS_MORE)), 3)
+    bias = empty((b, h, blocks, TILE + BIAS_MORE), torch.float32, mask.device)
+    strides = (mask.stride(i) for i in (0, 1, 3))
+    arguments = (mask, bias, *strides, h, keys, blocks)
+    options = {"threads": TILE, "shared_bytes": 0, "defined": bias_defined(mask.dtype)}
+    launch(BIAS, b * h * blocks, arguments, options, None, mask.device)
+    return bias
 
 
 def _strides(bias: torch.Tensor | None) -> tuple[int, int]:
@@ -252,16 +269,17 @@ ATTENTION = _Attention()
 
 @replayed
 def _attend(
-    out, lse, q, k, v, bias, mode: str, causal: bool, scale: float, rotate: bool, *steps
+    out, lse, q, k, v, mask, mode: str, causal: bool, scale: float, rotate: bool, *steps
 ) -> tuple[torch.Tensor | None]:
     """Write to out and lse; return what lse lacks, [B · H, Lq], if there is one.
 
-    v: where the mode reads it as it came, by a map. bias: of `bias_of`. steps: of a prologue.
+    v: where the mode reads it as it came, by a map. mask: for `bias_of`. steps: of a prologue.
     """
     mode, prologue = MODES[mode], of_arguments(*steps)
     ready = prepare(q, k, v, scale, mode, GROUPS, True, lse is not None, prologue, rotate)
     (b, h, length, _), (heads, keys) = q.shape, k.shape[1:3]
     tiles, blocks = ready.q.shape[1], ready.k.shape[1]
+    bias = None if mask is None else bias_of(mask)
     kind = Kind(mode, q.dtype, causal, bias is not None, keys >= LONG_KEYS)
     cluster = kind.variant["CLUSTER"]
     of_head = -(-tiles // cluster)
@@ -292,11 +310,12 @@ def _attend(
 
 def run(out, lse, q, k, v, mode, mask, causal, scale, prologue=NOTHING, rotate=False) -> None:
     """Write to out and lse what `attention` describes; a mask is of keys, and not with causal."""
-    bias = None if mask is None else bias_of(_once(mask))
+    if mask is not None:
+        mask = _once(mask if mask.dtype in MASKS else mask.float())
     if mode.storage is None:
         v = _readable(v)
     steps = prologue.arguments
-    (shift,) = _attend(out, lse, q, k, v, bias, mode.name, causal, scale, rotate, *steps)
+    (shift,) = _attend(out, lse, q, k, v, mask, mode.name, causal, scale, rotate, *steps)
     if lse is not None:
         lse += shift.view_as(lse)
 

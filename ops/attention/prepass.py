@@ -36,6 +36,9 @@ Q_HEADS, K_HEADS = 5, 3
 # Tiles of V that a block holds until its head's range is known, where it has room for so many; with
 # fewer it would mostly wait. It waits for so many cycles, about what to pack a head again takes.
 LEAST_HELD, MOST_HELD, PATIENCE = 2, 3, 1 << 21
+# Of the blocks that the GPU has at once those of a head at most, in quarters: kernels of other
+# streams may have some of its multiprocessors, and then a head would be packed again in each call.
+MOST_QUARTERS = 3
 # Of a block: threads of a channel. Of a multiprocessor: threads of its blocks.
 THREADS_PER_CHANNEL, RESIDENT_THREADS = 4, 1024
 WARP = 32
@@ -108,7 +111,12 @@ def rows_bytes(d: int, p: Prologue) -> int:
 
 def values_bytes(d: int) -> int:
     """Return the shared memory of a block for V: a tile, and a sum for each of its 16 keys."""
-    return max(TILE * d + TILE // 16 * 4 * d, SUMS_BYTES)
+    return max(TILE * d + TILE // 16 * 4 * left_row(d), SUMS_BYTES)
+
+
+def left_row(d: int) -> int:
+    """Return the sums of the channels that 16 keys leave, and how many keep banks apart."""
+    return d + 4
 
 
 def held_bytes(d: int, tiles: int) -> int:
@@ -151,7 +159,7 @@ def defined(
         *(("SWIZZLED", int(swizzled)), ("SHIFT", int(shift)), ("V", STORED[mode.storage])),
         *(("Q_HEADS", Q_HEADS), ("K_HEADS", K_HEADS), ("SAMPLE", SAMPLE)),
         *(("SURVEY_TOKENS", SURVEY_TOKENS), ("VALUE_TILES", VALUE_TILES)),
-        *(("RMS_ITEMS", rms_items(d)), ("PATIENCE", PATIENCE)),
+        *(("RMS_ITEMS", rms_items(d)), ("LEFT_ROW", left_row(d)), ("PATIENCE", PATIENCE)),
     )
 
 
@@ -181,7 +189,9 @@ def _made(like: torch.Tensor, *shape: int, dtype: torch.dtype = torch.float32) -
     return empty(shape, dtype, like.device)
 
 
-def _copies(q, k, mode: Mode, groups: int, shift: bool) -> tuple[tuple, tuple, tuple]:
+def _copies(
+    q, k, mode: Mode, groups: int, swizzled: bool, shift: bool
+) -> tuple[tuple, tuple, tuple]:
     """Return what is to be of q, k and v, in the order of `struct Params`; None for what is not."""
     (b, h, length, d), (heads, keys) = q.shape, k.shape[1:3]
     tiles, blocks, kv, byte = count(length), count(keys), b * heads, torch.int8
@@ -194,7 +204,9 @@ def _copies(q, k, mode: Mode, groups: int, shift: bool) -> tuple[tuple, tuple, t
     if mode.storage is None:
         return of_q, of_k, (None,) * 4
     v_tiles = _made(q, kv, blocks, d, TILE, dtype=mode.storage)
-    return of_q, of_k, (v_tiles, _made(q, kv, d), _made(q, kv, d), _made(q, kv, blocks, d))
+    # Hopper's kernel does not read V's sums.
+    v_sum = None if swizzled else _made(q, kv, blocks, d)
+    return of_q, of_k, (v_tiles, _made(q, kv, d), _made(q, kv, d), v_sum)
 
 
 def _scratch(q, k, mode: Mode, p: Prologue, surveys: int) -> tuple[torch.Tensor | None, ...]:
@@ -235,7 +247,7 @@ def run(
     (b, h, queries, d), (heads, keys) = q.shape, k.shape[1:3]
     kv, blocks, stored = b * heads, count(keys), mode.storage is not None
     surveys, in_flight = b * count(min(keys, SAMPLE), SURVEY_TOKENS), _in_flight(q.device, d)
-    of_q, of_k, of_v = _copies(q, k, mode, groups, shift)
+    of_q, of_k, of_v = _copies(q, k, mode, groups, swizzled, shift)
     norms = rms_items(d) if p.norm == TOKEN else 0
     k_lag, k_items = _stream(norms, count(heads, K_HEADS), b * blocks, in_flight)
     held = _held(q.device, d)
@@ -252,7 +264,8 @@ def run(
     alone = defined(d, q.dtype, NOTHING, mode, 1, swizzled, False, False)
     parts, room = kv * count(blocks, VALUE_TILES), values_bytes(d)
     launches = [(SURVEY, surveys, 0, names), (ROWS, min(items, in_flight), rows_bytes(d, p), names)]
-    if mode.storage == torch.int8 and held >= LEAST_HELD and count(blocks, held) <= in_flight:
+    fits_held = held >= LEAST_HELD and 4 * count(blocks, held) <= MOST_QUARTERS * in_flight
+    if mode.storage == torch.int8 and fits_held:
         launches.append((HOLD, kv * count(blocks, held), held_bytes(d, held), alone))
     elif stored:
         seen = ((SEE, parts, room, alone),) if mode.storage == torch.int8 else ()
@@ -262,6 +275,4 @@ def run(
     for kernel, programs, room_of, defines in launches:
         sizes = {"threads": THREADS_PER_CHANNEL * d, "shared_bytes": room_of}
         launch(kernel, programs, arguments, {**sizes, "defined": defines}, None, q.device)
-    # Hopper's kernel does not read V's sums.
-    v_sum = None if swizzled else of_v[3]
-    return *of_q[:3], *of_k, *of_v[:3], v_sum, of_q[3]
+    return *of_q[:3], *of_k, *of_v, of_q[3]

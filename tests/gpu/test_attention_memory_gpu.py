@@ -30,10 +30,10 @@ def expected(h: int, kv: int, queries: int, keys: int, mode: str, norm: bool, ls
     copies = (h * tiles + kv * blocks * (1 + stored)) * prepare.TILE * D
     rows = h * tiles * prepare.TILE
     scales = FLOAT * (2 * rows + kv * blocks * 5 + stored * kv * 2 * D + lse * h * queries)
-    # Of the sample: means of K and V, and FP8's largest and least of V; of all: V's sums.
+    # Of the sample: means of K and V, FP8's largest and least of V; of all: what V's rounding took.
     of_sample = prepass.count(min(keys, prepass.SAMPLE), prepass.SURVEY_TOKENS) * kv * D
     several = 1 + stored + 2 * (mode == "fp8")
-    sums = FLOAT * (several * of_sample + stored * 2 * kv * blocks * D)
+    sums = FLOAT * (several * of_sample + stored * kv * blocks * D)
     if norm:
         sums += FLOAT * (prepass.count(h, prepass.Q_HEADS) * tiles * prepare.TILE + keys)
     kind = hopper.Kind(MODES[mode], torch.bfloat16, long=keys >= hopper.LONG_KEYS)

@@ -123,7 +123,7 @@ __device__ __forceinline__ float sum_of(const uint4& codes) {
 }
 #endif
 
-// Two channels of 16 keys, of which `keys` count, as two chunks. left: the sums of x less the mean.
+// Two channels of 16 keys, of which `keys` count, as two chunks. left: the sums of what was rounded.
 // Returns the largest magnitude that was to be rounded.
 template <bool WHOLE>
 __device__ __forceinline__ float chunks_of(const u32 (&x)[16], const float2 mean,
@@ -141,8 +141,8 @@ __device__ __forceinline__ float chunks_of(const u32 (&x)[16], const float2 mean
             unpack<X>(x[key], c[0][i], c[1][i]);
             c[0][i] -= mean.x, c[1][i] -= mean.y;
             if (!WHOLE && key >= keys) c[0][i] = c[1][i] = 0.0f;
-            left.x += c[0][i], left.y += c[1][i];
             c[0][i] *= inverse.x, c[1][i] *= inverse.y;
+            left.x += c[0][i], left.y += c[1][i];
             if (V == E4M3) largest = larger(largest, c[0][i]), other = larger(other, c[1][i]);
         }
 #pragma unroll
@@ -203,7 +203,7 @@ __device__ __forceinline__ void pack(const Params& p, int bh, int tile, int end)
             const int side = i ^ begin, channel = 2 * pair + side;
             staged[channel * 8 + (chunk ^ channel % 8)] = side ? chunks[1] : chunks[0];
         }
-        reinterpret_cast<float2*>(part_left + chunk * D)[pair] = left;
+        reinterpret_cast<float2*>(part_left + chunk * LEFT_ROW)[pair] = left;
         __syncthreads();
         const long long number = (long long)bh * tiles + tile;
         uint4* const to = reinterpret_cast<uint4*>(p.v_codes) + number * D * 8;
@@ -212,15 +212,15 @@ __device__ __forceinline__ void pack(const Params& p, int bh, int tile, int end)
             const u32 at = i * THREADS + threadIdx.x;
             const uint4 codes = staged[SWIZZLED ? at : at ^ at / 8 % 8];
             to[at] = codes;
+            // Of four channels.
             const float sum = sum_of(codes);
-            const u32 channel = (at & ~31u) / 8 + threadIdx.x % 4;
-            if (threadIdx.x % 32 < 4) p.v_sum[number * D + channel] = sum;
-        }
-        if (threadIdx.x < D) {
-            float sum = 0.0f;
-#pragma unroll
-            for (int n = 0; n < 8; ++n) sum += part_left[n * D + threadIdx.x];
-            p.v_left[number * D + threadIdx.x] = sum;
+            const u32 lane = threadIdx.x % 32, channel = (at & ~31u) / 8 + lane % 4;
+            const float all = lanes_sum<4, 32>(part_left[lane / 4 * LEFT_ROW + channel]);
+            if (lane < 4) {
+                p.v_left[number * D + channel] = all - sum;
+                // Hopper's kernel does not read it.
+                if (!SWIZZLED) p.v_sum[number * D + channel] = sum;
+            }
         }
         __syncthreads();
     }
@@ -314,11 +314,10 @@ finish_values(const __grid_constant__ Params p) {
         __syncthreads();
     }
     float* const room = reinterpret_cast<float*>(shared);
-    float *const stored = room + THREADS, *const left = stored + D;
-    add_up(stored, p.v_sum + first, tiles, D, room);
+    float* const left = room + THREADS;
     add_up(left, p.v_left + first, tiles, D, room);
     if (threadIdx.x < D) {
-        const float away = fmaf(-__ldcg(p.v_scale + at), stored[threadIdx.x], left[threadIdx.x]);
-        p.v_offset[at] = __ldcg(p.v_mean + at) + away / p.keys;
+        const float steps = left[threadIdx.x] / p.keys;
+        p.v_offset[at] = fmaf(__ldcg(p.v_scale + at), steps, __ldcg(p.v_mean + at));
     }
 }

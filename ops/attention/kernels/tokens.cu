@@ -27,6 +27,7 @@
 //   SURVEY_TOKENS   of these that a block of the survey has
 //   RMS_ITEMS       items of a tile of K for its norms over all heads, a token for each warp
 //   VALUE_TILES     tiles of a head of V that a block has, one after the other
+//   LEFT_ROW        of sums that 16 keys of a tile leave; those of the next 16 are in other banks
 //   PATIENCE        cycles that a block which holds tiles of V waits for others
 
 enum Norm { NO_NORM = 0, HEAD = 1, TOKEN = 2 };
@@ -78,7 +79,7 @@ struct Params {
     float* k_inverse;  // [B, Lk]: of the norm over all heads
     float* v_mean;     // [B·Hkv, D], of the sample
     u32* v_ends;       // [B·Hkv, 2, D]: maxima of V and of -V, as `ordered`
-    float* v_left;     // [B·Hkv, tiles, D]: sums of V less v_mean
+    float* v_left;     // [B·Hkv, tiles, D]: sums of what rounding took off, in steps of the codes
     u32* v_state;      // [B·Hkv]: AGAIN, and how many blocks of `hold_values` have told their range
     u32* done;
     long long q_b, q_h, q_l, k_b, k_h, k_l, v_b, v_h, v_l;

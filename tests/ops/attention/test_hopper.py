@@ -1,7 +1,7 @@
 """The CUDA C++ source of the Hopper kernel: compiled by NVRTC where it is installed."""
 
 import ctypes
-import math
+import itertools
 import re
 
 import pytest
@@ -11,6 +11,7 @@ from lowbit.ops import launch, tuning
 from lowbit.ops.attention import hopper, prepass
 from lowbit.ops.attention.hopper import Kind
 from lowbit.ops.attention.modes import MODES
+from lowbit.ops.cuda.kernel import options as kernel_options
 
 from ..cuda.compiled import compiled, disassembled, fields_of
 
@@ -114,44 +115,34 @@ def test_product_divides(d):
             assert quotient == x // d
 
 
-def test_bias_of_a_mask_of_keys():
-    hides = torch.ones(2, 1, 1, 300, dtype=torch.bool)
-    hides[1, :, :, 130:] = False
-    bias = hopper.bias_of(hides)
-    assert bias.shape == (2, 1, 3, 132) and bias.dtype == torch.float32
-    # Whole blocks of visible keys are marked as such.
-    assert (bias[0, 0, :2] == 0).all()
-    assert (bias[0, 0, 2, :44] == 0).all() and (bias[0, 0, 2, 44:128] == -torch.inf).all()
-    assert (bias[1, 0, 1, 2:128] == -torch.inf).all()
-    assert bias[..., 128].tolist() == [[[0, 0, 1]], [[0, 1, 1]]]
-    added = hopper.bias_of(torch.full((1, 1, 1, 128), 2.0, dtype=torch.bfloat16))
-    assert added[..., :128].unique().item() == pytest.approx(2 / math.log(2))
-    assert (added[..., 128] == 1).all()
-    added = torch.zeros(1, 1, 1, 300)
-    added[..., 130], added[..., 131], added[..., 299] = torch.nan, -torch.inf, torch.inf
-    # Which the kernel multiplies by 0.
-    torch.testing.assert_close(
-        hopper.bias_of(added)[0, 0, :, 128:],
-        torch.tensor([0.0, torch.nan, 1.0])[:, None].expand(3, 4),
-        equal_nan=True,
-    )
+@pytest.mark.parametrize("dtype", hopper.MASKS)
+def test_kernel_of_masks_stays_in_registers(dtype, tmp_path):
+    code = compiled(hopper.bias_source(), kernel_options((9, 0), hopper.bias_defined(dtype)))
+    sass, resources = disassembled(code, tmp_path)
+    assert "STACK:0" in resources and "BAR.RED" in sass
 
 
-def test_bias_is_float32_whatever_torch_makes_by_default():
-    torch.set_default_dtype(torch.float16)
-    try:
-        assert hopper.bias_of(torch.ones(1, 1, 1, 9, dtype=torch.bool)).dtype == torch.float32
-    finally:
-        torch.set_default_dtype(torch.float32)
+def test_bias_is_launched_with_the_parameters_of_its_source(monkeypatch):
+    found = []
+    monkeypatch.setattr(hopper, "launch", lambda *given: found.append(given))
+    mask = torch.zeros(2, 3, 1, 300)
+    bias = hopper.bias_of(mask)
+    assert bias.shape == (2, 3, 3, 132) and bias.dtype == torch.float32
+    ((_, programs, arguments, *_),) = found
+    names = fields_of(hopper.bias_source(), "Params")
+    given = dict(zip(names, arguments, strict=True))
+    assert programs == 18 and given.pop("mask") is mask and given.pop("bias") is bias
+    strides = {"mask_b": 900, "mask_h": 300, "mask_l": 1}
+    assert given == strides | {"heads": 3, "keys": 300, "blocks": 3}
 
 
 def test_mask_of_keys_is_made_once_for_all_heads():
     mask = torch.zeros(1, 1, 1, 9).expand(2, 4, 7, 9)
     assert hopper._once(mask).shape == (1, 1, 1, 9)
-    assert hopper._strides(hopper.bias_of(hopper._once(mask))) == (0, 0)
+    assert hopper._strides(torch.zeros(1, 1, 1, 132)) == (0, 0)
     own = torch.zeros(2, 4, 1, 9).expand(2, 4, 7, 9)
     assert hopper._once(own).shape == (2, 4, 1, 9)
-    assert hopper._strides(hopper.bias_of(hopper._once(own))) == (4 * 132, 132)
+    assert hopper._strides(torch.zeros(2, 4, 1, 132)) == (4 * 132, 132)
     assert hopper._strides(None) == (0, 0)
 
 
@@ -168,7 +159,7 @@ def test_v_that_a_map_cannot_describe_is_copied():
 
 
 class Nothing:
-    """A kernel of the pre-pass that does nothing."""
+    """A kernel that does nothing."""
 
     by_address = True
 
@@ -176,32 +167,48 @@ class Nothing:
         pass
 
 
-@pytest.fixture
-def started(monkeypatch):
-    """What the kernel is started with on a GPU of 132 processors, and what is cleared before."""
-    found, cleared = [], []
-    loaded = object.__new__(hopper._Loaded)
-    monkeypatch.setattr(
-        loaded,
-        "launch",
-        lambda grid, n, given, stream: found.append((grid[0], given)),
-        raising=False,
-    )
-    kernels = {id(hopper.ATTENTION): loaded}
-    monkeypatch.setattr(
-        launch,
-        "launch",
-        lambda kernel, programs, arguments, *rest: again(
-            kernels.get(id(kernel), Nothing()), programs, arguments
-        ),
-    )
-    monkeypatch.setattr(launch, "again", lambda *given: again(*given[:3]))
+class Started:
+    """What is launched on a GPU of 132 processors, on which nothing runs."""
 
-    def again(compiled, programs, arguments):
+    def __init__(self):
+        # Of each call: the arguments of each launch.
+        self.calls: list[list[tuple]] = []
+        # Blocks and parameters of the attention itself; what is cleared before.
+        self.attended, self.cleared = [], []
+        # Memory that calls which are prepared take for what is between kernels.
+        self.taken: list[torch.Tensor] = []
+
+    def again(self, compiled, programs, arguments):
+        self.calls[-1].append(tuple(arguments))
         compiled.start(programs, arguments)
         return compiled
 
-    monkeypatch.setattr(hopper.nvrtc, "clear", lambda *given: cleared.append(given[:2]))
+
+@pytest.fixture
+def started(monkeypatch):
+    found = Started()
+    loaded = object.__new__(hopper._Loaded)
+
+    def attend(grid, threads, given, stream):
+        found.attended.append((grid[0], given))
+
+    monkeypatch.setattr(loaded, "launch", attend, raising=False)
+    kernels = {id(hopper.ATTENTION): loaded}
+
+    def first(kernel, programs, arguments, *rest):
+        return found.again(kernels.get(id(kernel), Nothing()), programs, arguments)
+
+    def empty(*size, **options):
+        made = torch_empty(*size, **options)
+        if made.dtype == torch.uint8:
+            found.taken.append(made)
+        return made
+
+    torch_empty = torch.empty
+    monkeypatch.setattr(torch, "empty", empty)
+    monkeypatch.setattr(launch, "launch", first)
+    monkeypatch.setattr(launch, "again", lambda *given: found.again(*given[:3]))
+    monkeypatch.setattr(hopper.nvrtc, "clear", lambda *given: found.cleared.append(given[:2]))
     monkeypatch.setattr(hopper, "_processors", lambda device: 132)
     monkeypatch.setattr(hopper, "_map_of", lambda v: v)
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 0, raising=False)
@@ -209,39 +216,73 @@ def started(monkeypatch):
     monkeypatch.setattr(prepass, "_in_flight", lambda device, d: 264)
     monkeypatch.setattr(prepass, "_held", lambda device, d: 3)
     tuning.forget()
-    yield found, cleared
+    yield found
     tuning.forget()
 
 
+def ranges_of(prepared: list[tuple], replayed: list[tuple]) -> dict[int, tuple[int, int]]:
+    """Addresses from and to of each tensor of a first call that a later one has none for, by id.
+
+    Fails where the two launch with anything else that is not alike, or one of these has two places.
+    """
+    found = {}
+    for before, after in zip(prepared, replayed, strict=True):
+        for x, y in zip(before, after, strict=True):
+            if torch.is_tensor(x) and isinstance(y, int):
+                assert found.setdefault(id(x), (y, y + x.numel() * x.element_size()))[0] == y
+            elif torch.is_tensor(x):
+                assert (x.shape, x.stride(), x.dtype) == (y.shape, y.stride(), y.dtype)
+            else:
+                assert x == y
+    return found
+
+
+@pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("lse", [False, True])
 @pytest.mark.parametrize("mode", list(MODES))
-def test_second_call_starts_the_same_for_other_tensors(started, mode, lse):
+def test_second_call_starts_the_same_for_other_tensors(started, mode, lse, masked):
     """Heads that share those of K, and three blocks for the keys of each tile of rows."""
-    found, cleared = started
-    b, h, kv, length, keys = 1, 4, 2, 1100, 9000
-    seen = []
-    for _ in range(3):
+    b, h, kv, length, keys = 2, 4, 2, 600, 9000
+    kept = []
+    for number in range(3):
         q, k, v, out = (
             torch.zeros(b, n, heads, 128, dtype=torch.bfloat16).transpose(1, 2)
             for n, heads in ((length, h), (keys, kv), (keys, kv), (length, h))
         )
         sums = torch.zeros(b, h, length) if lse else None
-        hopper.run(out, sums, q, k, v, MODES[mode], None, False, 0.1)
-        blocks, (params, of_v) = found[-1]
+        mask = torch.zeros(b, h, 1, keys).expand(b, h, length, keys) if masked else None
+        kept.append((q, k, v, out, sums, mask))
+        started.calls.append([])
+        started.taken.clear()
+        hopper.run(out, sums, q, k, v, MODES[mode], mask, False, 0.1)
+        blocks, (params, of_v) = started.attended[-1]
         assert (params.out, params.lse) == (out.data_ptr(), sums.data_ptr() if lse else None)
         assert (of_v is v) == (mode == "exact") and (params.v is None) == (mode == "exact")
-        whole, parts = hopper.split(36, 71, 132)
-        assert (whole, parts) == (0, 3) and blocks == 36 * 3
-        assert cleared[-1] == (params.done, 36)
-        assert params.done - params.partial == 36 * 3 * hopper.PARTIAL * 4
+        whole, parts = hopper.split(40, 71, 132)
+        assert (whole, parts) == (0, 3) and blocks == 40 * 3
+        assert started.cleared[-1] == (params.done, 40)
+        assert params.done - params.partial == 40 * 3 * hopper.PARTIAL * 4
         numbers = [getattr(params, n) for n in ("rows", "keys", "tiles", "blocks", "whole")]
-        assert numbers == [length, keys, 9, 71, 0]
+        assert numbers == [length, keys, 5, 71, 0]
         assert (params.out_b, params.out_h, params.out_l) == out.stride()[:3]
         divisors = [getattr(params, n).divisor for n in ("parts", "units", "heads", "group")]
-        assert divisors == [3, 9, 4, 2]
-        assert params.bias is None
+        assert divisors == [3, 5, 4, 2]
+        assert (params.bias_b, params.bias_h) == ((4 * 71 * 132, 71 * 132) if masked else (0, 0))
         pointers = {n: getattr(params, n) for n, _ in hopper.Params._fields_[: hopper.POINTERS]}
-        seen.append({n for n, x in pointers.items() if x})
-        there = [x for x in pointers.values() if x] + [params.partial]
-        assert len(set(there)) == len(there)
-    assert seen[0] == seen[1] == seen[2] and len(found) == 3
+        pointers |= {"partial": params.partial, "bias": params.bias}
+        there = {n: x for n, x in pointers.items() if x}
+        assert len(set(there.values())) == len(there) and ("bias" in there) == masked
+        if number == 0:
+            known = set(there)
+            continue
+        assert set(there) == known
+        # Of what is between the kernels each has its own part of one memory.
+        found = ranges_of(started.calls[0], started.calls[number])
+        (memory,) = started.taken
+        begin, end = memory.data_ptr(), memory.data_ptr() + memory.numel()
+        assert {there[n] for n in known - {"out", "lse"}} <= {first for first, _ in found.values()}
+        assert all(begin <= first <= last <= end for first, last in found.values())
+        for arguments in started.calls[0]:
+            used = sorted({found[id(x)] for x in arguments if id(x) in found})
+            assert all(a[1] <= b[0] for a, b in itertools.pairwise(used))
+    assert len(started.attended) == 3

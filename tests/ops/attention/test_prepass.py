@@ -147,9 +147,11 @@ def test_parameters_are_those_of_the_source(monkeypatch, mode, name):
 
 @pytest.mark.parametrize(
     ("keys", "held", "once"),
-    [(264 * 3 * 128, 3, True), (264 * 3 * 128 + 1, 3, False), (300, 2, True), (300, 1, False)],
+    [(198 * 3 * 128, 3, True), (198 * 3 * 128 + 1, 3, False), (300, 2, True), (300, 1, False)],
 )
-def test_integers_are_read_once_where_the_gpu_holds_a_head(monkeypatch, keys, held, once):
+def test_integers_are_read_once_where_a_head_is_three_quarters_of_what_runs_at_once(
+    monkeypatch, keys, held, once
+):
     made, _ = launches(monkeypatch, "int8", NOTHING, heads=2, b=1, keys=keys, held=held)
     started = {kernel._name: programs for kernel, programs, *_ in made}
     assert ("hold_values" in started) == once
