@@ -1,6 +1,20 @@
 """comfy-kitchen's registry of kernels, as far as this pack directs it."""
 
+import contextlib
+
+import torch
 from comfy_kitchen.registry import registry
+
+
+def on_gpu_of(x: torch.Tensor):
+    """Return a context in which the GPU that x lies on is the current one, as packages want it.
+
+    comfy-kitchen and SageAttention launch on the current GPU, refuse tensors of another, or leave
+    another one current. Compiled graphs see to it themselves.
+    """
+    if torch.compiler.is_compiling():
+        return contextlib.nullcontext()
+    return torch.cuda.device_of(x)
 
 
 def kitchen_eager():

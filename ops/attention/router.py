@@ -6,6 +6,7 @@ import torch
 
 from .. import registry
 from ..custom_op import custom_op
+from ..kitchen import on_gpu_of
 from ..registry import NoBackendError
 from . import auto, empty_out, guard, kind_of, ways
 from .check import DTYPES
@@ -198,7 +199,8 @@ def _unmet(way: str, kind: str, device: torch.device, head_size: int) -> str | N
 def _run(q, k, v, mask, way, causal, scale, checked, rotate, *steps):
     compute = next(b.run for b in registry.backends(OP) if b.name == way)
     call = (q, k, v, mask, causal, scale)
-    out = guard.run(way, compute, checked, *call, of_arguments(*steps), rotate)
+    with on_gpu_of(q):
+        out = guard.run(way, compute, checked, *call, of_arguments(*steps), rotate)
     # Every way's result lies in memory as q does, which a compiled graph relies on.
     if q.stride(1) < q.stride(2):
         return out.transpose(1, 2).contiguous().transpose(1, 2)

@@ -16,6 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from .. import registry, tuning
 from ..attention_fp4 import WIDTHS, attention_fp4
 from ..failures import failures
+from ..kitchen import on_gpu_of
 from ..registry import Backend, Call, Needs, register
 from . import attention, sage
 from .check import DTYPES
@@ -133,7 +134,8 @@ def _kitchen_missing(device: torch.device) -> str | None:
     available = getattr(comfy_kitchen, "int8_attention_is_available", None)
     if available is None:
         return "this comfy_kitchen has no INT8 attention"
-    return None if available() else "comfy_kitchen's INT8 attention does not run on this GPU"
+    with torch.cuda.device(device):
+        return None if available() else "comfy_kitchen's INT8 attention does not run on this GPU"
 
 
 def relative_error(got: torch.Tensor, want: torch.Tensor) -> torch.Tensor:
@@ -157,7 +159,8 @@ def trial(run: Callable, head_size: int, most: float) -> Callable:
             with warnings.catch_warnings():
                 # torch warns of every backend that it does not take, and raises besides.
                 warnings.simplefilter("ignore", UserWarning)
-                got = run(q, k, v, None, False, None)
+                with on_gpu_of(q):
+                    got = run(q, k, v, None, False, None)
         except (*failures(), *REFUSALS) as error:
             return f"fails here: {type(error).__name__}: {error}"
         error = relative_error(got, want).item()

@@ -22,27 +22,29 @@ def run(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torc
     prepared = prepare(q, k, v)
     out = torch.empty(b * h, length, d, dtype=q.dtype, device=q.device)
     tiles, padded = prepared.correction.shape[1:]
-    attend_kernel[(tiles, b * h)](
-        *prepared.q,
-        *prepared.k,
-        *prepared.v,
-        prepared.correction,
-        out,
-        out.stride(0),
-        out.stride(1),
-        prepared.logit_scale * (scale * LOG2E),
-        prepared.v_scale,
-        0.0,
-        length,
-        k.shape[2],
-        padded,
-        h // k.shape[1],
-        M=TILE,
-        N=KEYS,
-        D=d,
-        num_warps=WARPS,
-        num_stages=STAGES,
-    )
+    launched = attend_kernel[(tiles, b * h)]
+    with torch.cuda.device_of(q):
+        launched(
+            *prepared.q,
+            *prepared.k,
+            *prepared.v,
+            prepared.correction,
+            out,
+            out.stride(0),
+            out.stride(1),
+            prepared.logit_scale * (scale * LOG2E),
+            prepared.v_scale,
+            0.0,
+            length,
+            k.shape[2],
+            padded,
+            h // k.shape[1],
+            M=TILE,
+            N=KEYS,
+            D=d,
+            num_warps=WARPS,
+            num_stages=STAGES,
+        )
     return out.view(b, h, length, d)
 
 

@@ -87,6 +87,7 @@ def check(packed, scale, tensor_scale, shape: tuple[int, int], group: int) -> No
             f"decode_fp4: scale is {scale.dtype} with {scale.numel()} elements; {most} of one byte "
             f"are wanted, one per {group} of [{rows}, {columns}], swizzled"
         )
+    check_devices("decode_fp4", packed.device, scale=scale, tensor_scale=tensor_scale)
     if tensor_scale is None:
         return
     if tensor_scale.numel() != 1 or tensor_scale.dtype != torch.float32:
@@ -94,6 +95,15 @@ def check(packed, scale, tensor_scale, shape: tuple[int, int], group: int) -> No
             f"decode_fp4: tensor_scale is {tensor_scale.dtype} {list(tensor_scale.shape)}; one "
             "float32 element is wanted"
         )
+
+
+def check_devices(what: str, device: torch.device, **tensors: torch.Tensor | None) -> None:
+    """Raise ValueError when any of the tensors is not where the weight is."""
+    for name, x in tensors.items():
+        if x is not None and x.device != device:
+            raise ValueError(
+                f"{what}: {name} is on {x.device}, the weight on {device}; move both to one device"
+            )
 
 
 def _run(packed, scale, tensor_scale, n, k, group, dtype, backend):

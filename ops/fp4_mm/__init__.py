@@ -4,7 +4,7 @@ import torch
 
 from .. import registry
 from ..custom_op import custom_op
-from ..decode_fp4 import FLOATS, NVFP4_GROUP, check
+from ..decode_fp4 import FLOATS, NVFP4_GROUP, check, check_devices
 
 OP = "fp4_mm"
 SCHEMES = tuple(f"{name}_{bits}" for name in ("nvfp4", "mxfp4") for bits in (16, 32))
@@ -37,6 +37,7 @@ def fp4_mm(
     if bias is not None and tuple(bias.shape) != (shape[0],):
         raise ValueError(f"fp4_mm: bias is {list(bias.shape)}; [{shape[0]}] is wanted")
     check(packed, scale, tensor_scale, shape, group)
+    check_devices(OP, packed.device, x=x, bias=bias)
     scale = scale.view(torch.uint8)
     return _OP(x, packed, scale, tensor_scale, bias, *shape, group, backend)
 

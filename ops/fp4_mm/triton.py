@@ -1,7 +1,5 @@
 """The Triton backend of `fp4_mm`: few tokens by a kernel that decodes, many by a decoded weight."""
 
-import functools
-
 import torch
 
 from .. import tuning
@@ -45,16 +43,11 @@ def multiply(
     (m, k), (n, columns) = x.shape, weight.shape
     if columns > k or x.stride(0) % ALIGNMENT:
         x = torch.nn.functional.pad(x, (0, columns - k)).contiguous()
-    one = _one(x.device)
+    one = torch.ones(1, device=x.device)
     out = x.new_empty(m, n)
     scale = one if tensor_scale is None else tensor_scale.reshape(1)
     run_product(out, x, weight, one, scale, bias, None, None, tile, processors_of(x.device))
     return out
-
-
-@functools.cache
-def _one(device: torch.device) -> torch.Tensor:
-    return torch.ones(1, device=device)
 
 
 def run_tile(x, packed, scale, tensor_scale, n, group, bias, tile: Tile) -> torch.Tensor:

@@ -4,7 +4,7 @@ import torch
 
 from .. import registry
 from ..custom_op import custom_op
-from ..decode_fp4 import NVFP4_GROUP, check
+from ..decode_fp4 import NVFP4_GROUP, check, check_devices
 from ..quantize_rows.order import BLOCK
 from ..scaled_mm.check import OUTPUTS
 from .tiles import MOST_TOKENS
@@ -56,6 +56,7 @@ def fp4_scaled_mm(
     if out_dtype not in OUTPUTS:
         raise TypeError(f"fp4_scaled_mm: out_dtype is {out_dtype}; bfloat16, float16 and float32")
     check(packed, scale, tensor_scale, shape, group)
+    check_devices(OP, packed.device, x=x, x_scale=x_scale, bias=bias)
     if 2 * packed.shape[1] != k:
         raise ValueError(f"fp4_scaled_mm: packed has {2 * packed.shape[1]} columns, x has {k}")
     scale = scale.view(torch.uint8)

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from comfy_kitchen.tensor import QuantizedTensor, get_layout_class
 
 from ..custom_op import custom_op
+from ..kitchen import on_gpu_of
 from ..registry import Backend, Needs, register
 from .activation import QuantizedActivation
 
@@ -24,7 +25,8 @@ def _as_kitchen(weight: QuantizedTensor) -> QuantizedTensor:
 def run_weight_only(x: torch.Tensor, weight: QuantizedTensor, bias: torch.Tensor | None):
     """Return x · Wᵀ + bias where comfy-kitchen's linear takes the float activation [M, K]."""
     bias = None if bias is None else bias.to(x.dtype)
-    return F.linear(x.contiguous(), _as_kitchen(weight), bias)
+    with on_gpu_of(x):
+        return F.linear(x.contiguous(), _as_kitchen(weight), bias)
 
 
 def run_convrot_w4a4(x: torch.Tensor, weight: QuantizedTensor, bias: torch.Tensor | None):
@@ -45,7 +47,8 @@ def _multiply(layout: str, x, stored, bias, **fields) -> torch.Tensor:
     shape = (stored.shape[0], x.shape[1])
     params = get_layout_class(layout).Params(orig_dtype=x.dtype, orig_shape=shape, **fields)
     bias = None if bias is None else bias.to(x.dtype)
-    return F.linear(x.contiguous(), QuantizedTensor(stored, layout, params), bias)
+    with on_gpu_of(x):
+        return F.linear(x.contiguous(), QuantizedTensor(stored, layout, params), bias)
 
 
 def _convrot_w4a4(x, stored, scale, bias, rotation, group, linear_dtype):
@@ -82,9 +85,10 @@ _ASYM_W4A8 = custom_op(
 def run_quantized_input(x: torch.Tensor, weight: QuantizedTensor, bias: torch.Tensor | None):
     """Return x · Wᵀ + bias where comfy-kitchen's linear takes a quantized activation [M, K]."""
     layout = weight.layout_cls.kitchen_layout
-    quantized = QuantizedTensor.from_float(x.contiguous(), layout, scale="recalculate")
     bias = None if bias is None else bias.to(x.dtype)
-    return F.linear(quantized, _as_kitchen(weight), bias)
+    with on_gpu_of(x):
+        quantized = QuantizedTensor.from_float(x.contiguous(), layout, scale="recalculate")
+        return F.linear(quantized, _as_kitchen(weight), bias)
 
 
 def run_static(x: QuantizedActivation, weight: QuantizedTensor, bias: torch.Tensor | None):
@@ -96,7 +100,8 @@ def run_static(x: QuantizedActivation, weight: QuantizedTensor, bias: torch.Tens
         scale=x.scale.reshape(()), orig_dtype=x.dtype, orig_shape=tuple(x.stored.shape)
     )
     bias = None if bias is None else bias.to(x.dtype)
-    return F.linear(QuantizedTensor(x.stored, layout, params), _as_kitchen(weight), bias)
+    with on_gpu_of(x.stored):
+        return F.linear(QuantizedTensor(x.stored, layout, params), _as_kitchen(weight), bias)
 
 
 def _register(schemes: set[str], run, run_quantized=None, **needs) -> None:

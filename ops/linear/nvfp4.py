@@ -4,8 +4,6 @@ Two elements share a byte, the even column in the high nibble; block scales are 
 wants them, in blocks of 128 rows; N and K are padded to multiples of 16.
 """
 
-import contextlib
-
 import comfy_kitchen
 import torch
 import torch.nn.functional as F
@@ -14,7 +12,7 @@ from comfy_kitchen.tensor import QuantizedTensor, TensorCoreNVFP4Layout, registe
 
 from .. import block_scales
 from ..custom_op import custom_op
-from ..kitchen import kitchen_eager
+from ..kitchen import kitchen_eager, on_gpu_of
 from ..rounding import GRIDS, SMALLEST_SCALE
 from ..scaled_mm.check import OUTPUTS
 from . import linear
@@ -73,7 +71,7 @@ class NVFP4Layout(TensorCoreNVFP4Layout):
         The scale of the tensor alone is often too small for float16.
         """
         overruns = qdata.is_cuda and 2 * qdata.numel() % KITCHEN_ELEMENTS
-        with kitchen_eager() if overruns else contextlib.nullcontext():
+        with kitchen_eager() if overruns else on_gpu_of(qdata):
             values = comfy_kitchen.dequantize_nvfp4(
                 qdata, params.scale, params.block_scale, torch.float32
             )

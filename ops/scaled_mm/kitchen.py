@@ -7,6 +7,7 @@ import torch
 from comfy_kitchen import mm_int8
 from comfy_kitchen.scaled_mm_v2 import scaled_mm_v2
 
+from ..kitchen import on_gpu_of
 from ..registry import Backend, Needs, register
 from . import OP
 from .reference import finished, scaled, with_low_rank
@@ -29,7 +30,9 @@ def run_int8(
     low_rank=None,
 ) -> torch.Tensor:
     """Return the product of INT8 operands as `scaled_mm` describes it."""
-    value = scaled(mm_int8(aligned(a), aligned(b).t()), scale_a, scale_b, zero_point, column_sum)
+    with on_gpu_of(a):
+        total = mm_int8(aligned(a), aligned(b).t())
+    value = scaled(total, scale_a, scale_b, zero_point, column_sum)
     rest = (bias, activation, gate, residual, out_dtype)
     return finished(with_low_rank(value, low_rank), *rest)
 
@@ -53,9 +56,11 @@ def run_fp8(
     a, b = aligned(a), aligned(b)
     if low_rank is None and can_fuse("tensor", *rest):
         bias = None if bias is None else aligned(bias)
-        return scaled_mm_v2(a, b.t(), scale_a, scale_b, bias, out_dtype)
+        with on_gpu_of(a):
+            return scaled_mm_v2(a, b.t(), scale_a, scale_b, bias, out_dtype)
     one = scale_a.new_ones(())
-    total = scaled_mm_v2(a, b.t(), one, one, None, torch.float32)
+    with on_gpu_of(a):
+        total = scaled_mm_v2(a, b.t(), one, one, None, torch.float32)
     value = scaled(total, scale_a, scale_b, None, None)
     return finished(with_low_rank(value, low_rank), *rest)
 

@@ -8,6 +8,7 @@ import torch
 from comfy_kitchen.tensor import TensorCoreFP8Layout, register_layout_op
 from comfy_kitchen.tensor.base import dequantize_args
 
+from ...ops.kitchen import on_gpu_of
 from ...ops.quantize_rows import LIMITS, quantize_rows
 from ...ops.rounding import SMALLEST_SCALE, round_stochastic
 from .base import LowBitLayout
@@ -54,7 +55,8 @@ class FP8Layout(LowBitLayout, TensorCoreFP8Layout):
         value = tensor.float()
         # Cut off at the format's largest value, Inf would pass for a number.
         value = torch.where(value.isinf(), torch.nan, value)
-        return comfy_kitchen.quantize_per_tensor_fp8(value, scale, cls.dtype)
+        with on_gpu_of(value):
+            return comfy_kitchen.quantize_per_tensor_fp8(value, scale, cls.dtype)
 
     @classmethod
     def dequantize(cls, qdata, params):

@@ -17,6 +17,7 @@ import torch
 from comfy_kitchen.tensor import QuantizedTensor, register_layout_class, register_layout_op
 from comfy_kitchen.tensor.base import dequantize_args
 
+from ...ops.kitchen import on_gpu_of
 from ...ops.linear import STEP, linear, run_step
 
 # Rows quantized at a time. A multiple of 128, the height of a block of swizzled scales, so that
@@ -231,6 +232,18 @@ class LowBitLayout:
     kitchen_layout: str
     shared: frozenset[str] = frozenset()
     mixed: Callable | None = None
+
+    @classmethod
+    def quantize(cls, tensor: torch.Tensor, *args, **kwargs):
+        """Return (stored, params) of comfy-kitchen's layout, on the GPU that the tensor lies on."""
+        with on_gpu_of(tensor):
+            return super().quantize(tensor, *args, **kwargs)
+
+    @classmethod
+    def dequantize(cls, qdata: torch.Tensor, params) -> torch.Tensor:
+        """Return the values by comfy-kitchen's layout, on the GPU that the weight lies on."""
+        with on_gpu_of(qdata):
+            return super().dequantize(qdata, params)
 
     @classmethod
     def whole_tensor(cls, weight: torch.Tensor, largest: torch.Tensor) -> dict[str, Any]:

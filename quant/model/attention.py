@@ -100,7 +100,9 @@ def running_device(device: torch.device | str) -> torch.device:
     """Return where a model that lies on `device` is likely to run: a GPU, where there is one."""
     device = torch.device(device)
     waits = device.type in ("cpu", "meta") and torch.cuda.is_available()
-    return torch.device("cuda", torch.cuda.current_device()) if waits else device
+    # With its number, by which what is known of a GPU is kept.
+    unsaid = device.type == "cuda" and device.index is None
+    return torch.device("cuda", torch.cuda.current_device()) if waits or unsaid else device
 
 
 def _attentions(model: nn.Module) -> Iterator[tuple[str, nn.Module, int | None]]:

@@ -124,9 +124,7 @@ class Contest:
         return ()
 
     def _route(self, name: str) -> torch.Tensor:
-        # Packages launch on the current GPU, whichever their tensors lie on.
-        with torch.cuda.device_of(self._q):
-            return router.route(self._q, self._k, self._v, name, mask=self._mask)
+        return router.route(self._q, self._k, self._v, name, mask=self._mask)
 
     @functools.cached_property
     def _heads(self) -> torch.Tensor:

@@ -175,6 +175,10 @@ def test_operation_is_known_to_the_compiler():
         ({"shape": (65, 64)}, r"packed holds \[64, 64\]; at least \[65, 64\]"),
         ({"scale": torch.zeros(511, dtype=torch.uint8)}, "511 elements; 512 of one byte"),
         ({"scale": torch.zeros(512)}, "scale is torch.float32"),
+        (
+            {"scale": torch.zeros(512, dtype=torch.uint8, device="meta")},
+            "scale is on meta, the weight on cpu",
+        ),
         ({"packed": torch.zeros(64, 32)}, "contiguous uint8"),
         ({"dtype": torch.int8}, "to torch.int8"),
     ],

@@ -84,6 +84,8 @@ def test_what_does_not_fit_is_refused():
         fp4_scaled_mm(x, scale[:6], *given)
     with pytest.raises(ValueError, match=r"bias is torch.float32 \[32\]; \[33\]"):
         fp4_scaled_mm(x, scale, *given, make(32))
+    with pytest.raises(ValueError, match="x_scale is on meta, the weight on cpu"):
+        fp4_scaled_mm(x, scale.to("meta"), *given)
     with pytest.raises(TypeError, match="out_dtype is torch"):
         fp4_scaled_mm(x, scale, *given, out_dtype=torch.int8)
     with pytest.raises(ValueError, match="interleaved, so of a multiple of 128"):

@@ -328,3 +328,5 @@ def test_what_does_not_fit_the_16_bit_product_is_refused():
         fp4_mm(make(5, 511), *given)
     with pytest.raises(ValueError, match=r"bias is \[32\]; \[33\]"):
         fp4_mm(make(5, 512), *given, make(32))
+    with pytest.raises(ValueError, match="x is on meta, the weight on cpu"):
+        fp4_mm(make(5, 512).to("meta"), *given)

@@ -193,3 +193,12 @@ def test_wrong_words_are_refused(model):
 def test_model_without_such_attention_is_refused():
     with pytest.raises(ValueError, match=r"no attention processors .* 0\.37"):
         lowbit.set_attention(torch.nn.Sequential(torch.nn.Linear(4, 4)), "sdpa")
+
+
+def test_gpu_that_a_model_runs_on_is_known_by_its_number(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    for available, of_cpu in ((True, torch.device("cuda", 3)), (False, torch.device("cpu"))):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda found=available: found)
+        assert attention.running_device("cpu") == of_cpu
+    assert attention.running_device("cuda") == torch.device("cuda", 3)
+    assert attention.running_device("cuda:1") == torch.device("cuda", 1)
