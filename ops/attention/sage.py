@@ -8,11 +8,14 @@ and `sageattention3_blackwell/sageattn3/api.py` of the same commit. What their f
 - `sageattn3_blackwell`: heads of 64 and 128, as many of K as of Q; no mask (one is ignored), no
   scale; subtracts the mean from the caller's K in place, and makes a float32 matrix of
   Lq / 128 · Lk for every head.
+
+The CUDA kernels of 2.x are launched on the default stream of the GPU, whichever is the current one.
 """
 
 import functools
 import importlib.metadata
 import re
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -46,8 +49,31 @@ def _padded(head_sizes: tuple[int, ...], *tensors: torch.Tensor) -> list[torch.T
     return [x if x.stride(-1) == 1 else x.contiguous() for x in tensors]
 
 
+def _in_order(run: Callable[[], torch.Tensor], q: torch.Tensor) -> torch.Tensor:
+    """Return run(), which is done after all before it on the current stream, and before all after.
+
+    While a CUDA graph is recorded nothing is known of the default stream: run alone.
+    """
+    if not q.is_cuda:
+        return run()
+    current, default = torch.cuda.current_stream(q.device), torch.cuda.default_stream(q.device)
+    if current == default or torch.cuda.is_current_stream_capturing():
+        return run()
+    default.wait_stream(current)
+    with torch.cuda.stream(default):
+        out = run()
+    current.wait_stream(default)
+    # Its memory is the default stream's.
+    out.record_stream(current)
+    return out
+
+
 def sageattn(q, k, v, mask, causal: bool, scale: float | None) -> torch.Tensor:
     """Return attention by SageAttention 1 or 2; q [B, H, Lq, D], k and v [B, Hkv, Lk, D]."""
+    return _in_order(lambda: _sageattn(q, k, v, causal, scale), q)
+
+
+def _sageattn(q, k, v, causal: bool, scale: float | None) -> torch.Tensor:
     import sageattention
 
     d = q.shape[-1]
@@ -64,6 +90,10 @@ def sageattn3(q, k, v, mask, causal: bool, scale: float | None) -> torch.Tensor:
 
     Some heads at a time, so that its matrices stay within MATRIX_BYTES where one head's do.
     """
+    return _in_order(lambda: _sageattn3(q, k, v, scale), q)
+
+
+def _sageattn3(q, k, v, scale: float | None) -> torch.Tensor:
     import sageattn3 as package
 
     (b, heads, queries, d), keys = q.shape, k.shape[2]

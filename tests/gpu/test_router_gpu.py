@@ -16,6 +16,8 @@ MAX_ERROR = {16: 0.01, 8: max(mode.max_error for mode in MODES.values()), 4: 0.2
 # SageAttention 1.0.6 errs by .042, 2.2.0 by .039.
 OF_OTHERS = {"sageattn": 0.045}
 HEADS, TOKENS = 8, 8192
+# Some 10 ms, for which what runs on another stream does not wait.
+SOME_CYCLES = 20_000_000
 # A choice that is this much slower than torch's own is a wrong one, not noise.
 SLOWER = 1.02
 
@@ -117,6 +119,22 @@ def test_guard_finds_nothing_and_changes_nothing(way, d, caplog):
     for checked in (FIRST_CALL, EVERY_CALL):
         assert torch.equal(runs(way, *tensors, guard=checked), plain)
     assert not caplog.records
+
+
+def test_way_keeps_to_the_current_stream(way):
+    """Its input comes late there, and so does what its memory is used for after it."""
+    q, k, v = inputs()
+    want = runs(way, q, k, v)
+    stream, x = torch.cuda.Stream(), torch.zeros_like(q)
+    torch.cuda.synchronize()
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            x.zero_()
+            torch.cuda._sleep(SOME_CYCLES)
+            x.copy_(q)
+            got = router.route(x, k, v, way)
+            assert torch.equal(got, want)
+            del got
 
 
 def test_compiled_way_is_one_graph(way):
