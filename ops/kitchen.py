@@ -10,9 +10,11 @@ def on_gpu_of(x: torch.Tensor):
     """Return a context in which the GPU that x lies on is the current one, as packages want it.
 
     comfy-kitchen and SageAttention launch on the current GPU, refuse tensors of another, or leave
-    another one current. Compiled graphs see to it themselves.
+    another one current. Compiled graphs see to it themselves, and tensors that only stand for some
+    lie on no GPU.
     """
-    if torch.compiler.is_compiling():
+    # Not `is_compiling`, which also holds for what runs while another thread's graph is compiled.
+    if torch.compiler.is_dynamo_compiling() or not torch.cuda.is_initialized():
         return contextlib.nullcontext()
     return torch.cuda.device_of(x)
 

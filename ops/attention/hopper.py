@@ -133,7 +133,8 @@ def bias_defined(dtype: torch.dtype) -> tuple[tuple[str, int], ...]:
     return ("MASK", MASKS[dtype]), ("TILE", TILE), ("MORE", BIAS_MORE)
 
 
-BIAS = CudaKernel("bias_of_mask", 2, "3q3i", bias_source)
+# With what fills up the last 8 bytes.
+BIAS = CudaKernel("bias_of_mask", 2, "3q3i4x", bias_source)
 
 
 @dataclass(frozen=True)
@@ -311,7 +312,9 @@ def _attend(
 def run(out, lse, q, k, v, mode, mask, causal, scale, prologue=NOTHING, rotate=False) -> None:
     """Write to out and lse what `attention` describes; a mask is of keys, and not with causal."""
     if mask is not None:
-        mask = _once(mask if mask.dtype in MASKS else mask.float())
+        # Then it is small, whatever it was expanded to.
+        mask = _once(mask)
+        mask = mask if mask.dtype in MASKS else mask.float()
     if mode.storage is None:
         v = _readable(v)
     steps = prologue.arguments

@@ -10,6 +10,7 @@ and `sageattention3_blackwell/sageattn3/api.py` of the same commit. What their f
   Lq / 128 · Lk for every head.
 
 The CUDA kernels of 2.x are launched on the default stream of the GPU, whichever is the current one.
+On compute capability 8.6 it takes Triton's, which are not, as those of 1.x; neither are 3's.
 """
 
 import functools
@@ -20,11 +21,15 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
+from ..registry import NoBackendError, capability
+
 K_MAX = 128
 HEAD_SIZES_1 = (64, 96, 128)
 HEAD_SIZES_3 = (64, 128)
 # The first version of `sageattention` that leaves K alone.
 KEEPS_K = (2, 0, 1)
+# Where 2.x takes its Triton kernels.
+TRITON_IN_2 = (8, 6)
 # Queries that share a row of SageAttention 3's matrix, and the bytes of it at a time.
 BLOCK = 128
 MATRIX_BYTES = 2**30
@@ -49,15 +54,23 @@ def _padded(head_sizes: tuple[int, ...], *tensors: torch.Tensor) -> list[torch.T
     return [x if x.stride(-1) == 1 else x.contiguous() for x in tensors]
 
 
-def _in_order(run: Callable[[], torch.Tensor], q: torch.Tensor) -> torch.Tensor:
-    """Return run(), which is done after all before it on the current stream, and before all after.
+def _leaves_stream(device: torch.device) -> bool:
+    """Return whether kernels go to the default stream: those in CUDA C++, of 2.x or who knows."""
+    return device.type == "cuda" and _version()[0] != 1 and capability(device) != TRITON_IN_2
 
-    While a CUDA graph is recorded nothing is known of the default stream: run alone.
+
+def _in_order(run: Callable[[], torch.Tensor], device: torch.device) -> torch.Tensor:
+    """Return run(), on the default stream: after what the current stream did, before what it does.
+
+    Raises NoBackendError while a CUDA graph is recorded, which would not have it.
     """
-    if not q.is_cuda:
-        return run()
-    current, default = torch.cuda.current_stream(q.device), torch.cuda.default_stream(q.device)
-    if current == default or torch.cuda.is_current_stream_capturing():
+    current, default = torch.cuda.current_stream(device), torch.cuda.default_stream(device)
+    if torch.cuda.is_current_stream_capturing():
+        raise NoBackendError(
+            "sageattn: SageAttention 2 launches on the default stream, which a CUDA graph does not "
+            "record; take another way of attention, or no CUDA graph"
+        )
+    if current == default:
         return run()
     default.wait_stream(current)
     with torch.cuda.stream(default):
@@ -69,8 +82,15 @@ def _in_order(run: Callable[[], torch.Tensor], q: torch.Tensor) -> torch.Tensor:
 
 
 def sageattn(q, k, v, mask, causal: bool, scale: float | None) -> torch.Tensor:
-    """Return attention by SageAttention 1 or 2; q [B, H, Lq, D], k and v [B, Hkv, Lk, D]."""
-    return _in_order(lambda: _sageattn(q, k, v, causal, scale), q)
+    """Return attention by SageAttention 1 or 2; q [B, H, Lq, D], k and v [B, Hkv, Lk, D].
+
+    Raises NoBackendError for 2.x while a CUDA graph is recorded.
+    """
+
+    def run() -> torch.Tensor:
+        return _sageattn(q, k, v, causal, scale)
+
+    return _in_order(run, q.device) if _leaves_stream(q.device) else run()
 
 
 def _sageattn(q, k, v, causal: bool, scale: float | None) -> torch.Tensor:
@@ -90,10 +110,6 @@ def sageattn3(q, k, v, mask, causal: bool, scale: float | None) -> torch.Tensor:
 
     Some heads at a time, so that its matrices stay within MATRIX_BYTES where one head's do.
     """
-    return _in_order(lambda: _sageattn3(q, k, v, scale), q)
-
-
-def _sageattn3(q, k, v, scale: float | None) -> torch.Tensor:
     import sageattn3 as package
 
     (b, heads, queries, d), keys = q.shape, k.shape[2]

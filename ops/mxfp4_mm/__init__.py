@@ -8,7 +8,7 @@ import torch
 
 from .. import registry
 from ..custom_op import custom_op
-from ..decode_fp4 import FLOATS, MXFP4_GROUP, check
+from ..decode_fp4 import FLOATS, MXFP4_GROUP, check, check_devices
 
 OP = "mxfp4_mm"
 SCHEME = "mxfp4"
@@ -40,6 +40,7 @@ def mxfp4_mm(
     if bias is not None and tuple(bias.shape) != (shape[0],):
         raise ValueError(f"{OP}: bias is {list(bias.shape)}; [{shape[0]}] is wanted")
     check(packed, scale, None, shape, MXFP4_GROUP)
+    check_devices(OP, packed.device, x=x, bias=bias)
     return _OP(x, packed, scale.view(torch.uint8), bias, *shape, backend)
 
 

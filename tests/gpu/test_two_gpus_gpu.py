@@ -136,10 +136,11 @@ def test_scaled_product(backend, scheme):
     of_rows = (M, N) if scheme.endswith("row") else (1, 1)
     scales = (make(rows, 1, seed=3).abs().float() for rows in of_rows)
 
-    def run(residual, *given):
-        return scaled_mm.scaled_mm(*given, residual=residual, backend=backend)
+    def run(a, b, scale_a, scale_b, bias, residual):
+        more = {"residual": residual, "backend": backend}
+        return scaled_mm.scaled_mm(a, b, scale_a, scale_b, bias, **more)
 
-    agree(run, make(M, N, seed=5), a, b, *scales, make(N, seed=4))
+    agree(run, a, b, *scales, make(N, seed=4), make(M, N, seed=5))
 
 
 # Four bits have a way each for few, for more and for many.

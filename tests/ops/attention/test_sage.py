@@ -1,5 +1,6 @@
 """SageAttention's packages as doubles with their published manners: what we call survives them."""
 
+import contextlib
 import importlib.metadata
 import sys
 import types
@@ -9,6 +10,9 @@ import torch
 import torch.nn.functional as F
 
 from lowbit.ops.attention import sage
+from lowbit.ops.registry import NoBackendError
+
+GPU = torch.device("cuda", 0)
 
 
 def attend(q, k, v, **options) -> torch.Tensor:
@@ -123,3 +127,75 @@ def test_heads_come_in_groups_whose_matrix_is_bounded(third, monkeypatch, megaby
     q, k, v = inputs(64)
     same(sage.sageattn3(q, k, v, None, False, None), attend(q, k, v))
     assert third == groups
+
+
+@pytest.fixture
+def streams(monkeypatch):
+    """What happens on a GPU's streams, in order; `current` and `default` are names of streams."""
+    done, here = [], ["current"]
+
+    class Stream:
+        def __init__(self, name):
+            self.name = name
+
+        def wait_stream(self, other):
+            done.append(f"{self.name} waits for {other.name}")
+
+    class Result:
+        def record_stream(self, stream):
+            done.append(f"kept for {stream.name}")
+
+    @contextlib.contextmanager
+    def stream(of):
+        here.append(of.name)
+        yield
+        here.pop()
+
+    def run():
+        done.append(f"run on {here[-1]}")
+        return Result()
+
+    known = {name: Stream(name) for name in ("current", "default")}
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: known["current"])
+    monkeypatch.setattr(torch.cuda, "default_stream", lambda device: known["default"])
+    monkeypatch.setattr(torch.cuda, "stream", stream)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    return known, done, run
+
+
+def test_what_the_default_stream_does_is_in_order_with_the_current_one(streams):
+    known, done, run = streams
+    sage._in_order(run, GPU)
+    assert done == [
+        "default waits for current",
+        "run on default",
+        "current waits for default",
+        "kept for current",
+    ]
+    known["current"] = known["default"]
+    done.clear()
+    sage._in_order(run, GPU)
+    assert done == ["run on current"]
+
+
+def test_graph_that_would_not_have_it_is_refused(streams, monkeypatch):
+    _, done, run = streams
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(NoBackendError, match="a CUDA graph does not record"):
+        sage._in_order(run, GPU)
+    assert not done
+
+
+@pytest.mark.parametrize(
+    ("version", "capability", "leaves"),
+    [
+        ("1.0.6", (9, 0), False),
+        ("2.2.0", (9, 0), True),
+        ("2.2.0", (8, 6), False),
+        (None, (8, 9), True),
+    ],
+)
+def test_kernels_in_cuda_leave_the_stream(monkeypatch, version, capability, leaves):
+    install(monkeypatch, "sageattention", version, lambda: None)
+    monkeypatch.setattr(sage, "capability", lambda device: capability)
+    assert sage._leaves_stream(GPU) == leaves and not sage._leaves_stream(torch.device("cpu"))

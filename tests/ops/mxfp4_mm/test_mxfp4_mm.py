@@ -125,6 +125,8 @@ def test_what_does_not_fit_is_refused():
         mxfp4_mm(make(5, 511), *given)
     with pytest.raises(ValueError, match=r"bias is \[32\]; \[33\]"):
         mxfp4_mm(make(5, 512), *given, make(32))
+    with pytest.raises(ValueError, match="bias is on meta, the weight on cpu"):
+        mxfp4_mm(make(5, 512), *given, make(33).to("meta"))
     with pytest.raises(ValueError, match="511 elements"):
         mxfp4_mm(make(5, 512), w.packed, w.scale.reshape(-1)[:511], w.shape)
 
