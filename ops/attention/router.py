@@ -5,8 +5,8 @@ import operator
 import torch
 
 from .. import registry
+from ..current_gpu import on_gpu_of
 from ..custom_op import custom_op
-from ..kitchen import on_gpu_of
 from ..registry import NoBackendError
 from . import auto, empty_out, guard, kind_of, ways
 from .check import DTYPES

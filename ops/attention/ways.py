@@ -15,8 +15,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .. import registry, tuning
 from ..attention_fp4 import WIDTHS, attention_fp4
+from ..current_gpu import on_gpu_of
 from ..failures import failures
-from ..kitchen import on_gpu_of
 from ..registry import Backend, Call, Needs, register
 from . import attention, sage
 from .check import DTYPES

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from comfy_kitchen.tensor import QuantizedTensor, get_layout_class
 
+from ..current_gpu import on_gpu_of
 from ..custom_op import custom_op
-from ..kitchen import on_gpu_of
 from ..registry import Backend, Needs, register
 from .activation import QuantizedActivation
 

@@ -11,8 +11,9 @@ from comfy_kitchen.float_utils import to_blocked
 from comfy_kitchen.tensor import QuantizedTensor, TensorCoreNVFP4Layout, register_layout_class
 
 from .. import block_scales
+from ..current_gpu import on_gpu_of
 from ..custom_op import custom_op
-from ..kitchen import kitchen_eager, on_gpu_of
+from ..kitchen import kitchen_eager
 from ..rounding import GRIDS, SMALLEST_SCALE
 from ..scaled_mm.check import OUTPUTS
 from . import linear

@@ -7,7 +7,7 @@ import torch
 from comfy_kitchen import mm_int8
 from comfy_kitchen.scaled_mm_v2 import scaled_mm_v2
 
-from ..kitchen import on_gpu_of
+from ..current_gpu import on_gpu_of
 from ..registry import Backend, Needs, register
 from . import OP
 from .reference import finished, scaled, with_low_rank

@@ -8,7 +8,7 @@ import torch
 from comfy_kitchen.tensor import TensorCoreFP8Layout, register_layout_op
 from comfy_kitchen.tensor.base import dequantize_args
 
-from ...ops.kitchen import on_gpu_of
+from ...ops.current_gpu import on_gpu_of
 from ...ops.quantize_rows import LIMITS, quantize_rows
 from ...ops.rounding import SMALLEST_SCALE, round_stochastic
 from .base import LowBitLayout

@@ -17,7 +17,7 @@ import torch
 from comfy_kitchen.tensor import QuantizedTensor, register_layout_class, register_layout_op
 from comfy_kitchen.tensor.base import dequantize_args
 
-from ...ops.kitchen import on_gpu_of
+from ...ops.current_gpu import on_gpu_of
 from ...ops.linear import STEP, linear, run_step
 
 # Rows quantized at a time. A multiple of 128, the height of a block of swizzled scales, so that

@@ -1,11 +1,11 @@
-"""Which GPU is the current one for packages that launch on it."""
+"""The GPU of the tensors is the current one where packages of others run."""
 
 import contextlib
 
 import pytest
 import torch
 
-from lowbit.ops.kitchen import on_gpu_of
+from lowbit.ops.current_gpu import on_gpu_of
 
 
 @pytest.fixture
